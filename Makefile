@@ -1,0 +1,42 @@
+# On a fresh machine with Python 3.10 or newer: make demo, make test.
+# Each installs into VENV first, and again only when setup.py, pyproject.toml or constraints.txt changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test lint format clean
+
+help:
+	@echo "make demo     sample a shipped model with and without each method; results go to out/"
+	@echo "make test     run the tests; ARGS=\"-k name -x\" goes to pytest"
+	@echo "make lint     check style and formatting with ruff; make format repairs them"
+	@echo "make clean    remove $(VENV), builds and caches"
+
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[test]"
+	touch $@
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/diffusers-ext demo $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist diffusers_ext.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

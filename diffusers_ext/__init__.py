@@ -1,0 +1,30 @@
+"""Four research methods for Hugging Face diffusers.
+
+Schedulers, models and pipelines are imported with the package, so that what `save_pretrained` wrote loads again in
+a fresh process; the workshop (`hub`, `metrics`, `shipped`, `cli`) is imported where it is used.
+"""
+
+import os as _os
+
+import diffusers as _diffusers
+
+__version__ = "0.1.0.dev0"
+
+# In a checkout, pipelines/ and schedulers/ lie beside this folder, not inside it.
+_root = _os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))
+if _os.path.isfile(_os.path.join(_root, "setup.py")) and _os.path.isfile(
+    _os.path.join(_root, "pipelines", "__init__.py")
+):
+    __path__.append(_root)
+
+from . import models, pipelines, schedulers
+from .models import *  # noqa: F403
+from .pipelines import *  # noqa: F403
+from .schedulers import *  # noqa: F403
+
+# A saved pipeline names its class alone, and DiffusionPipeline.from_pretrained looks that name up on diffusers.
+for _name in pipelines.__all__:
+    if _name.endswith("Pipeline") and not hasattr(_diffusers, _name):
+        setattr(_diffusers, _name, getattr(pipelines, _name))
+
+__all__ = ["__version__", *models.__all__, *pipelines.__all__, *schedulers.__all__]

@@ -1,0 +1,51 @@
+"""The three source folders become one package: pipelines/ and schedulers/ install inside diffusers_ext."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# Each lower bound is the oldest version that the test suite was run on, all of them together, on Python 3.10.
+BASE = [
+    "diffusers>=0.36.0",
+    "transformers>=4.57.6",
+    "accelerate>=1.0.1",
+    "torch>=2.6.0",
+    "safetensors>=0.5.0",
+    "numpy>=1.26.0",
+    "pillow>=10.0.0",
+    "click>=8.1.0",
+    "rich>=13.0.0",
+]
+METRICS = ["scikit-learn>=1.5.0", "scipy>=1.13.0", "faiss-cpu>=1.9.0.post1"]
+PLOTS = ["matplotlib>=3.8.0"]
+TRAIN = ["tqdm>=4.66.0"]
+TEST = ["pytest>=8.0.0", "hypothesis>=6.100.0", "ruff>=0.11.0", "build>=1.2.1", *METRICS, *PLOTS, *TRAIN]
+
+setup(
+    name="diffusers_ext",
+    version="0.1.0.dev0",
+    description="Boost-and-Skip, guidance interval, Jump Your Steps and flow postprocessing for diffusers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["diffusers_ext", "diffusers_ext.*"]),
+        "diffusers_ext.pipelines",
+        "diffusers_ext.schedulers",
+    ],
+    package_dir={"diffusers_ext.pipelines": "pipelines", "diffusers_ext.schedulers": "schedulers"},
+    package_data={"diffusers_ext": ["assets/**/*"]},
+    install_requires=BASE,
+    extras_require={
+        "metrics": METRICS,
+        "plots": PLOTS,
+        "train": TRAIN,
+        "xformers": ["xformers"],
+        "test": TEST,
+    },
+    entry_points={"console_scripts": ["diffusers-ext = diffusers_ext.cli:main"]},
+)
