@@ -1,0 +1,328 @@
+r"""Boost-and-Skip for four diffusers schedulers: samples from low-density regions without guidance or training.
+
+Boost-and-Skip (Um, Kim, Ye: "Boost-and-Skip: A Simple Guidance-Free Diffusion for Minority Generation", ICML 2025,
+arXiv 2502.06516) changes a stock sampler in two places. With the steps of the schedule numbered from 0 (noisiest),
+
+.. math:: x_{start} = \gamma \epsilon, \quad \epsilon \sim N(0, I), \quad start = skip\_steps.
+
+`gamma` multiplies the standard deviation of the initial noise (the boost); the first `skip_steps` steps are dropped
+(the skip). The noise is not rescaled to the level of the later start. In the variance-exploding form of
+`EulerDiscreteScheduler` the same start reads :math:`x = \gamma \epsilon \sqrt{1 + \sigma_{start}^2}`. The paper uses
+gamma 4 (CelebA-64) and 2.5 (ImageNet-64) with skip_steps 3 of 250. gamma 1 and skip_steps 0 is the stock scheduler,
+bit for bit.
+
+Both numbers are scheduler configuration, so every pipeline that honours `init_noise_sigma` gets them with
+
+    pipe.scheduler = boost_and_skip(pipe.scheduler, gamma=2.5, skip_steps=3)
+
+`DDPMPipeline`, `DDIMPipeline` and `DiTPipeline` ignore `init_noise_sigma`: there only the skip takes effect.
+"""
+
+import copy
+import functools
+import inspect
+import math
+import numbers
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+
+# diffusers loads a saved scheduler only if the namespace of its module holds this name.
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+
+def _checked(gamma: float, skip_steps: int) -> tuple[float, int]:
+    """Both numbers as plain (JSON-able) Python numbers. Raises ValueError if one is not allowed."""
+    if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real) or not (math.isfinite(gamma) and gamma > 0):
+        raise ValueError(
+            f"gamma={gamma!r} must be a finite number > 0: it multiplies the standard deviation of the initial noise."
+            " Pass gamma=1.0 to switch the boost off."
+        )
+    if isinstance(skip_steps, bool) or not isinstance(skip_steps, numbers.Integral) or skip_steps < 0:
+        raise ValueError(
+            f"skip_steps={skip_steps!r} must be an integer >= 0: it counts the steps dropped from the start of the"
+            " schedule. Pass skip_steps=0 to drop none."
+        )
+    return float(gamma), int(skip_steps)
+
+
+def _boosted_init(parent: type[SchedulerMixin]):
+    """`__init__` with every parameter of `parent`, then `gamma` and `skip_steps` as keywords.
+
+    diffusers reads the config keys off the signature, which must therefore be spelled out: behind a bare `**kwargs`
+    `from_config` would show the given values in the config but build the scheduler with the defaults.
+    """
+    inherited = inspect.signature(parent.__init__)
+
+    def __init__(self, *args, gamma: float = 1.0, skip_steps: int = 0, **kwargs):
+        gamma, skip_steps = _checked(gamma, skip_steps)
+        # By name, because diffusers takes positional arguments for defaults and then leaves them out of from_config.
+        parent.__init__(**inherited.bind(self, *args, **kwargs).arguments)
+        self.register_to_config(gamma=gamma, skip_steps=skip_steps)
+        if "init_noise_sigma" in vars(self):  # in Euler it is a property, see there
+            self.init_noise_sigma = gamma
+
+    own = [p for p in inspect.signature(__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    __init__.__signature__ = inherited.replace(parameters=[*inherited.parameters.values(), *own])
+    return register_to_config(__init__)
+
+
+def _skipping(set_timesteps):
+    """`set_timesteps` of a parent, then the cut. Keeps the signature, which pipelines inspect."""
+
+    @functools.wraps(set_timesteps)
+    def wrapper(self, *args, **kwargs):
+        set_timesteps(self, *args, **kwargs)
+        self._drop_skipped_steps()
+
+    return wrapper
+
+
+class _BoostAndSkip:
+    """The skip, shared by the four schedulers."""
+
+    # Everything that a step looks up by its position in the schedule. A table left out would run out of step.
+    _tables = ("timesteps",)
+
+    @property
+    def _off(self) -> bool:
+        return self.config.gamma == 1 and self.config.skip_steps == 0
+
+    def _drop_skipped_steps(self):
+        """Drop the first `skip_steps` entries of each table. Raises ValueError if no step would be left."""
+        skip_steps, num_steps = self.config.skip_steps, len(self.timesteps)
+        if skip_steps >= num_steps:
+            raise ValueError(
+                f"skip_steps={skip_steps} must be smaller than the number of steps, and this schedule has {num_steps}:"
+                " set more steps, or build the scheduler with a smaller skip_steps."
+            )
+        for table in self._tables:
+            setattr(self, table, getattr(self, table)[skip_steps:])
+
+
+class BoostAndSkipDDPMScheduler(_BoostAndSkip, DDPMScheduler):
+    """Ancestral sampling, the paper's sampler: `DDPMScheduler` with `gamma` and `skip_steps`.
+
+    Takes every argument of `DDPMScheduler`. The stock step already reads its neighbour from `timesteps`, so uneven
+    custom `timesteps=` are right, and learned variances (`variance_type` "learned" or "learned_range") expect model
+    outputs (batch, 2 * channels, ...).
+
+    Args:
+        gamma: factor on the standard deviation of the initial noise, finite and > 0; 1 is off.
+        skip_steps: steps dropped from the start of the schedule as set, >= 0; 0 is off.
+
+    Raises:
+        ValueError: if `gamma` or `skip_steps` is out of range, or (in `set_timesteps`) no step would be left.
+    """
+
+    __init__ = _boosted_init(DDPMScheduler)
+    set_timesteps = _skipping(DDPMScheduler.set_timesteps)
+
+    def _get_variance(self, t, predicted_variance=None, variance_type=None):
+        """The stock variance, from a float64 table as in the authors' code: near t = 0 a float32 one leaves three
+        digits of 1 - alphas_cumprod, and the noise of the last steps shows it. Off, the table is the stock one."""
+        scheduler = copy.copy(self)
+        if not self._off and self.timesteps.device.type != "mps":  # which has no float64
+            scheduler.alphas_cumprod = torch.cumprod(1 - self.betas.double(), dim=0)
+        return DDPMScheduler._get_variance(scheduler, t, predicted_variance, variance_type)
+
+
+class BoostAndSkipEulerDiscreteScheduler(_BoostAndSkip, EulerDiscreteScheduler):
+    """`EulerDiscreteScheduler` with `gamma` and `skip_steps`: `timesteps` and `sigmas` are cut together.
+
+    Takes every argument of `EulerDiscreteScheduler`; `gamma`, `skip_steps` and `Raises` as in
+    `BoostAndSkipDDPMScheduler`. `s_churn` of `step` is spread over the steps that are kept.
+    """
+
+    _tables = ("timesteps", "sigmas")
+    __init__ = _boosted_init(EulerDiscreteScheduler)
+    set_timesteps = _skipping(EulerDiscreteScheduler.set_timesteps)
+
+    @property
+    def init_noise_sigma(self) -> float | torch.Tensor:
+        """gamma * sqrt(1 + sigma^2) at the first kept sigma; as in stock, gamma * sigma for the timestep spacings
+        "linspace" and "trailing", which take the data to be negligible at the start."""
+        return self.config.gamma * super().init_noise_sigma
+
+
+class BoostAndSkipDPMSolverMultistepScheduler(_BoostAndSkip, DPMSolverMultistepScheduler):
+    """`DPMSolverMultistepScheduler` with `gamma` and `skip_steps`: `timesteps` and `sigmas` are cut together.
+
+    Takes every argument of `DPMSolverMultistepScheduler`; `gamma`, `skip_steps` and `Raises` as in
+    `BoostAndSkipDDPMScheduler`. The solver starts anew, at order 1, at the first kept step.
+    """
+
+    _tables = ("timesteps", "sigmas")
+    __init__ = _boosted_init(DPMSolverMultistepScheduler)
+    set_timesteps = _skipping(DPMSolverMultistepScheduler.set_timesteps)
+
+
+class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
+    """`DDIMScheduler` with `gamma` and `skip_steps`, custom timesteps, and true neighbours.
+
+    A step goes from a timestep to the next entry of the table, also where the table is uneven. The stock scheduler
+    goes to t - num_train_timesteps // num_inference_steps instead, which is another timestep for linspace spacing and
+    for trailing spacing that does not divide evenly. To equal it bit for bit, that rule is kept while nothing is
+    changed: gamma 1, skip_steps 0 and a table set by its number of steps.
+
+    Takes every argument of `DDIMScheduler`; `gamma`, `skip_steps` and `Raises` as in `BoostAndSkipDDPMScheduler`.
+    """
+
+    custom_timesteps = False
+    __init__ = _boosted_init(DDIMScheduler)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ):
+        """Set the schedule, by its number of steps or as a list, and drop its first `skip_steps` entries.
+
+        Args:
+            num_inference_steps: number of steps before the cut, spaced by `timestep_spacing`.
+            device: where `timesteps` goes.
+            timesteps: custom integers, strictly decreasing, each in [0, num_train_timesteps).
+
+        Raises:
+            ValueError: unless exactly one of the two is given, the list is as above, and a step is left.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError(
+                f"Pass exactly one of num_inference_steps and timesteps, got {num_inference_steps=} and {timesteps=}."
+            )
+        if timesteps is None:
+            super().set_timesteps(num_inference_steps, device)
+        else:
+            table = self._checked_timesteps(timesteps)
+            self.num_inference_steps = len(table)
+            self.timesteps = torch.from_numpy(table).to(device)
+        self.custom_timesteps = timesteps is not None
+        self._drop_skipped_steps()
+
+    def _checked_timesteps(self, timesteps: list[int]) -> np.ndarray:
+        table, end = np.asarray(timesteps), self.config.num_train_timesteps
+        integers = table.ndim == 1 and len(table) > 0 and np.issubdtype(table.dtype, np.integer)
+        if not integers or table[0] >= end or table[-1] < 0 or (table[1:] >= table[:-1]).any():
+            raise ValueError(
+                f"timesteps={timesteps} must be strictly decreasing integers in [0, {end}), and at least one:"
+                " sort them, drop repeated ones, and round."
+            )
+        return table.astype(np.int64)
+
+    def previous_timestep(self, timestep: int) -> int:
+        """The timestep that a step from `timestep` ends at, negative for clean data.
+
+        Raises ValueError if `timestep` is not in the table.
+        """
+        t, table = int(timestep), self.timesteps.tolist()
+        if t not in table or t != timestep:
+            raise ValueError(
+                f"timestep={timestep} is not in the schedule: it must be one of scheduler.timesteps, {table}."
+            )
+        if self._off and self.num_inference_steps and not self.custom_timesteps:
+            return t - self.config.num_train_timesteps // self.num_inference_steps  # the stock rule
+        return [*table, -1][table.index(t) + 1]
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | None = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple:
+        r"""One step of DDIM (arXiv 2010.02502, equation 12) to the neighbour s of t in the table:
+
+        .. math:: x_s = \sqrt{\bar\alpha_s} x_0 + \sqrt{1 - \bar\alpha_s - \sigma^2} \epsilon_\theta + \sigma z
+
+        with sigma as in equation 16. The operations are in the order of the stock step, so that results are equal.
+
+        Args:
+            model_output: (batch, channels, ...); of learned-variance outputs, (batch, 2 * channels, ...), the second
+                half is dropped.
+            timestep: t, an entry of `timesteps`.
+            sample: x_t, (batch, channels, ...).
+            eta: 0 for the deterministic sampler, 1 for the variance of DDPM.
+            use_clipped_model_output: derive epsilon again from the clipped x_0, as guided-diffusion does.
+            generator: draws z where eta > 0 and `variance_noise`, z itself, is not given.
+            return_dict: `DDIMSchedulerOutput`, or the tuple (x_s, x_0).
+
+        Raises:
+            ValueError: before `set_timesteps`, for a timestep outside the table, for generator with variance_noise.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("num_inference_steps=None: call set_timesteps before step.")
+        if sample.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output[:, : sample.shape[1]]
+
+        t, s = int(timestep), self.previous_timestep(timestep)
+        alpha_prod_t = self.alphas_cumprod[t]
+        alpha_prod_s = self.alphas_cumprod[s] if s >= 0 else self.final_alpha_cumprod
+        pred_x0, pred_epsilon = self._predict(model_output, sample, alpha_prod_t)
+        if self.config.thresholding:
+            pred_x0 = self._threshold_sample(pred_x0)
+        elif self.config.clip_sample:
+            pred_x0 = pred_x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        if use_clipped_model_output:
+            pred_epsilon = (sample - alpha_prod_t**0.5 * pred_x0) / (1 - alpha_prod_t) ** 0.5
+
+        sigma = eta * self._get_variance(t, s) ** 0.5
+        direction = (1 - alpha_prod_s - sigma**2) ** 0.5 * pred_epsilon
+        prev_sample = alpha_prod_s**0.5 * pred_x0 + direction
+        if eta > 0:
+            if variance_noise is not None and generator is not None:
+                raise ValueError("Pass only one of generator and variance_noise: the noise is drawn, or it is given.")
+            if variance_noise is None:
+                variance_noise = randn_tensor(
+                    model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
+                )
+            prev_sample = prev_sample + sigma * variance_noise
+        return DDIMSchedulerOutput(prev_sample, pred_x0) if return_dict else (prev_sample, pred_x0)
+
+    def _predict(self, model_output, sample, alpha_prod_t):
+        """x_0, not yet clipped, and epsilon, from a model output of any prediction type."""
+        alpha, sigma = alpha_prod_t**0.5, (1 - alpha_prod_t) ** 0.5
+        match self.config.prediction_type:
+            case "epsilon":
+                return (sample - sigma * model_output) / alpha, model_output
+            case "sample":
+                return model_output, (sample - alpha * model_output) / sigma
+            case "v_prediction":
+                return alpha * sample - sigma * model_output, alpha * model_output + sigma * sample
+        raise ValueError(f"{self.config.prediction_type=} must be 'epsilon', 'sample' or 'v_prediction'.")
+
+
+_BOOSTED = {
+    DDPMScheduler: BoostAndSkipDDPMScheduler,
+    DDIMScheduler: BoostAndSkipDDIMScheduler,
+    EulerDiscreteScheduler: BoostAndSkipEulerDiscreteScheduler,
+    DPMSolverMultistepScheduler: BoostAndSkipDPMSolverMultistepScheduler,
+}
+
+
+def boost_and_skip(scheduler: SchedulerMixin, gamma: float = 1.0, skip_steps: int = 0) -> SchedulerMixin:
+    """The Boost-and-Skip scheduler with the config of `scheduler`; one that is boosted already gets the new numbers.
+
+    The class must be one of the four exactly: a subclass such as `DDPMParallelScheduler` may hold tables of its own,
+    which a cut would not reach. The result is a new scheduler, on which `set_timesteps` is still to be called.
+
+    Raises:
+        ValueError: for a scheduler of any other class, and if `gamma` or `skip_steps` is out of range.
+    """
+    known = _BOOSTED | {boosted: boosted for boosted in _BOOSTED.values()}
+    cls = type(scheduler)
+    if cls not in known:
+        raise ValueError(
+            f"scheduler={cls.__module__}.{cls.__name__} is not one that boost_and_skip can shorten safely. It knows"
+            f" exactly {', '.join(each.__name__ for each in known)}, and not their subclasses. Convert first:"
+            " EulerDiscreteScheduler.from_config(pipe.scheduler.config)."
+        )
+    return known[cls].from_config(scheduler.config, gamma=gamma, skip_steps=skip_steps)

@@ -1,0 +1,1046 @@
+"""Boost-and-Skip schedulers: off equals stock, on equals loops written out by hand and the authors' recorded ones."""
+
+import ast
+import copy
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import pickle
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DModel,
+)
+from diffusers.schedulers import scheduling_ddpm
+from safetensors.torch import load_file
+from tiny_pipelines import LATENT_SCHEDULE, tiny_sdxl, tiny_stable_diffusion
+
+import diffusers_ext.schedulers as package
+from diffusers_ext.schedulers import scheduling_boost_and_skip as module
+from diffusers_ext.schedulers.scheduling_boost_and_skip import (
+    BoostAndSkipDDIMScheduler,
+    BoostAndSkipDDPMScheduler,
+    BoostAndSkipDPMSolverMultistepScheduler,
+    BoostAndSkipEulerDiscreteScheduler,
+    boost_and_skip,
+)
+
+GOLDENS = Path(__file__).parent / "goldens"
+PAIRS = {
+    "ddpm": (DDPMScheduler, BoostAndSkipDDPMScheduler),
+    "ddim": (DDIMScheduler, BoostAndSkipDDIMScheduler),
+    "euler": (EulerDiscreteScheduler, BoostAndSkipEulerDiscreteScheduler),
+    "dpm": (DPMSolverMultistepScheduler, BoostAndSkipDPMSolverMultistepScheduler),
+}
+NAMES = list(PAIRS)
+SPACINGS = ["linspace", "leading", "trailing"]
+PREDICTIONS = ["epsilon", "sample", "v_prediction"]
+SHAPE = (2, 3, 4, 4)
+EPS = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+both = pytest.mark.parametrize("name", NAMES)
+
+
+def fake_model(x, t):
+    """A cheap network: (batch, channels, ...) and a timestep to the same shape, within [-1, 1]."""
+    return torch.sin(2 * x + float(t) / 300)
+
+
+def fake_learned_model(x, t):
+    """The same, with a second half that is a valid variance and a valid interpolation between two."""
+    return torch.cat([fake_model(x, t), 0.3 + 0.2 * torch.cos(3 * x)], dim=1)
+
+
+def sample(scheduler, model=fake_model, steps=7, seed=None, eps=EPS, **step_options):
+    """What a pipeline does: noise to sample."""
+    if seed is not None:
+        step_options["generator"] = torch.Generator().manual_seed(seed)
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+    x = eps * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x, **step_options).prev_sample
+    return x
+
+
+# -------------------------------------------------------------------------------------------------------- off is stock
+
+OFF = [
+    *(
+        ("ddpm", {"timestep_spacing": spacing, "prediction_type": prediction, "variance_type": variance}, {"seed": 2})
+        for spacing, prediction, variance in itertools.product(
+            # not fixed_large_log: the square root of its logarithm is NaN in stock diffusers
+            SPACINGS,
+            PREDICTIONS,
+            ["fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"],
+        )
+    ),
+    *(
+        ("ddim", {"timestep_spacing": spacing, "prediction_type": prediction}, {**noise, **clipped})
+        for spacing, prediction, noise, clipped in itertools.product(
+            SPACINGS, PREDICTIONS, [{}, {"eta": 0.6, "seed": 2}], [{}, {"use_clipped_model_output": True}]
+        )
+    ),
+    *(
+        ("euler", {"timestep_spacing": spacing, "prediction_type": prediction, **sigmas}, {})
+        for spacing, prediction, sigmas in itertools.product(
+            SPACINGS,
+            PREDICTIONS,
+            [{}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}],
+        )
+    ),
+    *(
+        ("dpm", {"timestep_spacing": spacing, "prediction_type": prediction, "algorithm_type": algorithm}, {"seed": 2})
+        for spacing, prediction, algorithm in itertools.product(
+            SPACINGS, PREDICTIONS, ["dpmsolver++", "sde-dpmsolver++"]
+        )
+    ),
+    ("ddpm", {"beta_schedule": "squaredcos_cap_v2", "thresholding": True, "clip_sample": False}, {"seed": 2}),
+    ("ddpm", {"beta_schedule": "sigmoid", "clip_sample_range": 0.5, "steps_offset": 1}, {"seed": 2}),
+    ("ddim", {"thresholding": True, "sample_max_value": 2.0}, {}),
+    ("ddim", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}, {"steps": 20}),
+    ("ddim", {"beta_schedule": "squaredcos_cap_v2", "clip_sample_range": 0.5}, {"steps": 50}),
+    ("ddim", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}, {}),
+    ("ddim", {"trained_betas": [0.01, 0.02, 0.03, 0.04, 0.05, 0.06], "num_train_timesteps": 6}, {"steps": 3}),
+    ("euler", {**LATENT_SCHEDULE, "final_sigmas_type": "sigma_min"}, {}),
+    ("euler", {"interpolation_type": "log_linear"}, {}),
+    ("euler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}, {}),
+    ("euler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, {"s_churn": 2.0, "seed": 2}),
+    ("dpm", {"solver_order": 3}, {"steps": 20}),
+    ("dpm", {"solver_order": 1, "euler_at_final": True}, {}),
+    ("dpm", {"solver_type": "heun", "use_karras_sigmas": True, "lower_order_final": False}, {}),
+    ("dpm", {"use_lu_lambdas": True, "final_sigmas_type": "sigma_min"}, {}),
+    ("dpm", {"use_exponential_sigmas": True, "thresholding": True}, {}),
+    ("dpm", {"use_beta_sigmas": True, "beta_schedule": "scaled_linear"}, {}),
+    ("dpm", {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}, {}),
+    ("dpm", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, {}),
+    ("dpm", {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"}, {"seed": 2}),
+    ("dpm", {"lambda_min_clipped": -5.1, "beta_schedule": "squaredcos_cap_v2"}, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "options"), OFF)
+@pytest.mark.filterwarnings("ignore:.*dpmsolver.*:FutureWarning")
+def test_off_equals_stock(name, config, options):
+    stock, ours = (cls(**config) for cls in PAIRS[name])
+    model = fake_learned_model if "learned" in config.get("variance_type", "") else fake_model
+    expected = sample(stock, model, **options)
+    assert expected.isfinite().all()
+    assert torch.equal(sample(ours, model, **options), expected)
+    assert torch.equal(ours.timesteps, stock.timesteps)
+    assert ours.num_inference_steps == stock.num_inference_steps
+    assert torch.equal(sample(ours, model, **options), expected)  # nothing is left over from the first run
+
+
+@both
+def test_off_equals_stock_in_half_precision_and_tuples(name):
+    stock, ours = (cls() for cls in PAIRS[name])
+    x = [EPS.half(), EPS.half()]
+    for scheduler in (stock, ours):
+        scheduler.set_timesteps(5)
+    for t in stock.timesteps:
+        for i, scheduler in enumerate((stock, ours)):
+            noise = {"generator": torch.Generator().manual_seed(2)} if name == "ddpm" else {}
+            model_output = fake_model(scheduler.scale_model_input(x[i], t), t)
+            step = scheduler.step(model_output, t, x[i], **noise, return_dict=False)
+            x[i] = step[0]
+        assert x[1].dtype == x[0].dtype
+        assert torch.equal(x[0], x[1])
+
+
+@pytest.mark.parametrize(("name", "custom"), [("ddpm", "timesteps"), ("euler", "timesteps"), ("dpm", "timesteps")])
+def test_off_equals_stock_on_custom_timesteps(name, custom):
+    stock, ours = (cls() for cls in PAIRS[name])
+    for scheduler in (stock, ours):
+        scheduler.set_timesteps(**{custom: [999, 700, 650, 200, 3]})
+    assert torch.equal(sample(ours, steps=None, **seeded(name)), sample(stock, steps=None, **seeded(name)))
+
+
+def seeded(name):
+    return {"seed": 2} if name == "ddpm" else {}
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+@both
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_skip_cuts_every_table_at_each_call(name, spacing):
+    stock, ours = PAIRS[name][0](timestep_spacing=spacing), PAIRS[name][1](timestep_spacing=spacing, skip_steps=3)
+    for steps in (10, 10, 25, 8):
+        stock.set_timesteps(steps)
+        ours.set_timesteps(steps)
+        assert torch.equal(ours.timesteps, stock.timesteps[3:])
+        assert len(ours.timesteps) == steps - 3
+        assert ours.num_inference_steps == stock.num_inference_steps == steps
+        if hasattr(stock, "sigmas"):
+            assert torch.equal(ours.sigmas, stock.sigmas[3:])
+            assert len(ours.sigmas) == len(ours.timesteps) + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "schedule"),
+    [
+        ("ddpm", {}, {"timesteps": [900, 500, 499, 20, 0]}),
+        ("ddim", {}, {"timesteps": [900, 500, 499, 20, 0]}),
+        ("dpm", {}, {"timesteps": [900, 500, 499, 20, 0]}),
+        ("euler", {}, {"timesteps": [900, 500, 499, 20, 0]}),
+        ("euler", {}, {"sigmas": [14.0, 9.0, 4.0, 1.0, 0.3, 0.0]}),
+        ("euler", {"use_karras_sigmas": True}, {"num_inference_steps": 9}),
+        ("euler", {"use_exponential_sigmas": True}, {"num_inference_steps": 9}),
+        ("euler", {"use_beta_sigmas": True}, {"num_inference_steps": 9}),
+        ("euler", {"final_sigmas_type": "sigma_min"}, {"num_inference_steps": 9}),
+        ("euler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}, {"num_inference_steps": 9}),
+        ("dpm", {"use_karras_sigmas": True}, {"num_inference_steps": 9}),
+        ("dpm", {"use_lu_lambdas": True}, {"num_inference_steps": 9}),
+        ("dpm", {"final_sigmas_type": "sigma_min"}, {"num_inference_steps": 9}),
+    ],
+)
+def test_skip_cuts_custom_schedules_and_sigma_variants(name, config, schedule):
+    ours, uncut = PAIRS[name][1](**config, skip_steps=2), PAIRS[name][1](**config)
+    ours.set_timesteps(**schedule)
+    uncut.set_timesteps(**schedule)
+    assert torch.equal(ours.timesteps, uncut.timesteps[2:])
+    if name == "ddim":
+        assert ours.num_inference_steps == len(schedule["timesteps"])
+    else:
+        stock = PAIRS[name][0](**config)
+        stock.set_timesteps(**schedule)
+        assert ours.num_inference_steps == stock.num_inference_steps
+    if hasattr(uncut, "sigmas"):
+        assert torch.equal(ours.sigmas, uncut.sigmas[2:])
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm"])
+def test_gamma_is_the_initial_noise_sigma(name):
+    scheduler = PAIRS[name][1](gamma=4, skip_steps=1)
+    assert scheduler.init_noise_sigma == 4.0
+    scheduler.set_timesteps(10)
+    assert scheduler.init_noise_sigma == 4.0
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_initial_noise_sigma_of_euler_follows_the_first_kept_sigma(spacing):
+    stock = EulerDiscreteScheduler(timestep_spacing=spacing)
+    ours = BoostAndSkipEulerDiscreteScheduler(timestep_spacing=spacing, gamma=2.5, skip_steps=3)
+    stock.set_timesteps(10)
+    ours.set_timesteps(10)
+    sigma = stock.sigmas[3].item()
+    stock_formula = math.sqrt(1 + sigma**2) if spacing == "leading" else sigma
+    assert float(ours.init_noise_sigma) == pytest.approx(2.5 * stock_formula, rel=1e-6)
+    ours.set_timesteps(sigmas=[12.0, 8.0, 5.0, 2.0, 1.0, 0.0])
+    stock_formula = math.sqrt(1 + 2.0**2) if spacing == "leading" else 2.0
+    assert float(ours.init_noise_sigma) == pytest.approx(2.5 * stock_formula, rel=1e-6)
+
+
+@both
+def test_add_noise_and_model_input_know_the_levels_of_the_kept_steps(name):
+    stock, ours = PAIRS[name][0](**LATENT_SCHEDULE), PAIRS[name][1](**LATENT_SCHEDULE, gamma=3.0, skip_steps=4)
+    stock.set_timesteps(10)
+    ours.set_timesteps(10)
+    clean, noise = torch.ones(2, 3, 4, 4), EPS
+    for i in (0, 2):
+        t = ours.timesteps[i : i + 1].repeat(2)
+        assert torch.equal(ours.add_noise(clean, noise, t), stock.add_noise(clean, noise, t))
+    t = ours.timesteps[0]
+    stock_input = EPS / math.sqrt(1 + stock.sigmas[4].item() ** 2) if name == "euler" else EPS
+    torch.testing.assert_close(ours.scale_model_input(EPS, t), stock_input)
+
+
+# --------------------------------------------------------------------------------- loops written out, apart from stock
+
+
+def coefficients(schedule: dict | None = None):
+    """alphas_cumprod of the training process, as Python floats."""
+    return DDPMScheduler(**(schedule or {})).alphas_cumprod.double().tolist()
+
+
+def predictions(kind, output, x, alpha):
+    """x_0 and epsilon of x = sqrt(alpha) x_0 + sqrt(1 - alpha) epsilon."""
+    a, s = math.sqrt(alpha), math.sqrt(1 - alpha)
+    if kind == "epsilon":
+        return (x - s * output) / a, output
+    if kind == "sample":
+        return output, (x - a * output) / s
+    return a * x - s * output, a * output + s * x
+
+
+def ancestral_loop(model, x, table, alphas, variance_type, noise, clip=1.0):
+    for i, t in enumerate(table):
+        alpha, alpha_prev = alphas[t], alphas[table[i + 1]] if i + 1 < len(table) else 1.0
+        beta, output = 1 - alpha / alpha_prev, model(x, t)
+        output, v = output.chunk(2, dim=1) if variance_type.startswith("learned") else (output, None)
+        x0 = predictions("epsilon", output, x, alpha)[0].clamp(-clip, clip)
+        from_x0 = math.sqrt(alpha_prev) * beta / (1 - alpha)
+        from_x = math.sqrt(alpha / alpha_prev) * (1 - alpha_prev) / (1 - alpha)
+        x = from_x0 * x0 + from_x * x
+        if t > 0:
+            small = max((1 - alpha_prev) / (1 - alpha) * beta, 1e-20)
+            if variance_type == "learned_range":
+                variance = torch.exp((v + 1) / 2 * math.log(beta) + (1 - v) / 2 * math.log(small))
+            else:
+                variance = {"fixed_small": small, "fixed_large": beta, "learned": v}[variance_type]
+            x = x + variance**0.5 * noise()
+    return x
+
+
+def ddim_loop(model, x, table, alphas, eta=0.0, noise=None, kind="epsilon", last=1.0, clip=1.0, rederive=False):
+    for i, t in enumerate(table):
+        alpha, alpha_prev = alphas[t], alphas[table[i + 1]] if i + 1 < len(table) else last
+        x0, eps = predictions(kind, model(x, t), x, alpha)
+        x0 = x0.clamp(-clip, clip)
+        eps = (x - math.sqrt(alpha) * x0) / math.sqrt(1 - alpha) if rederive else eps
+        sigma = eta * math.sqrt((1 - alpha_prev) / (1 - alpha)) * math.sqrt(1 - alpha / alpha_prev)
+        x = math.sqrt(alpha_prev) * x0 + math.sqrt(1 - alpha_prev - sigma**2) * eps
+        if eta:
+            x = x + sigma * noise()
+    return x
+
+
+def euler_loop(model, x, timesteps, sigmas, kind="epsilon"):
+    """In variance-exploding form: x = x_0 + sigma epsilon."""
+    for t, sigma, sigma_next in zip(timesteps, sigmas[:-1], sigmas[1:], strict=True):
+        root = math.sqrt(1 + sigma**2)
+        # The network sees x / root, which is the variance-preserving sample at alpha = 1 / root^2.
+        output = model(x / root, t)
+        x0 = output if kind == "sample" else predictions(kind, output, x / root, 1 / root**2)[0]
+        x = x + (sigma_next - sigma) * (x - x0) / sigma
+    return x
+
+
+def dpm_loop(model, x, timesteps, sigmas):
+    """DPM-Solver++(2M), midpoint (arXiv 2211.01095, algorithm 2), first order at the first and last step."""
+    previous = None
+    for i, t in enumerate(timesteps):
+        (a, s), (a_next, s_next) = [(1 / math.sqrt(1 + z**2), z / math.sqrt(1 + z**2)) for z in sigmas[i : i + 2]]
+        log_snr, log_snr_next = math.log(a / s), math.log(a_next / s_next) if s_next else math.inf
+        h = log_snr_next - log_snr
+        x0 = (x - s * model(x, t)) / a
+        slope = 0.0
+        if previous is not None and i + 1 < len(timesteps):
+            x0_before, log_snr_before = previous
+            slope = (x0 - x0_before) * h / (log_snr - log_snr_before) / 2
+        x = s_next / s * x - a_next * math.expm1(-h) * (x0 + slope)
+        previous = x0, log_snr
+    return x
+
+
+def gaussians(seed, dtype=torch.float64, shape=SHAPE):
+    """What `generator=` draws, in any precision."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=generator).to(dtype)
+
+
+def close(actual, expected, atol=2e-5):
+    torch.testing.assert_close(actual.double(), expected.double(), atol=atol, rtol=2e-5)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned", "learned_range"])
+@pytest.mark.parametrize("spacing", [*SPACINGS, "custom"])
+def test_ddpm_equals_the_loop_written_out(variance, spacing):
+    model = fake_learned_model if variance.startswith("learned") else fake_model
+    table = {
+        "linspace": [999, 888, 777, 666, 555, 444, 333, 222, 111, 0],
+        "leading": [900, 800, 700, 600, 500, 400, 300, 200, 100, 0],
+        "trailing": [999, 899, 799, 699, 599, 499, 399, 299, 199, 99],
+        "custom": [990, 980, 970, 500, 420, 77, 3, 0],
+    }[spacing]
+    config = {"variance_type": variance, "gamma": 2.5, "skip_steps": 3}
+    if spacing == "custom":
+        ours = BoostAndSkipDDPMScheduler(**config)
+        ours.set_timesteps(timesteps=table)
+    else:
+        ours = BoostAndSkipDDPMScheduler(**config, timestep_spacing=spacing)
+        ours.set_timesteps(10)
+    expected = ancestral_loop(model, 2.5 * EPS.double(), table[3:], coefficients(), variance, gaussians(2))
+    close(sample(ours, model, steps=None, seed=2), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("kind", PREDICTIONS)
+@pytest.mark.parametrize("rederive", [False, True])
+@pytest.mark.parametrize(
+    ("spacing", "table"),
+    [
+        ("linspace", [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]),
+        ("leading", [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]),
+        ("trailing", [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]),
+        ("custom", [990, 980, 970, 500, 420, 77, 3, 0]),
+    ],
+)
+def test_ddim_equals_the_loop_written_out_with_true_neighbours(eta, kind, rederive, spacing, table):
+    config = {"gamma": 2.5, "skip_steps": 3, "prediction_type": kind, "set_alpha_to_one": False}
+    if spacing == "custom":
+        ours = BoostAndSkipDDIMScheduler(**config)
+        ours.set_timesteps(timesteps=table)
+    else:
+        ours = BoostAndSkipDDIMScheduler(**config, timestep_spacing=spacing, steps_offset=1)
+        ours.set_timesteps(10)
+    assert ours.timesteps.tolist() == table[3:]
+    noise = {"eta": eta, "seed": 2} if eta else {}
+    alphas, options = coefficients(), {"kind": kind, "rederive": rederive}
+    expected = ddim_loop(
+        fake_model, 2.5 * EPS.double(), table[3:], alphas, eta, gaussians(2), last=alphas[0], **options
+    )
+    actual = sample(ours, steps=None, use_clipped_model_output=rederive, **noise)
+    close(actual, expected)
+    learned = sample(ours, fake_learned_model, steps=None, use_clipped_model_output=rederive, **noise)
+    assert torch.equal(learned, actual)  # the variance half of the output is dropped
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+@pytest.mark.parametrize(
+    ("config", "schedule"),
+    [
+        ({"timestep_spacing": "linspace"}, {"num_inference_steps": 10}),
+        ({"timestep_spacing": "leading"}, {"num_inference_steps": 10}),
+        ({"timestep_spacing": "trailing", "use_karras_sigmas": True}, {"num_inference_steps": 10}),
+        ({"use_exponential_sigmas": True, "final_sigmas_type": "sigma_min"}, {"num_inference_steps": 10}),
+        ({"use_beta_sigmas": True}, {"num_inference_steps": 10}),
+        ({}, {"timesteps": [999, 800, 790, 300, 100, 50, 0]}),
+        ({"timestep_spacing": "leading"}, {"sigmas": [14.0, 9.0, 4.0, 1.0, 0.3, 0.1, 0.0]}),
+    ],
+)
+def test_euler_equals_the_loop_written_out(kind, config, schedule):
+    config = {**config, "beta_schedule": "scaled_linear", "prediction_type": kind}
+    stock = EulerDiscreteScheduler(**config)
+    stock.set_timesteps(**schedule)
+    timesteps, sigmas = stock.timesteps[3:], stock.sigmas[3:].tolist()
+    level = math.sqrt(1 + sigmas[0] ** 2) if config.get("timestep_spacing") == "leading" else sigmas[0]
+    expected = euler_loop(fake_model, 2.5 * level * EPS.double(), timesteps, sigmas, kind)
+    ours = BoostAndSkipEulerDiscreteScheduler(**config, gamma=2.5, skip_steps=3)
+    ours.set_timesteps(**schedule)
+    close(sample(ours, steps=None), expected, atol=1e-4)
+    ours.set_timesteps(**schedule)
+    ours.set_begin_index(0)  # as SDXL does
+    close(sample(ours, steps=None), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "schedule"),
+    [
+        ({}, {"num_inference_steps": 10}),
+        ({"timestep_spacing": "leading", "steps_offset": 1}, {"num_inference_steps": 10}),
+        ({"timestep_spacing": "trailing"}, {"num_inference_steps": 22}),
+        ({"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}, {"num_inference_steps": 10}),
+        ({"use_lu_lambdas": True}, {"num_inference_steps": 10}),
+        ({}, {"timesteps": [999, 800, 790, 300, 100, 50, 10]}),
+    ],
+)
+def test_dpm_equals_the_loop_written_out(config, schedule):
+    config = {**config, "beta_schedule": "scaled_linear"}
+    stock = DPMSolverMultistepScheduler(**config)
+    stock.set_timesteps(**schedule)
+    timesteps, sigmas = stock.timesteps[3:], stock.sigmas[3:].tolist()
+    expected = dpm_loop(fake_model, 2.5 * EPS.double(), timesteps, sigmas)
+    ours = BoostAndSkipDPMSolverMultistepScheduler(**config, gamma=2.5, skip_steps=3)
+    ours.set_timesteps(**schedule)
+    close(sample(ours, steps=None), expected)
+    # The second run must not remember the first: its order starts at 1 again, and so in SDXL.
+    ours.set_timesteps(**schedule)
+    assert ours.lower_order_nums == 0
+    assert ours.model_outputs == [None, None]
+    ours.set_begin_index(0)
+    close(sample(ours, steps=None), expected)
+
+
+@pytest.mark.parametrize("solver", [{"solver_order": 3}, {"algorithm_type": "sde-dpmsolver++"}])
+def test_dpm_variants_equal_stock_on_the_kept_timesteps(solver):
+    """Custom timesteps make stock start where the cut starts."""
+    stock = DPMSolverMultistepScheduler(**solver)
+    stock.set_timesteps(10)
+    kept = stock.timesteps[3:].tolist()
+    stock.set_timesteps(timesteps=kept)
+    ours = BoostAndSkipDPMSolverMultistepScheduler(**solver, gamma=2.5, skip_steps=3)
+    ours.set_timesteps(10)
+    boosted = sample(ours, steps=None, seed=2)
+    assert torch.equal(boosted, sample(stock, steps=None, seed=2, eps=2.5 * EPS))
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+@pytest.mark.parametrize("steps", [7, 20])
+def test_skip_equals_stock_over_the_rest_of_a_leading_table(name, steps):
+    stock = PAIRS[name][0](timestep_spacing="leading")
+    stock.set_timesteps(steps)
+    x, generator = 2.5 * EPS, torch.Generator().manual_seed(2)
+    for t in stock.timesteps[3:]:
+        x = stock.step(fake_model(x, t), t, x, generator=generator).prev_sample
+    ours = PAIRS[name][1](timestep_spacing="leading", gamma=2.5, skip_steps=3)
+    if name == "ddim":
+        assert torch.equal(sample(ours, steps=steps, seed=2), x)
+    else:  # stock has the variances of a float32 table
+        torch.testing.assert_close(sample(ours, steps=steps, seed=2), x, atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------- DDIM
+
+
+def test_ddim_neighbours():
+    ours = BoostAndSkipDDIMScheduler(timestep_spacing="linspace", skip_steps=1)
+    ours.set_timesteps(10)
+    assert ours.previous_timestep(888) == 777
+    assert ours.previous_timestep(torch.tensor(0)) == -1
+    ours.set_timesteps(timesteps=[999, 900, 100])
+    assert ours.previous_timestep(900) == 100  # stock: 900 - 1000 // 3 = 567
+    assert ours.previous_timestep(100) == -1
+    boosted = BoostAndSkipDDIMScheduler(timestep_spacing="linspace", gamma=2.0)
+    boosted.set_timesteps(10)
+    assert boosted.previous_timestep(999) == 888
+
+
+def test_ddim_keeps_the_stock_rule_only_while_nothing_is_changed():
+    off = BoostAndSkipDDIMScheduler(timestep_spacing="linspace")
+    assert off.previous_timestep(999) == 998  # before set_timesteps: the training process
+    off.set_timesteps(10)
+    assert off.previous_timestep(999) == 899
+    off.set_timesteps(timesteps=off.timesteps.tolist())
+    assert off.previous_timestep(999) == 888
+    off.set_timesteps(10)
+    assert off.previous_timestep(999) == 899
+
+
+@pytest.mark.parametrize("timesteps", [[999, 500, 0], np.array([999, 500, 0]), torch.tensor([999, 500, 0])])
+def test_ddim_accepts_custom_timesteps(timesteps):
+    ours = BoostAndSkipDDIMScheduler()
+    ours.set_timesteps(timesteps=timesteps, device="cpu")
+    assert ours.timesteps.tolist() == [999, 500, 0]
+    assert ours.timesteps.dtype == torch.int64
+    assert ours.num_inference_steps == 3
+
+
+@pytest.mark.parametrize("steps", [[], [5, 5], [1, 2], [1000, 1], [5, -1], [5.5, 1.0], [[3, 2]], [True, False]])
+def test_ddim_refuses_other_timesteps(steps):
+    with pytest.raises(ValueError, match=r"timesteps=.*strictly decreasing integers in \[0, 1000\)"):
+        BoostAndSkipDDIMScheduler().set_timesteps(timesteps=steps)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_inference_steps": 2, "timesteps": [5, 1]}])
+def test_ddim_takes_exactly_one_schedule(arguments):
+    with pytest.raises(ValueError, match="exactly one of num_inference_steps and timesteps"):
+        BoostAndSkipDDIMScheduler().set_timesteps(**arguments)
+
+
+@pytest.mark.parametrize("config", [{}, {"gamma": 2.0}, {"skip_steps": 2}])
+@pytest.mark.parametrize("timestep", [950, 999, -1, 700.5])
+def test_ddim_refuses_a_timestep_outside_the_table(config, timestep):
+    ours = BoostAndSkipDDIMScheduler(**config)
+    ours.set_timesteps(10)
+    with pytest.raises(ValueError, match=rf"timestep={timestep} is not in the schedule.*scheduler\.timesteps"):
+        ours.step(EPS, timestep, EPS)
+
+
+def test_ddim_refuses_a_skipped_timestep():
+    ours = BoostAndSkipDDIMScheduler(skip_steps=2)
+    ours.set_timesteps(10)
+    with pytest.raises(ValueError, match="timestep=800 is not in the schedule"):
+        ours.step(EPS, 800, EPS)
+
+
+def test_ddim_step_refuses_what_stock_refuses():
+    ours = BoostAndSkipDDIMScheduler()
+    with pytest.raises(ValueError, match="set_timesteps"):
+        ours.step(EPS, 999, EPS)
+    ours.set_timesteps(10)
+    with pytest.raises(ValueError, match="only one of generator and variance_noise"):
+        ours.step(EPS, 900, EPS, eta=1.0, generator=torch.Generator(), variance_noise=EPS)
+    with pytest.raises(ValueError, match="1001"):
+        ours.set_timesteps(1001)
+    ours = BoostAndSkipDDIMScheduler(prediction_type="flow")
+    ours.set_timesteps(10)
+    with pytest.raises(ValueError, match="'flow' must be 'epsilon', 'sample' or 'v_prediction'"):
+        ours.step(EPS, 900, EPS)
+
+
+def test_ddim_given_noise_equals_drawn_noise_and_shapes_are_free():
+    ours = BoostAndSkipDDIMScheduler(gamma=2.0, clip_sample=False)
+    ours.set_timesteps(10)
+    for shape in [(5,), (2, 3), (2, 1, 3, 3, 3)]:
+        x = torch.ones(shape)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+        drawn = ours.step(x, 900, x, eta=1.0, generator=torch.Generator().manual_seed(3))
+        given = ours.step(x, 900, x, eta=1.0, variance_noise=noise)
+        assert torch.equal(drawn.prev_sample, given.prev_sample)
+        assert drawn.prev_sample.shape == shape
+
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+@both
+def test_config_from_stock_and_back(name):
+    stock_class, ours_class = PAIRS[name]
+    stock = stock_class(beta_start=0.002, beta_schedule="scaled_linear", timestep_spacing="trailing")
+    ours = ours_class.from_config(stock.config, gamma=4.0, skip_steps=3)
+    assert torch.equal(ours.betas, stock.betas)
+    assert (ours.config.gamma, ours.config.skip_steps) == (4.0, 3)
+    assert {k: v for k, v in ours.config.items() if k in stock.config and k[0] != "_"} == {
+        k: v for k, v in stock.config.items() if k[0] != "_"
+    }
+    back = stock_class.from_config(ours.config)
+    assert type(back) is stock_class
+    assert torch.equal(sample(back, **seeded(name)), sample(stock, **seeded(name)))
+    again = ours_class.from_config(back.config)  # diffusers keeps what another class needs
+    assert (again.config.gamma, again.config.skip_steps) == (4.0, 3)
+    plain = ours_class.from_config(stock.config)
+    assert (plain.config.gamma, plain.config.skip_steps) == (1.0, 0)
+
+
+@both
+def test_config_between_our_own_classes(name):
+    ours = PAIRS[name][1](beta_start=0.002, gamma=4.0, skip_steps=3)
+    for _, other_class in PAIRS.values():
+        other = other_class.from_config(ours.config)
+        assert (other.config.gamma, other.config.skip_steps) == (4.0, 3)
+        assert torch.equal(other.betas, ours.betas)
+
+
+@both
+def test_positional_arguments_reach_the_parent_and_the_config(name):
+    ours = PAIRS[name][1](100, 0.001, 0.03, gamma=2.0)
+    assert len(ours.betas) == ours.config.num_train_timesteps == 100
+    copied = PAIRS[name][1].from_config(ours.config)
+    assert torch.equal(copied.betas, ours.betas)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bata_start'"):
+        PAIRS[name][1](bata_start=0.001)
+    with pytest.raises(TypeError, match="too many positional"):
+        PAIRS[name][1](*range(50))
+
+
+@both
+def test_copies_and_files_keep_everything(name, tmp_path):
+    cls = PAIRS[name][1]
+    # numpy numbers stand in for what a search over settings passes; JSON knows plain ones only
+    ours = cls(beta_start=0.002, timestep_spacing="trailing", gamma=np.float32(2.5), skip_steps=np.int64(3))
+    ours.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert saved["_class_name"] == cls.__name__
+    assert (saved["gamma"], saved["skip_steps"], saved["beta_start"]) == (2.5, 3, 0.002)
+    expected = sample(ours, **seeded(name))
+    for copied in (cls.from_pretrained(tmp_path), copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(copied) is cls
+        assert dict(copied.config) | {"_use_default_values": 0} == dict(ours.config) | {"_use_default_values": 0}
+        assert torch.equal(sample(copied, **seeded(name)), expected)
+    assert repr(ours).startswith(cls.__name__)
+    assert '"gamma": 2.5' in repr(ours)
+    assert '"skip_steps": 3' in repr(ours)
+
+
+@both
+def test_signatures_that_pipelines_inspect(name):
+    stock, ours = (cls() for cls in PAIRS[name])
+    step, schedule = (list(inspect.signature(method).parameters) for method in (ours.step, ours.set_timesteps))
+    assert step == list(inspect.signature(stock.step).parameters)
+    assert "generator" in step
+    assert ("eta" in step) == (name == "ddim")
+    assert schedule[:2] == ["num_inference_steps", "device"]
+    assert "timesteps" in schedule
+    assert ("sigmas" in schedule) == (name == "euler")
+    stock_schedule = list(inspect.signature(stock.set_timesteps).parameters)
+    assert schedule == stock_schedule + ["timesteps"] * (name == "ddim")
+    init = inspect.signature(type(ours).__init__).parameters
+    assert list(init) == [*inspect.signature(type(stock).__init__).parameters, "gamma", "skip_steps"]
+    assert (init["gamma"].default, init["skip_steps"].default) == (1.0, 0)
+    assert ours.order == stock.order == 1
+    assert type(ours).__module__ == "diffusers_ext.schedulers.scheduling_boost_and_skip"
+
+
+def test_module_stands_alone(monkeypatch):
+    """As a file of a Hub repository: no sibling, nothing but torch, numpy and diffusers."""
+    tree = ast.parse(inspect.getsource(module))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not any(getattr(node, "level", 0) for node in imports)
+    names = {
+        name
+        for node in imports
+        for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module])
+    }
+    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"diffusers", "numpy", "torch"}
+    monkeypatch.setitem(sys.modules, "diffusers_ext", None)
+    spec = importlib.util.spec_from_file_location("scheduling_alone", module.__file__)
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    assert alone.SchedulerMixin is diffusers.SchedulerMixin  # diffusers looks for this name
+    ours = alone.boost_and_skip(DDIMScheduler(), gamma=2.0, skip_steps=1)
+    assert len(ours.betas) == 1000
+
+
+def test_package_exports():
+    assert set(package.__all__) >= {cls.__name__ for _, cls in PAIRS.values()} | {"boost_and_skip"}
+    assert package.boost_and_skip is boost_and_skip
+    assert all(getattr(package, name) is not None for name in package.__all__)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@both
+@pytest.mark.parametrize("gamma", [0, -1.0, math.inf, math.nan, "4", None, True])
+def test_gamma_out_of_range(name, gamma):
+    with pytest.raises(ValueError, match=r"gamma=.*must be a finite number > 0.*gamma=1\.0"):
+        PAIRS[name][1](gamma=gamma)
+
+
+@both
+@pytest.mark.parametrize("skip_steps", [-1, 1.0, 2.5, "3", None, True])
+def test_skip_steps_out_of_range(name, skip_steps):
+    with pytest.raises(ValueError, match=r"skip_steps=.*must be an integer >= 0.*skip_steps=0"):
+        PAIRS[name][1](skip_steps=skip_steps)
+
+
+@both
+def test_skip_steps_must_leave_a_step(name):
+    ours = PAIRS[name][1](skip_steps=5)
+    ours.set_timesteps(6)
+    assert len(ours.timesteps) == 1
+    for schedule in ({"num_inference_steps": 5}, {"timesteps": [900, 3]}):
+        with pytest.raises(
+            ValueError, match=r"skip_steps=5 must be smaller than the number of steps.*has [52]: set more"
+        ):
+            ours.set_timesteps(**schedule)
+
+
+# ------------------------------------------------------------------------------------------------------ boost_and_skip
+
+
+@both
+def test_boost_and_skip_picks_the_class_and_keeps_the_config(name):
+    stock_class, ours_class = PAIRS[name]
+    stock = stock_class(beta_start=0.002)
+    ours = boost_and_skip(stock, gamma=4.0, skip_steps=3)
+    assert type(ours) is ours_class
+    assert (ours.config.gamma, ours.config.skip_steps, ours.config.beta_start) == (4.0, 3, 0.002)
+    assert type(stock) is stock_class  # left as it was
+    assert "gamma" not in stock.config
+    again = boost_and_skip(ours, gamma=2.0)
+    assert type(again) is ours_class
+    assert (again.config.gamma, again.config.skip_steps, again.config.beta_start) == (2.0, 0, 0.002)
+    assert (ours.config.gamma, ours.config.skip_steps) == (4.0, 3)
+    with pytest.raises(ValueError, match="gamma=0"):
+        boost_and_skip(stock, gamma=0)
+
+
+@pytest.mark.parametrize("cls", [PNDMScheduler, LCMScheduler, DDPMParallelScheduler])
+def test_boost_and_skip_refuses_what_it_does_not_know(cls):
+    with pytest.raises(ValueError) as error:
+        boost_and_skip(cls(), gamma=4.0)
+    message = str(error.value)
+    assert cls.__name__ in message
+    assert all(known.__name__ in message for pair in PAIRS.values() for known in pair)
+    assert "EulerDiscreteScheduler.from_config(pipe.scheduler.config)" in message
+    converted = boost_and_skip(EulerDiscreteScheduler.from_config(cls().config), gamma=4.0)
+    assert type(converted) is BoostAndSkipEulerDiscreteScheduler
+
+
+def test_boost_and_skip_refuses_subclasses_of_ours():
+    class Mine(BoostAndSkipDDIMScheduler):
+        pass
+
+    with pytest.raises(ValueError, match="Mine"):
+        boost_and_skip(Mine())
+
+
+# ----------------------------------------------------------------------------------- Gaussian data, the exact denoiser
+
+
+def exact_epsilon(variance, alphas):
+    """E[epsilon | x_t] for data N(0, variance)."""
+    return lambda x, t: x * math.sqrt(1 - alphas[int(t)]) / (alphas[int(t)] * variance + 1 - alphas[int(t)])
+
+
+@pytest.mark.parametrize(
+    ("variance", "gamma", "skip"), [(1.0, 2.0, 300), (0.25, 3.0, 400), (4.0, 0.5, 600), (0.25, 1.0, 0)]
+)
+def test_gaussian_data_ends_at_the_boosted_variance(variance, gamma, skip):
+    """The flow of the exact denoiser maps N(0, c v(t)) to N(0, c v(0)), v(t) = alpha variance + 1 - alpha, so the
+    start gamma epsilon, of variance gamma^2, ends at variance gamma^2 v(0) / v(start)."""
+    alphas = coefficients()
+    eps = torch.linspace(-2, 2, 5)
+    start = alphas[999 - skip]
+    expected = gamma * eps * math.sqrt(variance / (start * variance + 1 - start))
+    config = {"clip_sample": False, "gamma": gamma, "skip_steps": skip, "timestep_spacing": "leading"}
+    ddim = BoostAndSkipDDIMScheduler(**config)
+    torch.testing.assert_close(
+        sample(ddim, exact_epsilon(variance, alphas), steps=1000, eps=eps), expected, rtol=0.01, atol=0
+    )
+    del config["clip_sample"]
+    euler = BoostAndSkipEulerDiscreteScheduler(**config)
+    torch.testing.assert_close(
+        sample(euler, exact_epsilon(variance, alphas), steps=1000, eps=eps), expected, rtol=0.02, atol=0
+    )
+
+
+# --------------------------------------------------------------------------- goldens: numbers of the authors' own code
+
+LOOPS = [
+    "gd_loop_celeba_ancestral_g1_dt0_r10",
+    "gd_loop_celeba_ancestral_g4_dt3_r10",
+    "gd_loop_celeba_ddim_eta0_g4_dt3_r25",
+    "gd_loop_imagenet_ancestral_g2.5_dt3_r25",
+    "gd_loop_imagenet_ddim_eta0.5_g2.5_dt3_r10",
+    "gd_loop_imagenet_ddim_eta0_g1_dt0_r10",
+    "gd_loop_upsampler_ancestral_r10",
+]
+MATHS = [
+    f"gd_math_{schedule}_{steps}" for schedule in ("cosine", "linear") for steps in ("10", "250", "ddim25", "full")
+]
+
+
+def golden(case):
+    return json.loads((GOLDENS / f"{case}.json").read_text()), load_file(GOLDENS / f"{case}.safetensors")
+
+
+def guided_diffusion_scheduler(cls, noise_schedule, **config):
+    beta_schedule = {"cosine": "squaredcos_cap_v2", "linear": "linear"}[noise_schedule]
+    learned = {"variance_type": "learned_range"} if issubclass(cls, DDPMScheduler) else {}
+    return cls(**{"beta_schedule": beta_schedule, "clip_sample": True, **learned, **config})
+
+
+@pytest.mark.parametrize("case", LOOPS)
+def test_authors_loops_step_by_step(case, monkeypatch):
+    about, tensors = golden(case)
+    ddim = about["loop"] == "ddim"
+    ours = guided_diffusion_scheduler(
+        BoostAndSkipDDIMScheduler if ddim else BoostAndSkipDDPMScheduler,
+        about["noise_schedule"],
+        gamma=about["gamma"],
+        skip_steps=about["Delta_t"],
+    )
+    ours.set_timesteps(timesteps=tensors["timestep_map"].flip(0).tolist())
+    assert ours.timesteps.tolist() == tensors["network_t"][:, 0].tolist()
+    noises = tensors.get("step_noise")
+    tolerance = {"atol": about["tolerance"]["recommended_atol"], "rtol": about["tolerance"]["recommended_rtol"]}
+
+    x = tensors["init_noise"] * ours.init_noise_sigma
+    for i, t in enumerate(ours.timesteps):
+        if ddim:
+            noise = {"eta": about["eta"], "variance_noise": noises[i]} if about["eta"] else {}
+            out = ours.step(tensors["model_output"][i], t, x, use_clipped_model_output=True, **noise)
+        else:
+            monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, i=i, **__: noises[i])
+            out = ours.step(tensors["model_output"][i], t, x)
+        x = out.prev_sample
+        torch.testing.assert_close(x, tensors["x_after_step"][i], **tolerance)
+        torch.testing.assert_close(out.pred_original_sample, tensors["pred_xstart"][i], **tolerance)
+    final = {**tolerance, "atol": about["tolerance"]["recommended_atol_final"]}
+    torch.testing.assert_close(x, tensors["x_after_step"][-1], **final)
+
+
+def guided_diffusion_math(case, cls=BoostAndSkipDDPMScheduler, **config):
+    about, tensors = golden(case)
+    ours = guided_diffusion_scheduler(cls, about["noise_schedule"], **config)
+    ours.set_timesteps(timesteps=tensors["timestep_map"].flip(0).tolist())
+    return ours, tensors
+
+
+# The scheduler's tables are float32 products of up to 1000 factors, the authors' float64: relative differences of a
+# few 1e-6 at most timesteps, and of 1e-4 near t = 999 of the cosine schedule, where alphas_cumprod is 1e-9.
+TABLE = {"rtol": 2e-4, "atol": 0}
+
+
+@pytest.mark.parametrize("case", MATHS)
+def test_authors_tables(case):
+    ours, tensors = guided_diffusion_math(case)
+    kept = tensors["timestep_map"]
+    torch.testing.assert_close(ours.alphas_cumprod[kept].double(), tensors["alphas_cumprod"], **TABLE)
+    previous = torch.stack([torch.as_tensor(ours.previous_timestep(t)) for t in kept])
+    assert previous.tolist() == [-1, *kept[:-1].tolist()]
+    alphas_prev = torch.where(previous >= 0, ours.alphas_cumprod[previous], 1.0).double()
+    torch.testing.assert_close(alphas_prev, tensors["alphas_cumprod_prev"], **TABLE)
+    # learned_range interpolates from log posterior variance (v = -1) to log beta (v = 1); entry 0 adds no noise
+    boosted, _ = guided_diffusion_math(case, gamma=2.0)
+    for scheduler, tolerance in ((ours, 2e-3), (boosted, 2e-5)):  # float32 as stock, float64
+        for v, name in ((-1.0, "posterior_log_variance_clipped"), (1.0, "log_betas")):
+            log_variance = torch.stack([scheduler._get_variance(t, torch.tensor(v)) for t in kept[1:]]).double()
+            torch.testing.assert_close(log_variance, tensors[name][1:], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", MATHS)
+@pytest.mark.parametrize("clip", [True, False])
+def test_authors_posterior(case, clip, monkeypatch):
+    ours, tensors = guided_diffusion_math(case, clip_sample=clip)
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda shape, **_: torch.zeros(shape))
+    suffix = "" if clip else "_noclip"
+    for i, t in enumerate(tensors["pmv.t_network"].tolist()):
+        x, output = tensors["pmv.x_t"][i : i + 1], tensors["pmv.model_output"][i : i + 1]
+        out = ours.step(output, t, x)
+        torch.testing.assert_close(
+            out.pred_original_sample[0], tensors[f"pmv.pred_xstart{suffix}"][i], atol=2e-5, rtol=2e-4
+        )
+        torch.testing.assert_close(out.prev_sample[0], tensors[f"pmv.mean{suffix}"][i], atol=2e-5, rtol=2e-4)
+        if t > 0:
+            log_variance = ours._get_variance(t, predicted_variance=output[:, 3:])
+            torch.testing.assert_close(log_variance[0], tensors["pmv.log_variance"][i], atol=2e-3, rtol=0)
+        noisy = ours.add_noise(tensors["q.x0"][i], tensors["q.noise"][i], torch.tensor([t]))
+        torch.testing.assert_close(noisy, tensors["q.x_t"][i], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", MATHS)
+def test_authors_ddim_step(case):
+    """eta 0 and epsilon derived again from the clipped x_0: sqrt(alpha_prev) x_0 + sqrt(1 - alpha_prev) epsilon."""
+    ours, tensors = guided_diffusion_math(case, BoostAndSkipDDIMScheduler)
+    for i, t in enumerate(tensors["pmv.t_network"].tolist()):
+        alpha_prev = tensors["alphas_cumprod_prev"][tensors["pmv.t"][i]].item()
+        x0, eps = tensors["pmv.pred_xstart"][i], tensors["pmv.eps_rederived"][i]
+        out = ours.step(
+            tensors["pmv.model_output"][i : i + 1], t, tensors["pmv.x_t"][i : i + 1], use_clipped_model_output=True
+        )
+        expected = math.sqrt(alpha_prev) * x0 + math.sqrt(1 - alpha_prev) * eps
+        torch.testing.assert_close(out.prev_sample[0], expected, atol=2e-5, rtol=3e-4)
+
+
+# -------------------------------------------------------------------------------------- latent text-to-image pipelines
+
+LATENTS = (1, 4, 8, 8)
+
+
+def embeddings(width, names=("prompt_embeds", "negative_prompt_embeds")):
+    generator = torch.Generator().manual_seed(5)
+    return {name: torch.randn(1, 6, width, generator=generator) for name in names}
+
+
+def guided(unet, text, scale, **conditions):
+    """Classifier-free guidance as one network of (latents, t)."""
+
+    def model(x, t):
+        negative, positive = unet(torch.cat([x, x]), t, encoder_hidden_states=text, **conditions).sample.chunk(2)
+        return negative + scale * (positive - negative)
+
+    return model
+
+
+def latent_loop(name, model, gamma, skip, steps, seed):
+    """The sampler written out on SD's schedule: boosted noise at the first kept step, no cut tables involved."""
+    noise = gaussians(seed, torch.float32, LATENTS)
+    eps = noise()
+    alphas = coefficients({k: v for k, v in LATENT_SCHEDULE.items() if k.startswith("beta")})
+    if name in ("ddpm", "ddim"):
+        table = [1 + i * (1000 // steps) for i in reversed(range(steps))][skip:]
+        if name == "ddim":
+            return ddim_loop(model, gamma * eps, table, alphas, last=alphas[0], clip=math.inf)
+        return ancestral_loop(model, gamma * eps, table, alphas, "fixed_small", noise, clip=math.inf)
+    stock = PAIRS[name][0](**LATENT_SCHEDULE)
+    stock.set_timesteps(steps)
+    timesteps, sigmas = stock.timesteps[skip:], stock.sigmas[skip:].tolist()
+    if name == "euler":
+        return euler_loop(model, gamma * math.sqrt(1 + sigmas[0] ** 2) * eps, timesteps, sigmas)
+    return dpm_loop(model, gamma * eps, timesteps, sigmas)
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion():
+    return tiny_stable_diffusion()
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    return tiny_sdxl()
+
+
+@both
+@pytest.mark.parametrize(("gamma", "skip"), [(1.0, 0), (2.5, 3)])
+@torch.no_grad()
+def test_stable_diffusion_equals_the_loop_written_out(stable_diffusion, name, gamma, skip):
+    pipe, texts = stable_diffusion, embeddings(8)
+    pipe.scheduler = boost_and_skip(PAIRS[name][0].from_config(pipe.scheduler.config), gamma=gamma, skip_steps=skip)
+    latents = pipe(
+        **texts,
+        num_inference_steps=8,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(9),
+        output_type="latent",
+    ).images
+    model = guided(pipe.unet, torch.cat([texts["negative_prompt_embeds"], texts["prompt_embeds"]]), 3.0)
+    expected = latent_loop(name, model, gamma, skip, 8, seed=9)
+    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["euler", "dpm"])
+@torch.no_grad()
+def test_sdxl_equals_the_loop_written_out(sdxl, name):
+    """SDXL calls set_begin_index(0) before its loop."""
+    pipe, texts = sdxl, embeddings(16)
+    pooled = {f"{k}pooled_prompt_embeds": torch.full((1, 8), v) for k, v in [("", 0.5), ("negative_", -0.5)]}
+    pipe.scheduler = boost_and_skip(PAIRS[name][0].from_config(pipe.scheduler.config), gamma=2.5, skip_steps=3)
+    calls = []
+    for _ in range(2):  # the second call meets a used scheduler
+        latents = pipe(
+            **texts,
+            **pooled,
+            num_inference_steps=8,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(9),
+            output_type="latent",
+        ).images
+        calls.append(latents)
+    assert torch.equal(*calls)
+    sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2)
+    pooled = torch.cat([pooled["negative_pooled_prompt_embeds"], pooled["pooled_prompt_embeds"]])
+    model = guided(
+        pipe.unet,
+        torch.cat([texts["negative_prompt_embeds"], texts["prompt_embeds"]]),
+        3.0,
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
+    )
+    expected = latent_loop(name, model, 2.5, 3, 8, seed=9)
+    torch.testing.assert_close(calls[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_pipelines_run_from_prompt_to_image_and_take_custom_timesteps(stable_diffusion, sdxl):
+    options = {"prompt": "a cat", "negative_prompt": "dog", "output_type": "np", "num_inference_steps": 4}
+    for pipe, width in ((stable_diffusion, 16), (sdxl, 16)):
+        pipe.scheduler = boost_and_skip(EulerDiscreteScheduler(**LATENT_SCHEDULE), gamma=2.0, skip_steps=1)
+        assert pipe(**options).images.shape == (1, width, width, 3)
+    stable_diffusion.scheduler = boost_and_skip(
+        DDIMScheduler(**LATENT_SCHEDULE, clip_sample=False), gamma=2.0, skip_steps=1
+    )
+    del options["num_inference_steps"]
+    seen = []
+    stable_diffusion(
+        **options, timesteps=[900, 500, 100], callback_on_step_end=lambda _, i, t, kw: seen.append(int(t)) or kw
+    )
+    assert seen == [500, 100]
+
+
+def test_pipeline_saves_and_loads_with_the_scheduler(stable_diffusion, tmp_path):
+    stable_diffusion.scheduler = boost_and_skip(
+        DDIMScheduler(**LATENT_SCHEDULE, clip_sample=False), gamma=2.0, skip_steps=1
+    )
+    stable_diffusion.save_pretrained(tmp_path)
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is BoostAndSkipDDIMScheduler
+    assert (loaded.scheduler.config.gamma, loaded.scheduler.config.skip_steps) == (2.0, 1)
+
+
+def test_unconditional_pipeline_skips():
+    """DDIMPipeline ignores init_noise_sigma, and replaces a scheduler given to its constructor by a stock one."""
+    unet = UNet2DModel(
+        sample_size=4,
+        block_out_channels=(4,),
+        norm_num_groups=2,
+        layers_per_block=1,
+        add_attention=False,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    pipe = DDIMPipeline(unet, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = boost_and_skip(pipe.scheduler, gamma=4.0, skip_steps=3)
+    count = []
+    unet.register_forward_hook(lambda *_: count.append(1))
+    pipe(num_inference_steps=5)
+    assert len(count) == 2
