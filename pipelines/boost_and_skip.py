@@ -1,0 +1,320 @@
+"""Minority samples from a pixel-space diffusion model by Boost-and-Skip (Um, Kim, Ye, ICML 2025, arXiv 2502.06516)."""
+
+import inspect
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+BOOST_AND_SKIP_CLASSES = {
+    "DDIMScheduler": "BoostAndSkipDDIMScheduler",
+    "EulerDiscreteScheduler": "BoostAndSkipEulerDiscreteScheduler",
+    "DPMSolverMultistepScheduler": "BoostAndSkipDPMSolverMultistepScheduler",
+}
+
+
+def is_boost_and_skip(scheduler: SchedulerMixin) -> bool:
+    """Whether the scheduler itself boosts and skips, which its class shows by taking `gamma` and `skip_steps`.
+
+    Not read from the config: a stock scheduler made from ours keeps the two as ignored entries there.
+    """
+    return {"gamma", "skip_steps"} <= set(inspect.signature(type(scheduler).__init__).parameters)
+
+
+class BoostAndSkipPipeline(DiffusionPipeline):
+    r"""Pixel-space generation, unconditional or class-conditional, that starts from boosted noise after skipped steps.
+
+    .. math:: x_{t_s} = \gamma\,\epsilon,\quad \epsilon \sim N(0, I)
+
+    where t_0 > t_1 > ... is the schedule as set and s is `skip_steps`; from there the stock sampler walks
+    t_s, t_{s+1}, ... The noise is not rescaled to the level of t_s. A boost alone is forgotten on the way from
+    pure noise; started later, where part of the noise level is signal, it leads to samples of low density.
+    `gamma=1, skip_steps=0` is the stock sampler.
+
+    unet: `UNet2DModel` or a model called like one; with twice as many output as input channels (learned variance)
+        the second half goes to schedulers that read it and is dropped for the others.
+    scheduler: a `DDPMScheduler`, whose initial noise and timesteps the pipeline then treats itself, or a
+        `BoostAndSkip...Scheduler`.
+    null_class: index of the class label that stands for "no label"; needed for guidance. None: the model has none.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012  diffusers' name and form
+
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, null_class: int | None = None):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(null_class=null_class)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance weight of the current or last call; 1 is off."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the current or last call runs the network on labels and on the null class."""
+        return self._guidance_scale != 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps that the current or last call walks, the skipped ones not counted."""
+        return self._num_timesteps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        class_labels: int | list[int] | torch.Tensor | None = None,
+        num_inference_steps: int = 250,
+        timesteps: list[int] | None = None,
+        gamma: float | None = None,
+        skip_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+        latents: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["BoostAndSkipPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        r"""Generate images.
+
+        Args:
+            batch_size: number of images; by default as many as `class_labels`, or 1.
+            class_labels: class indices, one for all images or one an image (batch_size,). Left out, a
+                class-conditional model with a null class samples without a label.
+            num_inference_steps: steps of the schedule before skipping.
+            timesteps: the schedule itself, strictly decreasing training timesteps, in place of its length.
+            gamma: factor on the standard deviation of the initial noise, > 0. The paper uses 2.5 to 4. By default
+                the scheduler's, or 1.
+            skip_steps: how many of the first steps to drop, >= 0. The paper drops 3 of 250. By default the
+                scheduler's, or 0.
+            guidance_scale: w in eps_null + w (eps_label - eps_null); 1 is off.
+            eta: 0 for DDIM, 1 for its ancestral form; only for schedulers that take it.
+            use_clipped_model_output: for DDIM, whether the noise is derived anew from the clipped x0. By default
+                True, as in the authors' loop.
+            latents: initial noise of unit variance (batch_size, channels, height, width); gamma multiplies it.
+            generator: one for all images, or a list of one an image, whose result then does not depend on the batch.
+            output_type: "pil", "np" (batch, height, width, channels) in [0, 1] or "pt" (batch, channels, height,
+                width) in [0, 1].
+            return_dict: whether to return an `ImagePipelineOutput` or a tuple of the images.
+            callback_on_step_end: called as callback(pipeline, step, timestep, tensors) after each step; what the
+                returned dict holds under "latents" replaces the sample.
+            callback_on_step_end_tensor_inputs: which tensors the callback sees; "latents" is the sample x_t.
+
+        Raises ValueError for arguments out of range, and for a scheduler that can neither be boosted here nor boosts
+        by itself; the message says what to do.
+        """
+        self._guidance_scale = guidance_scale
+        self._check_inputs(batch_size, class_labels, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
+        labels = self._check_labels(class_labels)
+        batch_size = self._batch_size(batch_size, labels, latents)
+        self._check_generators(generator, batch_size)
+        device = self._execution_device
+        labels = self._label_tensor(labels, batch_size, device)
+
+        with self._scheduler_for_call(gamma, skip_steps) as (boost, skip):
+            steps = self._set_timesteps(num_inference_steps, timesteps, skip, device)
+            extra = self._step_kwargs(eta, use_clipped_model_output, generator)
+            latents = self._initial_sample(batch_size, latents, generator, device) * boost
+            self._num_timesteps = len(steps)
+            with self.progress_bar(total=len(steps)) as progress_bar:
+                for i, t in enumerate(steps):
+                    model_output = self._model_output(self.scheduler.scale_model_input(latents, t), t, labels)
+                    latents = self.scheduler.step(model_output, t, latents, **extra).prev_sample
+                    if callback_on_step_end is not None:
+                        tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                        latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
+                    progress_bar.update()
+
+        images = self._to_output(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _model_output(self, sample: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """The network's prediction, guided if asked; (batch, channels or 2 channels, height, width)."""
+        channels = sample.shape[1]
+        sample = sample.to(self.unet.dtype)
+        if not self.do_classifier_free_guidance:
+            output = self.unet(sample, t, class_labels=labels).sample
+        else:
+            both = torch.cat([torch.full_like(labels, self.config.null_class), labels])
+            null, cond = self.unet(torch.cat([sample, sample]), t, class_labels=both).sample.chunk(2)
+            guided = null[:, :channels] + self.guidance_scale * (cond[:, :channels] - null[:, :channels])
+            output = torch.cat([guided, cond[:, channels:]], dim=1)
+        if output.shape[1] == 2 * channels and not self._scheduler_reads_variance():
+            output = output[:, :channels]
+        return output
+
+    def _scheduler_reads_variance(self) -> bool:
+        return str(self.scheduler.config.get("variance_type", "")).startswith("learned")
+
+    @contextmanager
+    def _scheduler_for_call(self, gamma: float | None, skip_steps: int | None):
+        """Put the scheduler of this call in place; yields what is left to do here: noise factor, steps to skip."""
+        own, scheduler = self.scheduler, self.scheduler
+        if is_boost_and_skip(scheduler):
+            given = {"gamma": gamma, "skip_steps": skip_steps}
+            given = {name: value for name, value in given.items() if value is not None}
+            if given:
+                scheduler = type(scheduler).from_config(scheduler.config, **given)
+            gamma, skip_steps = 1.0, 0
+        elif isinstance(scheduler, DDPMScheduler):
+            gamma = 1.0 if gamma is None else gamma
+            skip_steps = 0 if skip_steps is None else skip_steps
+            _check_boost_and_skip(gamma, skip_steps)
+        else:
+            raise ValueError(_unsupported(scheduler))
+        self.scheduler = scheduler
+        try:
+            yield gamma, skip_steps
+        finally:
+            self.scheduler = own
+
+    def _set_timesteps(self, num_inference_steps, timesteps, skip_steps, device) -> torch.Tensor:
+        """Set the schedule and return the timesteps to walk, from the first one that is kept."""
+        if timesteps is None:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+        else:
+            raise ValueError(
+                f"timesteps={timesteps!r}: {type(self.scheduler).__name__} takes no custom timesteps; use a"
+                " DDPMScheduler or a BoostAndSkip... scheduler, or pass num_inference_steps"
+            )
+        steps = self.scheduler.timesteps
+        if skip_steps >= len(steps):
+            raise ValueError(
+                f"skip_steps={skip_steps} leaves no step of a schedule of {len(steps)}; use 0 <= skip_steps <"
+                f" {len(steps)} or a longer schedule"
+            )
+        return steps[skip_steps:]
+
+    def _step_kwargs(self, eta: float, use_clipped_model_output: bool | None, generator) -> dict:
+        """The keyword arguments of scheduler.step, of those that this scheduler takes."""
+        known = inspect.signature(self.scheduler.step).parameters
+        for name, value, off in (("eta", eta, 0), ("use_clipped_model_output", use_clipped_model_output, None)):
+            if name not in known and value != off:
+                raise ValueError(
+                    f"{name}={value!r}: {type(self.scheduler).__name__} does not take it; leave it out or use"
+                    " BoostAndSkipDDIMScheduler"
+                )
+        if use_clipped_model_output is None:
+            use_clipped_model_output = True
+        values = {"eta": eta, "use_clipped_model_output": use_clipped_model_output, "generator": generator}
+        return {name: value for name, value in values.items() if name in known}
+
+    def _initial_sample(self, batch_size: int, latents, generator, device: torch.device) -> torch.Tensor:
+        """Noise of unit variance times the scheduler's initial sigma, in the network's dtype."""
+        shape = self._sample_shape(batch_size)
+        if latents is None:
+            # mps draws are not reproducible, so its noise comes from the CPU as in diffusers' own pipelines
+            source = torch.device("cpu") if device.type == "mps" else device
+            latents = randn_tensor(shape, generator=generator, device=source, dtype=self.unet.dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have shape {shape} for this model and batch, got {tuple(latents.shape)}")
+        return latents.to(device=device, dtype=self.unet.dtype) * self.scheduler.init_noise_sigma
+
+    def _sample_shape(self, batch_size: int) -> tuple[int, int, int, int]:
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return batch_size, self.unet.config.in_channels, height, width
+
+    def _to_output(self, latents: torch.Tensor, output_type: str):
+        images = (latents / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        images = images.float().cpu().permute(0, 2, 3, 1).numpy()
+        return self.numpy_to_pil(images) if output_type == "pil" else images
+
+    def _check_inputs(self, batch_size, class_labels, guidance_scale, output_type, callback_tensors) -> None:
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f'output_type must be "pil", "np" or "pt", got {output_type!r}')
+        unknown = set(callback_tensors) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; allowed are {self._callback_tensor_inputs}"
+            )
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
+        if guidance_scale != 1 and (self.config.null_class is None or class_labels is None):
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs class_labels and a model with a null class; pass"
+                " class_labels=, build the pipeline with null_class=, or use guidance_scale=1"
+            )
+
+    @staticmethod
+    def _check_generators(generator, batch_size: int) -> None:
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"generator is a list of {len(generator)}, but batch_size is {batch_size}; give one generator, or one"
+                " an image"
+            )
+
+    def _check_labels(self, class_labels) -> list[int] | None:
+        """The labels as a list of one or of many integers; None where none are given and none are needed."""
+        classes = self.unet.config.get("num_class_embeds")
+        if class_labels is None:
+            if classes is not None and self.config.null_class is None:
+                raise ValueError(
+                    f"class_labels must be given: the model is conditional on {classes} classes and the pipeline"
+                    " knows no null class"
+                )
+            return None
+        if classes is None:
+            raise ValueError(f"class_labels={class_labels!r}: the model is unconditional; leave class_labels out")
+        labels = torch.as_tensor(class_labels)
+        if labels.ndim > 1 or labels.numel() == 0 or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"class_labels must be an integer or a non-empty list of integers, got {class_labels!r}")
+        wrong = [label for label in labels.reshape(-1).tolist() if not 0 <= label < classes]
+        if wrong:
+            raise ValueError(f"class_labels must be in [0, {classes}), got {wrong}")
+        return labels.tolist() if labels.ndim else [labels.item()]
+
+    @staticmethod
+    def _batch_size(batch_size: int | None, labels: list[int] | None, latents) -> int:
+        if batch_size is not None:
+            return batch_size
+        if labels is not None and len(labels) > 1:
+            return len(labels)
+        return 1 if latents is None else len(latents)
+
+    def _label_tensor(self, labels: list[int] | None, batch_size: int, device) -> torch.Tensor | None:
+        """Labels (batch_size,) int64; the null class where a conditional model got none; None for no labels at all."""
+        if labels is None:
+            if self.unet.config.get("num_class_embeds") is None:
+                return None
+            labels = [self.config.null_class]
+        if len(labels) not in (1, batch_size):
+            raise ValueError(f"class_labels must hold 1 or batch_size={batch_size} labels, got {len(labels)}")
+        return torch.tensor(labels, device=device).expand(batch_size)
+
+
+def _check_boost_and_skip(gamma: float, skip_steps: int) -> None:
+    if not (math.isfinite(gamma) and gamma > 0):
+        raise ValueError(f"gamma must be finite and > 0, got {gamma}; 1 is the stock initial noise")
+    if isinstance(skip_steps, bool) or not isinstance(skip_steps, int) or skip_steps < 0:
+        raise ValueError(f"skip_steps must be an integer >= 0, got {skip_steps!r}; 0 skips nothing")
+
+
+def _unsupported(scheduler: SchedulerMixin) -> str:
+    name = type(scheduler).__name__
+    ours = BOOST_AND_SKIP_CLASSES.get(name)
+    if ours:
+        return (
+            f"BoostAndSkipPipeline cannot boost a stock {name}; use {ours}.from_config(pipe.scheduler.config) or"
+            " boost_and_skip(pipe.scheduler, gamma=..., skip_steps=...) from diffusers_ext"
+        )
+    return (
+        f"BoostAndSkipPipeline does not know {name}; use a DDPMScheduler,"
+        f" BoostAndSkipDDPMScheduler, {', '.join(BOOST_AND_SKIP_CLASSES.values())}"
+    )

@@ -1,0 +1,204 @@
+"""What every pipeline and every scheduler of the package must do, as mixins for test classes."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_ext.hub import export_pipeline
+
+HERE = Path(__file__).parent
+
+
+def run_fresh(script: str, *arguments: str, cache: Path) -> str:
+    """Run a script of this folder in a new Python process, away from the checkout, with its own module cache."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *arguments], cwd=cache, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class PipelineContract:
+    """Tests of one pipeline class over several sets of components.
+
+    A subclass gives `variants`, names for which `build(variant)` returns a tiny pipeline and `options(variant)` the
+    keyword arguments of a quick call that yields `batch` images in `steps` steps; and `file`, the pipeline's source.
+    """
+
+    variants: tuple[str, ...]
+    batch: int
+    steps: int
+    file: Path
+
+    def build(self, variant: str) -> DiffusionPipeline:
+        raise NotImplementedError
+
+    def options(self, variant: str) -> dict:
+        raise NotImplementedError
+
+    def quiet(self, variant: str) -> DiffusionPipeline:
+        pipe = self.build(variant)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def run(self, pipe: DiffusionPipeline, variant: str, **overrides) -> np.ndarray:
+        generator = torch.Generator().manual_seed(7)
+        return pipe(**{"output_type": "np", "generator": generator, **self.options(variant), **overrides}).images
+
+    def save_expected(self, pipe: DiffusionPipeline, variant: str, folder: Path) -> None:
+        """What a fresh process needs to repeat the sample, and the sample."""
+        (folder / "options.json").write_text(json.dumps(self.options(variant)))
+        np.save(folder / "expected.npy", self.run(pipe, variant))
+
+    def check_loaded(self, folder: Path, *names: str) -> None:
+        expected = np.load(folder / "expected.npy")
+        for name in names:
+            np.testing.assert_allclose(
+                np.load(folder / f"{name}.npy"), expected, atol=1e-4, err_msg=f"{folder} {name}"
+            )
+
+    def pytest_generate_tests(self, metafunc):
+        if "variant" in metafunc.fixturenames:
+            metafunc.parametrize("variant", self.variants)
+
+    def test_save_and_load_in_a_fresh_process(self, tmp_path):
+        """By class, and by DiffusionPipeline once diffusers_ext is imported: the same sample."""
+        for variant in self.variants:
+            pipe = self.quiet(variant)
+            pipe.save_pretrained(tmp_path / variant)
+            self.save_expected(pipe, variant, tmp_path / variant)
+        run_fresh("load_with_package.py", type(pipe).__name__, str(tmp_path), *self.variants, cache=tmp_path)
+        for variant in self.variants:
+            self.check_loaded(tmp_path / variant, "class", "base")
+
+    def test_export_and_custom_pipeline_without_the_package(self, tmp_path):
+        """An exported folder, and a stock folder with custom_pipeline=, load where diffusers_ext is not installed."""
+        for variant in self.variants:
+            pipe = self.quiet(variant)
+            export_pipeline(pipe, tmp_path / variant)
+            self.save_expected(pipe, variant, tmp_path / variant)
+        run_fresh("load_without_package.py", str(self.file), str(tmp_path), *self.variants, cache=tmp_path)
+        for variant in self.variants:
+            self.check_loaded(tmp_path / variant, "export", "custom")
+
+    def test_output_types_agree(self, variant):
+        pipe = self.quiet(variant)
+        array = self.run(pipe, variant)
+        tensor = self.run(pipe, variant, output_type="pt")
+        pictures = self.run(pipe, variant, output_type="pil")
+        assert array.shape[0] == tensor.shape[0] == len(pictures) == self.batch
+        assert array.min() >= 0 and array.max() <= 1
+        np.testing.assert_array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
+        for picture, image in zip(pictures, array, strict=True):
+            levels = np.asarray(picture).reshape(image.shape)
+            np.testing.assert_array_equal(levels, (image * 255).round().astype(np.uint8))
+
+    def test_return_dict(self, variant):
+        pipe = self.quiet(variant)
+        generator = torch.Generator().manual_seed(7)
+        outputs = pipe(**self.options(variant), generator=generator, output_type="np", return_dict=False)
+        assert isinstance(outputs, tuple) and len(outputs) == 1
+        np.testing.assert_array_equal(outputs[0], self.run(pipe, variant))
+
+    def test_callback_sees_and_replaces_the_sample(self, variant):
+        pipe, seen = self.quiet(variant), []
+
+        def watch(pipeline, step, timestep, tensors):
+            assert pipeline is pipe and list(tensors) == ["latents"]
+            seen.append((step, float(timestep), tensors["latents"].clone()))
+            return {}
+
+        untouched = self.run(pipe, variant, callback_on_step_end=watch)
+        np.testing.assert_array_equal(untouched, self.run(pipe, variant))
+        assert [step for step, _, _ in seen] == list(range(self.steps))
+        times = [time for _, time, _ in seen]
+        assert times == sorted(times, reverse=True)
+        blank = self.run(
+            pipe, variant, callback_on_step_end=lambda p, i, t, tensors: {"latents": tensors["latents"] * 0}
+        )
+        np.testing.assert_array_equal(blank, np.full_like(blank, 0.5))
+
+    def test_callback_tensor_names_are_checked(self, variant):
+        with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs"):
+            self.run(self.quiet(variant), variant, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+    def test_generators(self, variant):
+        """One generator repeats the batch; one a sample makes each sample independent of the batch."""
+        pipe = self.quiet(variant)
+        np.testing.assert_array_equal(self.run(pipe, variant), self.run(pipe, variant))
+
+        def seeded(*seeds):
+            return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        together = self.run(pipe, variant, generator=seeded(*range(self.batch)))
+        reversed_order = self.run(pipe, variant, generator=seeded(*reversed(range(self.batch))))
+        np.testing.assert_allclose(together, reversed_order[::-1], atol=1e-4)
+        assert not np.allclose(together[0], together[1], atol=1e-3)
+
+    def test_reduced_precision(self, variant):
+        """bfloat16 runs in bfloat16 and stays near float32."""
+        exact = self.run(self.quiet(variant), variant)
+        pipe, types = self.quiet(variant).to(torch.bfloat16), []
+
+        def note(pipeline, step, timestep, tensors):
+            types.append(tensors["latents"].dtype)
+            return {}
+
+        rough = self.run(pipe, variant, callback_on_step_end=note)
+        assert set(types) == {torch.bfloat16}
+        assert rough.dtype == np.float32 and np.isfinite(rough).all()
+        assert rough.shape == exact.shape
+
+    def test_progress_bar(self, variant, capsys):
+        self.run(self.build(variant), variant)
+        assert f"{self.steps}/{self.steps}" in capsys.readouterr().err
+
+
+class SchedulerContract:
+    """Tests of one scheduler class. A subclass gives `cls`, `parent` and `config`, values of its own parameters."""
+
+    cls: type
+    parent: type
+    config: dict
+
+    def test_config_round_trip_on_disk(self, tmp_path):
+        scheduler = self.cls(**self.config)
+        scheduler.save_pretrained(tmp_path)
+        again = self.cls.from_pretrained(tmp_path)
+        assert type(again) is self.cls
+        assert dict(again.config) == dict(scheduler.config)
+
+    def test_every_parameter_reaches_the_parent(self):
+        """A parameter of the parent, given through from_config, changes the tables and not the config alone."""
+        parent = self.parent(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        ours = self.cls.from_config(parent.config, **self.config)
+        assert torch.equal(ours.betas, parent.betas)
+        for name, value in self.config.items():
+            assert ours.config[name] == value
+        for name, value in parent.config.items():
+            if not name.startswith("_"):
+                assert ours.config[name] == value, name
+
+    def test_to_the_parent_and_back(self):
+        """The parent's class drops our values and keeps them in its config; ours takes them up again."""
+        ours = self.cls(**self.config)
+        back = self.cls.from_config(self.parent.from_config(ours.config).config)
+        assert {name: back.config[name] for name in self.config} == self.config
+
+    def test_copies_and_repr(self):
+        scheduler = self.cls(**self.config)
+        scheduler.set_timesteps(10)
+        copied = copy.deepcopy(scheduler)
+        assert torch.equal(copied.timesteps, scheduler.timesteps)
+        assert dict(copied.config) == dict(scheduler.config)
+        for name in self.config:
+            assert f'"{name}"' in repr(scheduler)
