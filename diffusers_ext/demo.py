@@ -1,0 +1,167 @@
+"""`diffusers-ext demo`: the shipped MNIST model sampled plainly and with Boost-and-Skip; picture, numbers, plot."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from . import __version__
+from .evaluation import NEIGHBOURS, evaluate_digits
+from .info import best_device
+from .sampling import sample_images
+from .shipped import load_pipeline
+
+CLASSES = 10
+SHOWN = 100  # images in each panel of the picture
+COLUMNS = {
+    "recognised": "recognised",
+    "knn_distance": "AvgkNN",
+    "lof": "LOF",
+    "rarity": "rarity",
+    "inside": "inside",
+    "frechet": "Fréchet",
+    "seconds_per_image": "s/image",
+}
+LEGEND = (
+    f"recognised: classified as the digit asked for. AvgkNN: mean distance to the {NEIGHBOURS['knn_distance']} nearest"
+    f" training images; LOF: local outlier factor, k {NEIGHBOURS['lof']}; rarity: radius of the smallest real"
+    f" neighbourhood (k {NEIGHBOURS['rarity']}) that holds the sample; higher = rarer, all three. inside: share within"
+    " any real neighbourhood. Fréchet: distance to the training set."
+)
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo samples; gamma 1 is the stock sampler, without skipping."""
+
+    gammas: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
+    skip_steps: int = 3
+    num_inference_steps: int = 50
+    num_samples: int = 150
+    seed: int = 0
+
+    def call(self, gamma: float) -> dict:
+        """Arguments of the pipeline call for one gamma of the sweep."""
+        skip = {} if gamma == 1 else {"gamma": gamma, "skip_steps": self.skip_steps}
+        return {"num_inference_steps": self.num_inference_steps, **skip}
+
+    def title(self, gamma: float) -> str:
+        return "stock sampler" if gamma == 1 else f"gamma {gamma:g}, skip {self.skip_steps}"
+
+
+def run_demo(output: Path, device: str | None = None, settings: DemoSettings | None = None) -> dict:
+    """Sample, measure and print; write boost_and_skip.png, demo.json and, with matplotlib, a plot into a folder.
+
+    Every gamma has the same seeds and labels. Returns what demo.json holds.
+    """
+    settings = settings or DemoSettings()
+    device = device or best_device()
+    console = Console()
+    output.mkdir(parents=True, exist_ok=True)
+    pipe = load_pipeline("mnist-unet", "boost-and-skip").to(device)
+    pipe.set_progress_bar_config(disable=True)
+    labels = torch.arange(settings.num_samples) % CLASSES
+
+    rows, panels = [], {}
+    with Progress(console=console) as progress:
+        for gamma in settings.gammas:
+            task = progress.add_task(f"{settings.title(gamma):>15}", total=len(labels))
+            started = time.perf_counter()
+            images = sample_images(
+                pipe, labels, settings.seed, on_batch=partial(progress.advance, task), **settings.call(gamma)
+            )
+            seconds = (time.perf_counter() - started) / len(labels)
+            rows.append({"gamma": gamma, **evaluate_digits(images, labels), "seconds_per_image": seconds})
+            panels[settings.title(gamma)] = grid(images[:SHOWN], columns=CLASSES)
+
+    result = {
+        "version": __version__,
+        "device": device,
+        "torch_threads": torch.get_num_threads(),
+        "settings": asdict(settings),
+        "boost_and_skip": rows,
+    }
+    written = [output / "boost_and_skip.png", output / "demo.json"]
+    side_by_side(panels).save(written[0])
+    written[1].write_text(json.dumps(result, indent=2) + "\n")
+    if find_spec("matplotlib") is not None:
+        written.append(plot(rows, settings, output / "boost_and_skip_metrics.png"))
+    print_table(console, rows, settings)
+    console.print("wrote " + ", ".join(str(path) for path in written))
+    return result
+
+
+def grid(images: torch.Tensor, columns: int, scale: int = 2) -> Image.Image:
+    """A sheet of grey images (count, 1, height, width) in [0, 1], ink on white, row by row."""
+    count, _, height, width = images.shape
+    rows = count // columns
+    sheet = images[: rows * columns].reshape(rows, columns, height, width).permute(0, 2, 1, 3)
+    pixels = (1 - sheet.reshape(rows * height, columns * width)).mul(255).round().byte().numpy()
+    return Image.fromarray(pixels).resize((columns * width * scale, rows * height * scale), Image.Resampling.BICUBIC)
+
+
+def side_by_side(panels: dict[str, Image.Image], margin: int = 24) -> Image.Image:
+    """Sheets beside each other, each under its title."""
+    font = ImageFont.load_default(size=22)
+    width = sum(panel.width + margin for panel in panels.values()) + margin
+    height = max(panel.height for panel in panels.values()) + 3 * margin
+    canvas = Image.new("L", (width, height), 255)
+    draw, left = ImageDraw.Draw(canvas), margin
+    for title, panel in panels.items():
+        draw.text((left, margin // 2), title, fill=0, font=font)
+        canvas.paste(panel, (left, 2 * margin))
+        left += panel.width + margin
+    return canvas
+
+
+def plot(rows: list[dict], settings: DemoSettings, path: Path) -> Path:
+    """Each metric over gamma, one small chart a metric."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in COLUMNS if name in rows[0] and name != "seconds_per_image"]
+    figure = Figure(figsize=(2.6 * len(names), 2.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
+        axes.plot([row["gamma"] for row in rows], [row[name] for row in rows], "o-")
+        axes.set(title=COLUMNS[name], xlabel="gamma (1: stock)")
+        axes.grid(alpha=0.3)
+    figure.suptitle(
+        f"Boost-and-Skip on MNIST, skip {settings.skip_steps} of {settings.num_inference_steps} steps,"
+        f" {settings.num_samples} images a point"
+    )
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def format_number(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if name in ("recognised", "inside") else f"{value:.3f}"
+
+
+def print_table(console: Console, rows: list[dict], settings: DemoSettings) -> None:
+    """The rows of the sweep; what was not measured says what to install."""
+    names = [name for name in COLUMNS if name in rows[0]]
+    title = (
+        f"Boost-and-Skip on MNIST, skip {settings.skip_steps} of {settings.num_inference_steps} steps;"
+        f" {settings.num_samples} images a row"
+    )
+    table = Table(title=title, caption=LEGEND, caption_justify="left", box=SIMPLE)
+    table.add_column("gamma", no_wrap=True)
+    for name in names:
+        table.add_column(COLUMNS[name], justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            "stock" if row["gamma"] == 1 else f"{row['gamma']:g}", *(format_number(name, row[name]) for name in names)
+        )
+    console.print(table)
+    if "lof" not in names:
+        console.print('for the local outlier factor: pip install "diffusers_ext[metrics]"', markup=False)

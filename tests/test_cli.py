@@ -1,0 +1,166 @@
+"""The diffusers-ext command."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from PIL import Image
+
+import diffusers_ext
+from diffusers_ext import cli, demo, evaluation
+from diffusers_ext.info import attention_backends, package_versions
+from diffusers_ext.sampling import cycled_labels, sample_images
+from diffusers_ext.shipped import load_pipeline
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+def test_version():
+    result = invoke("--version")
+    assert result.exit_code == 0 and diffusers_ext.__version__ in result.output
+
+
+def test_info_lists_versions_devices_backends_and_models():
+    result = invoke("info")
+    assert result.exit_code == 0, result.output
+    for text in ("torch", "diffusers", "cpu:", "native", "mnist-unet", "mnist-classifier"):
+        assert text in result.output
+
+
+def test_info_reports_what_really_computes():
+    assert package_versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert package_versions()["python"].count(".") == 2
+    backends = attention_backends("cpu")
+    assert "native" in backends and "xformers" not in backends  # no xformers operator computes on a CPU
+
+
+def test_export_writes_a_loadable_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    result = invoke("export", "mnist-unet", tmp_path / "out", "--license", "apache-2.0")
+    assert result.exit_code == 0, result.output
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["_class_name"] == ["boost_and_skip", "BoostAndSkipPipeline"]
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert pipe.config.null_class == 10
+
+
+def test_sample_writes_pictures_and_settings(tmp_path):
+    common = ("--num-inference-steps", 4, "--num-samples", 3, "--batch-size", 2, "--seed", 5)
+    boost = ("--pipeline", "boost-and-skip", "--gamma", 4, "--skip-steps", 1, "--class-labels", "7,1")
+    result = invoke("sample", "mnist-unet", "--output", tmp_path / "out", *common, *boost)
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "000000.png", "000001.png", "000002.png", "settings.json"
+    ]  # fmt: skip
+    settings = json.loads((tmp_path / "out/settings.json").read_text())
+    assert settings["gamma"] == 4 and settings["skip_steps"] == 1 and settings["class_labels"] == [7, 1, 7]
+    pipe = load_pipeline("mnist-unet")
+    alone = sample_images(pipe, torch.tensor([7]), 7, num_inference_steps=4, gamma=4.0, skip_steps=1)
+    written = np.asarray(Image.open(tmp_path / "out/000002.png")) / 255
+    np.testing.assert_allclose(written, alone[0, 0].numpy(), atol=1.01 / 255)
+
+
+def test_sample_takes_any_folder_and_its_own_pipeline(tmp_path):
+    unet = UNet2DModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",), norm_num_groups=4, attention_head_dim=4,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    common = ("sample", tmp_path / "model", "--num-inference-steps", 2, "--num-samples", 1)
+    assert invoke(*common, "--output", tmp_path / "plain").exit_code == 0
+    assert Image.open(tmp_path / "plain/000000.png").size == (8, 8)
+    refused = invoke(*common, "--output", tmp_path / "none", "--gamma", 4)
+    assert refused.exit_code == 1 and "DDPMPipeline does not take gamma" in refused.output
+    refused = invoke(*common, "--output", tmp_path / "none", "--class-labels", 1)
+    assert refused.exit_code == 1 and "DDPMPipeline takes none" in refused.output
+    assert not (tmp_path / "none").exists()
+    boosted = invoke(*common, "--output", tmp_path / "boost", "--pipeline", "boost-and-skip", "--gamma", 4)
+    assert boosted.exit_code == 0, boosted.output
+
+
+def test_labels_go_through_the_classes_without_the_null_class():
+    pipe = load_pipeline("mnist-unet")
+    assert cycled_labels(pipe, 12).tolist() == [*range(10), 0, 1]
+    with pytest.raises(ValueError, match="empty"):
+        cycled_labels(pipe, 2, [])
+
+
+def test_bad_input_is_one_line_without_a_traceback(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke("export", "mnist-unet", tmp_path)
+    assert result.exit_code == 1
+    assert result.output.splitlines() == [
+        f"Error: output folder '{tmp_path}' is not empty; choose a new one or remove it first"
+    ]
+
+
+def test_a_missing_extra_is_named(monkeypatch, tmp_path):
+    def fail(*_):
+        raise ImportError('needs scikit-learn: pip install "diffusers_ext[metrics]"')
+
+    monkeypatch.setattr(demo, "run_demo", fail)
+    result = invoke("demo", "--output", tmp_path)
+    assert result.exit_code == 1 and 'pip install "diffusers_ext[metrics]"' in result.output
+
+
+@pytest.fixture(scope="module")
+def small_demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    settings = demo.DemoSettings(gammas=(1.0, 4.0), num_inference_steps=8, num_samples=20)
+    return folder, demo.run_demo(folder, "cpu", settings)
+
+
+def test_demo_saves_what_it_measured(small_demo):
+    folder, result = small_demo
+    saved = json.loads((folder / "demo.json").read_text())
+    assert saved == json.loads(json.dumps(result))
+    assert saved["settings"]["num_samples"] == 20
+    for row, gamma in zip(saved["boost_and_skip"], (1.0, 4.0), strict=True):
+        assert row["gamma"] == gamma
+        assert 0 <= row["recognised"] <= 1 and 0 <= row["inside"] <= 1
+        assert min(row[name] for name in ("knn_distance", "lof", "rarity", "frechet", "seconds_per_image")) > 0
+    plain, boosted = saved["boost_and_skip"]
+    assert boosted["knn_distance"] > plain["knn_distance"]
+
+
+def test_demo_draws_a_panel_for_each_gamma(small_demo):
+    picture = np.asarray(Image.open(small_demo[0] / "boost_and_skip.png"))
+    half = picture.shape[1] // 2
+    for panel in (picture[48:, :half], picture[48:, half:]):
+        assert (panel < 128).mean() > 0.02  # ink of digits
+    assert Image.open(small_demo[0] / "boost_and_skip_metrics.png").width > 500
+
+
+def test_demo_without_extras_leaves_out_what_needs_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    settings = demo.DemoSettings(gammas=(2.0,), num_inference_steps=4, num_samples=10)
+    result = demo.run_demo(tmp_path, "cpu", settings)
+    assert "lof" not in result["boost_and_skip"][0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["boost_and_skip.png", "demo.json"]
+    assert 'pip install "diffusers_ext[metrics]"' in capsys.readouterr().out
+
+
+def test_grid_is_row_by_row_ink_on_white():
+    images = torch.zeros(6, 1, 2, 2)
+    images[1] = 1
+    pixels = np.asarray(demo.grid(images, columns=3, scale=1))
+    assert pixels.shape == (4, 6)
+    assert (pixels[:2, 2:4] == 0).all() and (pixels == 255).sum() == 20
+
+
+def test_images_depend_on_seed_and_position_alone():
+    pipe = load_pipeline("mnist-unet", "boost-and-skip")
+    pipe.set_progress_bar_config(disable=True)
+    done, call = [], {"num_inference_steps": 6, "gamma": 4.0, "skip_steps": 1}
+    whole = sample_images(pipe, torch.arange(3), 5, batch_size=2, on_batch=done.append, **call)
+    assert done == [2, 1] and whole.shape == (3, 1, 28, 28)
+    later = sample_images(pipe, torch.arange(1, 3), 6, **call)
+    torch.testing.assert_close(whole[1:], later, atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="batch_size"):
+        sample_images(pipe, torch.arange(3), batch_size=0)

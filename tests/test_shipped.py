@@ -1,0 +1,72 @@
+"""The models that ship: they load by name, are as small as promised, and do what their cards say."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_ext import BoostAndSkipPipeline
+from diffusers_ext.metrics import frechet_distance
+from diffusers_ext.shipped import load_pipeline, load_shipped_classifier, resolve_model, shipped_models
+
+
+def size(folder) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_names_and_sizes():
+    models = shipped_models()
+    assert set(models) == {"mnist-classifier", "mnist-unet"}
+    assert size(models["mnist-unet"]) < 4e6
+    assert (models["mnist-classifier"] / "diffusion_pytorch_model.safetensors").stat().st_size < 1e6
+    assert size(models["mnist-classifier"]) < 3e6
+    assert resolve_model("mnist-unet") == str(models["mnist-unet"])
+    assert resolve_model("google/ddpm-cat-256") == "google/ddpm-cat-256"
+
+
+def test_the_reference_is_of_the_training_set():
+    classifier, reference = load_shipped_classifier()
+    dim = classifier.config.feature_dim
+    assert reference.features.shape == (10_000, dim) and reference.features.dtype == torch.float32
+    assert reference.mean.shape == (dim,) and reference.covariance.shape == (dim, dim)
+    assert reference.labels.unique().tolist() == list(range(10))
+    # a sixth of the set has nearly the statistics of the whole
+    features = reference.features.double()
+    distance = frechet_distance(features.mean(0), features.T.cov(), reference.mean, reference.covariance)
+    assert distance < 0.01 * reference.covariance.trace()
+    # the features are those of this classifier: its read-out recognises them
+    recognised = (classifier.to_logits(reference.features).argmax(1) == reference.labels).double().mean()
+    assert recognised > 0.99
+
+
+def test_the_model_loads_by_name_by_class_and_by_diffusers():
+    folder = shipped_models()["mnist-unet"]
+    assert json.loads((folder / "model_index.json").read_text())["null_class"] == 10
+    for pipe in (load_pipeline("mnist-unet"), DiffusionPipeline.from_pretrained(folder)):
+        assert type(pipe) is BoostAndSkipPipeline
+        assert pipe.config.null_class == 10 and pipe.unet.config.num_class_embeds == 11
+
+
+def test_samples_are_recognised_and_boosted_ones_differ():
+    pipe = load_pipeline("mnist-unet", "boost-and-skip")
+    pipe.set_progress_bar_config(disable=True)
+    labels = torch.arange(30) % 10
+    classifier, _ = load_shipped_classifier()
+
+    def draw(**options):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(
+            class_labels=labels, num_inference_steps=25, generator=generator, output_type="pt", **options
+        ).images
+
+    plain = draw()
+    with torch.no_grad():
+        recognised = (classifier(plain * 2 - 1).logits.argmax(1) == labels).double().mean()
+    assert recognised >= 0.9
+    assert (draw(gamma=4.0, skip_steps=3) - plain).abs().mean() > 0.01
+
+
+def test_an_unknown_pipeline_name_is_refused():
+    with pytest.raises(ValueError, match="pipeline must be one of"):
+        load_pipeline("mnist-unet", "boost")
