@@ -18,7 +18,6 @@ Both numbers are scheduler configuration, so every pipeline that honours `init_n
 `DDPMPipeline`, `DDIMPipeline` and `DiTPipeline` ignore `init_noise_sigma`: there only the skip takes effect.
 """
 
-import copy
 import functools
 import inspect
 import math
@@ -88,10 +87,6 @@ class _BoostAndSkip:
     # Everything that a step looks up by its position in the schedule. A table left out would run out of step.
     _tables = ("timesteps",)
 
-    @property
-    def _off(self) -> bool:
-        return self.config.gamma == 1 and self.config.skip_steps == 0
-
     def _drop_skipped_steps(self):
         """Drop the first `skip_steps` entries of each table. Raises ValueError if no step would be left."""
         skip_steps, num_steps = self.config.skip_steps, len(self.timesteps)
@@ -121,14 +116,6 @@ class BoostAndSkipDDPMScheduler(_BoostAndSkip, DDPMScheduler):
 
     __init__ = _boosted_init(DDPMScheduler)
     set_timesteps = _skipping(DDPMScheduler.set_timesteps)
-
-    def _get_variance(self, t, predicted_variance=None, variance_type=None):
-        """The stock variance, from a float64 table as in the authors' code: near t = 0 a float32 one leaves three
-        digits of 1 - alphas_cumprod, and the noise of the last steps shows it. Off, the table is the stock one."""
-        scheduler = copy.copy(self)
-        if not self._off and self.timesteps.device.type != "mps":  # which has no float64
-            scheduler.alphas_cumprod = torch.cumprod(1 - self.betas.double(), dim=0)
-        return DDPMScheduler._get_variance(scheduler, t, predicted_variance, variance_type)
 
 
 class BoostAndSkipEulerDiscreteScheduler(_BoostAndSkip, EulerDiscreteScheduler):
@@ -224,7 +211,8 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
             raise ValueError(
                 f"timestep={timestep} is not in the schedule: it must be one of scheduler.timesteps, {table}."
             )
-        if self._off and self.num_inference_steps and not self.custom_timesteps:
+        off = self.config.gamma == 1 and self.config.skip_steps == 0
+        if off and self.num_inference_steps and not self.custom_timesteps:
             return t - self.config.num_train_timesteps // self.num_inference_steps  # the stock rule
         return [*table, -1][table.index(t) + 1]
 
@@ -311,8 +299,8 @@ _BOOSTED = {
 def boost_and_skip(scheduler: SchedulerMixin, gamma: float = 1.0, skip_steps: int = 0) -> SchedulerMixin:
     """The Boost-and-Skip scheduler with the config of `scheduler`; one that is boosted already gets the new numbers.
 
-    The class must be one of the four exactly: a subclass such as `DDPMParallelScheduler` may hold tables of its own,
-    which a cut would not reach. The result is a new scheduler, on which `set_timesteps` is still to be called.
+    The class must be one of the four exactly: a subclass, or a variant such as `DDPMParallelScheduler`, may hold
+    tables of its own, which a cut would not reach. The result is a new scheduler: call `set_timesteps` on it.
 
     Raises:
         ValueError: for a scheduler of any other class, and if `gamma` or `skip_steps` is out of range.

@@ -1,0 +1,38 @@
+"""Every scheduler of the package goes through SchedulerContract."""
+
+import inspect
+
+import pytest
+from contracts import SchedulerContract
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
+
+from diffusers_ext import schedulers
+
+BOOST = {"gamma": 4.0, "skip_steps": 3}
+
+
+class TestBoostAndSkipDDPM(SchedulerContract):
+    cls, parent, config = schedulers.BoostAndSkipDDPMScheduler, DDPMScheduler, BOOST
+
+
+class TestBoostAndSkipDDIM(SchedulerContract):
+    cls, parent, config = schedulers.BoostAndSkipDDIMScheduler, DDIMScheduler, BOOST
+
+
+class TestBoostAndSkipEulerDiscrete(SchedulerContract):
+    cls, parent, config = schedulers.BoostAndSkipEulerDiscreteScheduler, EulerDiscreteScheduler, BOOST
+
+
+class TestBoostAndSkipDPMSolverMultistep(SchedulerContract):
+    cls, parent, config = schedulers.BoostAndSkipDPMSolverMultistepScheduler, DPMSolverMultistepScheduler, BOOST
+
+
+def exported() -> list[type]:
+    values = [getattr(schedulers, name) for name in schedulers.__all__]
+    return [value for value in values if inspect.isclass(value) and issubclass(value, SchedulerMixin)]
+
+
+@pytest.mark.parametrize("cls", exported(), ids=lambda cls: cls.__name__)
+def test_every_scheduler_is_covered(cls):
+    contracts = [value for name, value in globals().items() if name.startswith("Test")]
+    assert cls in [contract.cls for contract in contracts]
