@@ -204,16 +204,16 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
     def previous_timestep(self, timestep: int) -> int:
         """The timestep that a step from `timestep` ends at, negative for clean data.
 
-        Raises ValueError if `timestep` is not in the table.
+        Raises ValueError if `timestep` is not in the table (the stock rule, where it holds, asks for no table).
         """
         t, table = int(timestep), self.timesteps.tolist()
+        off = self.config.gamma == 1 and self.config.skip_steps == 0
+        if off and self.num_inference_steps and not self.custom_timesteps:
+            return t - self.config.num_train_timesteps // self.num_inference_steps  # the stock rule
         if t not in table or t != timestep:
             raise ValueError(
                 f"timestep={timestep} is not in the schedule: it must be one of scheduler.timesteps, {table}."
             )
-        off = self.config.gamma == 1 and self.config.skip_steps == 0
-        if off and self.num_inference_steps and not self.custom_timesteps:
-            return t - self.config.num_train_timesteps // self.num_inference_steps  # the stock rule
         return [*table, -1][table.index(t) + 1]
 
     def step(

@@ -532,7 +532,15 @@ def test_ddim_takes_exactly_one_schedule(arguments):
         BoostAndSkipDDIMScheduler().set_timesteps(**arguments)
 
 
-@pytest.mark.parametrize("config", [{}, {"gamma": 2.0}, {"skip_steps": 2}])
+@pytest.mark.parametrize("timestep", [1, 10, 49, 950])
+def test_ddim_off_steps_from_any_timestep_as_stock(timestep):
+    ours, stock = BoostAndSkipDDIMScheduler(), DDIMScheduler()
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(10)
+    assert torch.equal(ours.step(EPS, timestep, EPS).prev_sample, stock.step(EPS, timestep, EPS).prev_sample)
+
+
+@pytest.mark.parametrize("config", [{"gamma": 2.0}, {"skip_steps": 2}])
 @pytest.mark.parametrize("timestep", [950, 999, -1, 700.5])
 def test_ddim_refuses_a_timestep_outside_the_table(config, timestep):
     ours = BoostAndSkipDDIMScheduler(**config)

@@ -1,4 +1,4 @@
-"""Stock latent text-to-image pipelines with random weights and a few thousand parameters, for tests."""
+"""Stock latent text-to-image pipelines with random weights and some 30,000 parameters, for tests."""
 
 from string import ascii_lowercase
 
