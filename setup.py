@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent
 
 # Each lower bound is the oldest version that the test suite was run on, all of them together, on Python 3.10.
 BASE = [
-    "diffusers>=0.36.0",
+    "diffusers>=0.37.0",
     "transformers>=4.57.6",
     "accelerate>=1.0.1",
     "torch>=2.6.0",

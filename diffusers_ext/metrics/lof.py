@@ -1,0 +1,36 @@
+"""Local outlier factor of samples against real data (Breunig et al., SIGMOD 2000)."""
+
+import numpy as np
+
+from .features import as_feature_pair, check_k
+
+ROWS = 4096  # samples scored at a time
+
+
+def local_outlier_factor(features, reference, k: int = 20) -> float:
+    r"""Mean local outlier factor of the samples, fitted on the reference: higher = more outlying.
+
+    .. math::
+        \mathrm{LOF}(x) = \frac{1}{k} \sum_{y \in N_k(x)} \frac{\mathrm{lrd}(y)}{\mathrm{lrd}(x)}, \quad
+        \mathrm{lrd}(x) = \Big[\frac{1}{k} \sum_{y \in N_k(x)} \max(r_k(y), |x - y|)\Big]^{-1}
+
+    N_k are the k nearest reference points and r_k(y) is the distance from y to its k-th. About 1 is as dense as the
+    neighbourhood. It is scikit-learn's LocalOutlierFactor(novelty=True): a sample that is itself in the reference
+    finds itself there, at distance 0. More than k equal reference points have no finite density: scikit-learn warns,
+    and the factor of samples beside them is huge; take a larger k.
+
+    features: (n, d). reference: (m, d), m > k. NumPy or torch. Centred on the reference's mean, computed in float64.
+
+    Raises ValueError for wrong features or k, ImportError without scikit-learn.
+    """
+    try:
+        from sklearn.neighbors import LocalOutlierFactor
+    except ImportError as error:
+        raise ImportError('local_outlier_factor needs scikit-learn: pip install "diffusers_ext[metrics]"') from error
+    features, reference = as_feature_pair("features", features, "reference", reference)
+    check_k(k, len(reference) - 1, "neighbours within reference")
+    centre = reference.mean(axis=0, dtype=np.float64)
+    # algorithm="auto": a k-d tree up to 15 dimensions, blockwise brute force above; neither holds all distances.
+    model = LocalOutlierFactor(n_neighbors=int(k), novelty=True, algorithm="auto").fit(reference - centre)
+    chunks = (features[start : start + ROWS] - centre for start in range(0, len(features), ROWS))
+    return float(-np.concatenate([model.score_samples(chunk) for chunk in chunks]).mean())
