@@ -9,12 +9,12 @@ ROOT = Path(__file__).parent
 # Each lower bound is the oldest version that the test suite was run on, all of them together, on Python 3.10.
 BASE = [
     "diffusers>=0.37.0",
-    "transformers>=4.57.6",
-    "accelerate>=1.0.1",
+    "transformers>=5.0.0",
+    "accelerate>=1.3.0",
     "torch>=2.6.0",
     "safetensors>=0.5.0",
     "numpy>=1.26.0",
-    "pillow>=10.0.0",
+    "pillow>=10.1.0",
     "click>=8.1.0",
     "rich>=13.0.0",
 ]

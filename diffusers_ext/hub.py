@@ -8,6 +8,7 @@ import ast
 import inspect
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from shutil import copyfile
 
 from diffusers import DiffusionPipeline
 
-LIBRARIES = ("diffusers", "transformers")  # what the machine of the one who loads is expected to have
+LIBRARIES = ("diffusers", "transformers")  # whose classes need no code of ours
+INSTALLED = {"accelerate", "diffusers", "huggingface_hub", "numpy", "PIL", "safetensors", "torch", "transformers"}
 
 
 def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path, license: str | None = None) -> Path:
@@ -23,16 +25,18 @@ def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path, license: st
 
     Loads with `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` where only diffusers is installed.
     license: an SPDX identifier for the model card, such as "apache-2.0"; the licence of the weights is yours to know.
+    Paths of this machine, which diffusers notes in the configs, are left out.
 
-    Raises ValueError if the folder exists and is not empty, or if a component's class cannot be shipped as a file
-    (it imports a package that diffusers does not bring, or was defined in no file). The folder appears whole or
-    not at all.
+    Raises ValueError if the folder exists and is not empty, or if a component's class cannot be shipped as a file: it
+    was defined in no file, or that file imports, outside of functions, what a machine with diffusers may not have.
+    The folder appears whole or not at all.
     """
     folder = new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         staged = Path(temporary) / "export"
         pipeline.save_pretrained(staged)
+        _drop_paths(staged)
         _add_code(pipeline, staged)
         (staged / "README.md").write_text(model_card(pipeline, license), encoding="utf-8")
         if folder.exists():
@@ -42,11 +46,21 @@ def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path, license: st
 
 
 def new_folder(folder: str | Path) -> Path:
-    """The path of a folder that does not exist or is empty. Raises ValueError for any other."""
-    folder = Path(folder)
+    """The resolved path of a folder that does not exist or is empty. Raises ValueError for any other."""
+    folder = Path(folder).resolve()
+    if folder == Path.cwd():
+        raise ValueError("output folder must not be the current one; choose a new one")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output folder {str(folder)!r} is not empty; choose a new one or remove it first")
     return folder
+
+
+def _drop_paths(folder: Path) -> None:
+    """Remove from every config where the model was loaded from."""
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _add_code(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -89,26 +103,35 @@ def _source_of(cls: type) -> Path:
 
 
 def _with_siblings(source: Path) -> list[Path]:
-    """A file and the files that it imports by `from .name import x`, the one form that diffusers' loader follows."""
-    files = [source]
-    for level, module in _imports(source):
-        if level == 1 and module and (source.parent / f"{module}.py").is_file():
-            files.append(source.parent / f"{module}.py")
-        elif level > 0 or module.split(".")[0] == "diffusers_ext":
-            raise ValueError(
-                f"{source} imports {'.' * level + module!r}, which a Hub repository does not hold; import only"
-                " installed packages and siblings by `from .name import x`"
-            )
+    """A file and those that it imports by `from .name import x`, the one form that diffusers' loader follows."""
+    names = [module for level, module in _imports(source) if level == 1 and module]
+    files = [source, *(source.parent / f"{name}.py" for name in dict.fromkeys(names))]
+    for file in files:
+        for level, module in _imports(file) if file.is_file() else [(1, file.stem)]:
+            library = module.split(".")[0]
+            beside = level == 1 and source.parent / f"{module}.py" in files and file.is_file()
+            installed = level == 0 and (library in INSTALLED or library in sys.stdlib_module_names)
+            if not beside and not installed:
+                raise ValueError(
+                    f"{file} imports {'.' * level + module!r}, which a Hub repository does not hold; import only the"
+                    " standard library, what diffusers needs and, in the class's own file, siblings by"
+                    " `from .name import x`; optional packages go inside functions"
+                )
     return files
 
 
 def _imports(source: Path) -> Iterator[tuple[int, str]]:
-    """(level, module) of each import statement of a file."""
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
+    """(level, module) of each import of a file that runs when it is loaded, and of relative ones in functions."""
+    pending: list[tuple[ast.AST, bool]] = [(ast.parse(source.read_text(encoding="utf-8")), False)]
+    while pending:
+        node, lazy = pending.pop()
+        if isinstance(node, ast.ImportFrom) and (node.level or not lazy or node.module.startswith("diffusers_ext")):
             yield node.level, node.module or ""
         elif isinstance(node, ast.Import):
-            yield from ((0, alias.name) for alias in node.names)
+            names = [alias.name for alias in node.names]
+            yield from ((0, name) for name in names if not lazy or name.split(".")[0] == "diffusers_ext")
+        lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        pending.extend((child, lazy) for child in ast.iter_child_nodes(node))
 
 
 def model_card(pipeline: DiffusionPipeline, license: str | None = None) -> str:
@@ -120,7 +143,10 @@ def model_card(pipeline: DiffusionPipeline, license: str | None = None) -> str:
         f"| `{key}` | {cls.__name__} | {cls.__module__.split('.')[0] if _from_library(cls) else 'this repository'} |"
         for key, cls in classes.items()
     )
-    origin = pipeline.config.get("_name_or_path") or "built in memory"
+    origin = pipeline.config.get("_name_or_path") or "a pipeline in memory"
+    origin = Path(origin).name if Path(origin).exists() else origin
+    needs_code = not all(_from_library(cls) for cls in [type(pipeline), *classes.values()])
+    trust = ", trust_remote_code=True" if needs_code else ""
     metadata = ["library_name: diffusers", *([f"license: {license}"] if license else [])]
     return "\n".join(
         [
@@ -134,11 +160,10 @@ def model_card(pipeline: DiffusionPipeline, license: str | None = None) -> str:
             "```python",
             "from diffusers import DiffusionPipeline",
             "",
-            'pipe = DiffusionPipeline.from_pretrained("path/to/this/repository", trust_remote_code=True)',
+            f'pipe = DiffusionPipeline.from_pretrained("path/to/this/repository"{trust})',
             "```",
             "",
-            "`trust_remote_code=True` runs the `.py` files of this repository; read them first.",
-            "",
+            *(["`trust_remote_code=True` runs the `.py` files of this repository; read them first.", ""] * needs_code),
             "| component | class | code |",
             "|---|---|---|",
             components,

@@ -4,6 +4,8 @@ import inspect
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import pairwise
+from numbers import Integral, Real
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
@@ -95,15 +97,16 @@ class BoostAndSkipPipeline(DiffusionPipeline):
             gamma: factor on the standard deviation of the initial noise, > 0. The paper uses 2.5 to 4. By default
                 the scheduler's, or 1.
             skip_steps: how many of the first steps to drop, >= 0. The paper drops 3 of 250. By default the
-                scheduler's, or 0.
+                scheduler's, or 0. Both hold for this call: afterwards `self.scheduler` is the one it was.
             guidance_scale: w in eps_null + w (eps_label - eps_null); 1 is off.
             eta: 0 for DDIM, 1 for its ancestral form; only for schedulers that take it.
             use_clipped_model_output: for DDIM, whether the noise is derived anew from the clipped x0. By default
                 True, as in the authors' loop.
-            latents: initial noise of unit variance (batch_size, channels, height, width); gamma multiplies it.
+            latents: initial noise of unit variance (batch_size, channels, height, width); gamma multiplies it. Its
+                height and width may differ from the model's sample_size.
             generator: one for all images, or a list of one an image, whose result then does not depend on the batch.
-            output_type: "pil", "np" (batch, height, width, channels) in [0, 1] or "pt" (batch, channels, height,
-                width) in [0, 1].
+            output_type: "pil", "np" (batch, height, width, channels) in [0, 1], "pt" (batch, channels, height,
+                width) in [0, 1], or "latent", the last x_t as it is.
             return_dict: whether to return an `ImagePipelineOutput` or a tuple of the images.
             callback_on_step_end: called as callback(pipeline, step, timestep, tensors) after each step; what the
                 returned dict holds under "latents" replaces the sample.
@@ -116,7 +119,7 @@ class BoostAndSkipPipeline(DiffusionPipeline):
         self._check_inputs(batch_size, class_labels, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
         labels = self._check_labels(class_labels)
         batch_size = self._batch_size(batch_size, labels, latents)
-        self._check_generators(generator, batch_size)
+        generator = self._checked_generator(generator, batch_size)
         device = self._execution_device
         labels = self._label_tensor(labels, batch_size, device)
 
@@ -183,6 +186,7 @@ class BoostAndSkipPipeline(DiffusionPipeline):
         if timesteps is None:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
+            timesteps = _checked_timesteps(timesteps, self.scheduler.config.num_train_timesteps)
             self.scheduler.set_timesteps(timesteps=timesteps, device=device)
         else:
             raise ValueError(
@@ -199,6 +203,8 @@ class BoostAndSkipPipeline(DiffusionPipeline):
 
     def _step_kwargs(self, eta: float, use_clipped_model_output: bool | None, generator) -> dict:
         """The keyword arguments of scheduler.step, of those that this scheduler takes."""
+        if not (math.isfinite(eta) and eta >= 0):
+            raise ValueError(f"eta must be >= 0, got {eta}; 0 is DDIM, 1 its ancestral form")
         known = inspect.signature(self.scheduler.step).parameters
         for name, value, off in (("eta", eta, 0), ("use_clipped_model_output", use_clipped_model_output, None)):
             if name not in known and value != off:
@@ -213,21 +219,27 @@ class BoostAndSkipPipeline(DiffusionPipeline):
 
     def _initial_sample(self, batch_size: int, latents, generator, device: torch.device) -> torch.Tensor:
         """Noise of unit variance times the scheduler's initial sigma, in the network's dtype."""
-        shape = self._sample_shape(batch_size)
+        channels = self.unet.config.in_channels
         if latents is None:
             # mps draws are not reproducible, so its noise comes from the CPU as in diffusers' own pipelines
             source = torch.device("cpu") if device.type == "mps" else device
+            shape = (batch_size, channels, *self._sample_size())
             latents = randn_tensor(shape, generator=generator, device=source, dtype=self.unet.dtype)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have shape {shape} for this model and batch, got {tuple(latents.shape)}")
+        elif latents.ndim != 4 or latents.shape[:2] != (batch_size, channels):
+            raise ValueError(
+                f"latents must have shape ({batch_size}, {channels}, height, width), got {tuple(latents.shape)}"
+            )
         return latents.to(device=device, dtype=self.unet.dtype) * self.scheduler.init_noise_sigma
 
-    def _sample_shape(self, batch_size: int) -> tuple[int, int, int, int]:
+    def _sample_size(self) -> tuple[int, int]:
         size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return batch_size, self.unet.config.in_channels, height, width
+        if size is None:
+            raise ValueError("the model's config has no sample_size; pass latents= of the height and width to sample")
+        return (size, size) if isinstance(size, int) else tuple(size)
 
     def _to_output(self, latents: torch.Tensor, output_type: str):
+        if output_type == "latent":
+            return latents
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
@@ -235,10 +247,10 @@ class BoostAndSkipPipeline(DiffusionPipeline):
         return self.numpy_to_pil(images) if output_type == "pil" else images
 
     def _check_inputs(self, batch_size, class_labels, guidance_scale, output_type, callback_tensors) -> None:
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        if batch_size is not None and not (_is_integer(batch_size) and batch_size >= 1):
             raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f'output_type must be "pil", "np" or "pt", got {output_type!r}')
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
         unknown = set(callback_tensors) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -246,6 +258,13 @@ class BoostAndSkipPipeline(DiffusionPipeline):
             )
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
+        null_class, classes = self.config.null_class, self.unet.config.get("num_class_embeds")
+        if null_class is not None and not (
+            classes is not None and _is_integer(null_class) and 0 <= null_class < classes
+        ):
+            raise ValueError(
+                f"null_class must be one of the model's {classes or 0} classes or None, got {null_class!r}"
+            )
         if guidance_scale != 1 and (self.config.null_class is None or class_labels is None):
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs class_labels and a model with a null class; pass"
@@ -253,12 +272,15 @@ class BoostAndSkipPipeline(DiffusionPipeline):
             )
 
     @staticmethod
-    def _check_generators(generator, batch_size: int) -> None:
-        if isinstance(generator, list) and len(generator) != batch_size:
+    def _checked_generator(generator, batch_size: int):
+        if not isinstance(generator, list | tuple):
+            return generator
+        if len(generator) != batch_size:
             raise ValueError(
                 f"generator is a list of {len(generator)}, but batch_size is {batch_size}; give one generator, or one"
                 " an image"
             )
+        return list(generator)
 
     def _check_labels(self, class_labels) -> list[int] | None:
         """The labels as a list of one or of many integers; None where none are given and none are needed."""
@@ -299,11 +321,26 @@ class BoostAndSkipPipeline(DiffusionPipeline):
         return torch.tensor(labels, device=device).expand(batch_size)
 
 
+def _is_integer(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _check_boost_and_skip(gamma: float, skip_steps: int) -> None:
-    if not (math.isfinite(gamma) and gamma > 0):
-        raise ValueError(f"gamma must be finite and > 0, got {gamma}; 1 is the stock initial noise")
-    if isinstance(skip_steps, bool) or not isinstance(skip_steps, int) or skip_steps < 0:
+    if isinstance(gamma, bool) or not isinstance(gamma, Real) or not (math.isfinite(gamma) and gamma > 0):
+        raise ValueError(f"gamma must be a finite number > 0, got {gamma!r}; 1 is the stock initial noise")
+    if not _is_integer(skip_steps) or skip_steps < 0:
         raise ValueError(f"skip_steps must be an integer >= 0, got {skip_steps!r}; 0 skips nothing")
+
+
+def _checked_timesteps(timesteps: list[int], end: int) -> list[int]:
+    """The list, if it holds strictly decreasing integers in [0, end); a negative one would index from the end."""
+    table = list(timesteps)
+    decreasing = all(a > b for a, b in pairwise(table))
+    if not table or not all(map(_is_integer, table)) or not decreasing or table[0] >= end or table[-1] < 0:
+        raise ValueError(
+            f"timesteps must be strictly decreasing integers in [0, {end}), at least one, got {timesteps}"
+        )
+    return table
 
 
 def _unsupported(scheduler: SchedulerMixin) -> str:

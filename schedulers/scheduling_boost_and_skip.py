@@ -15,7 +15,8 @@ Both numbers are scheduler configuration, so every pipeline that honours `init_n
 
     pipe.scheduler = boost_and_skip(pipe.scheduler, gamma=2.5, skip_steps=3)
 
-`DDPMPipeline`, `DDIMPipeline` and `DiTPipeline` ignore `init_noise_sigma`: there only the skip takes effect.
+`DDPMPipeline`, `DDIMPipeline` and `DiTPipeline` ignore `init_noise_sigma`: there only the skip takes effect. So does
+image-to-image, which starts from the noised image and counts the skipped steps as strength: use text-to-image.
 """
 
 import functools
@@ -98,6 +99,16 @@ class _BoostAndSkip:
         for table in self._tables:
             setattr(self, table, getattr(self, table)[skip_steps:])
 
+    def _checked_timesteps(self, timesteps: list[int]) -> np.ndarray:
+        table, end = np.asarray(timesteps), self.config.num_train_timesteps
+        integers = table.ndim == 1 and len(table) > 0 and np.issubdtype(table.dtype, np.integer)
+        if not integers or table[0] >= end or table[-1] < 0 or (table[1:] >= table[:-1]).any():
+            raise ValueError(
+                f"timesteps={timesteps} must be strictly decreasing integers in [0, {end}), and at least one:"
+                " sort them, drop repeated ones, and round."
+            )
+        return table.astype(np.int64)
+
 
 class BoostAndSkipDDPMScheduler(_BoostAndSkip, DDPMScheduler):
     """Ancestral sampling, the paper's sampler: `DDPMScheduler` with `gamma` and `skip_steps`.
@@ -115,7 +126,13 @@ class BoostAndSkipDDPMScheduler(_BoostAndSkip, DDPMScheduler):
     """
 
     __init__ = _boosted_init(DDPMScheduler)
-    set_timesteps = _skipping(DDPMScheduler.set_timesteps)
+
+    @functools.wraps(DDPMScheduler.set_timesteps)
+    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None):
+        if timesteps is not None:
+            timesteps = self._checked_timesteps(timesteps)
+        super().set_timesteps(num_inference_steps, device, timesteps)
+        self._drop_skipped_steps()
 
 
 class BoostAndSkipEulerDiscreteScheduler(_BoostAndSkip, EulerDiscreteScheduler):
@@ -190,16 +207,6 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
             self.timesteps = torch.from_numpy(table).to(device)
         self.custom_timesteps = timesteps is not None
         self._drop_skipped_steps()
-
-    def _checked_timesteps(self, timesteps: list[int]) -> np.ndarray:
-        table, end = np.asarray(timesteps), self.config.num_train_timesteps
-        integers = table.ndim == 1 and len(table) > 0 and np.issubdtype(table.dtype, np.integer)
-        if not integers or table[0] >= end or table[-1] < 0 or (table[1:] >= table[:-1]).any():
-            raise ValueError(
-                f"timesteps={timesteps} must be strictly decreasing integers in [0, {end}), and at least one:"
-                " sort them, drop repeated ones, and round."
-            )
-        return table.astype(np.int64)
 
     def previous_timestep(self, timestep: int) -> int:
         """The timestep that a step from `timestep` ends at, negative for clean data.
@@ -296,21 +303,31 @@ _BOOSTED = {
 }
 
 
-def boost_and_skip(scheduler: SchedulerMixin, gamma: float = 1.0, skip_steps: int = 0) -> SchedulerMixin:
+def boost_and_skip(
+    scheduler: SchedulerMixin, gamma: float | None = None, skip_steps: int | None = None
+) -> SchedulerMixin:
     """The Boost-and-Skip scheduler with the config of `scheduler`; one that is boosted already gets the new numbers.
 
-    The class must be one of the four exactly: a subclass, or a variant such as `DDPMParallelScheduler`, may hold
-    tables of its own, which a cut would not reach. The result is a new scheduler: call `set_timesteps` on it.
+    A number left out is off for a stock scheduler (gamma 1, skip_steps 0) and stays as it is for a boosted one. The
+    class must be one of the four exactly: a subclass, or a variant such as `DDPMParallelScheduler`, may hold tables of
+    its own, which a cut would not reach. The result is a new scheduler: call `set_timesteps` on it.
 
     Raises:
         ValueError: for a scheduler of any other class, and if `gamma` or `skip_steps` is out of range.
     """
-    known = _BOOSTED | {boosted: boosted for boosted in _BOOSTED.values()}
     cls = type(scheduler)
-    if cls not in known:
-        raise ValueError(
-            f"scheduler={cls.__module__}.{cls.__name__} is not one that boost_and_skip can shorten safely. It knows"
-            f" exactly {', '.join(each.__name__ for each in known)}, and not their subclasses. Convert first:"
-            " EulerDiscreteScheduler.from_config(pipe.scheduler.config)."
-        )
-    return known[cls].from_config(scheduler.config, gamma=gamma, skip_steps=skip_steps)
+    given = {name: value for name, value in (("gamma", gamma), ("skip_steps", skip_steps)) if value is not None}
+    if cls in _BOOSTED.values():
+        return cls.from_config(scheduler.config, **given)
+    if cls in _BOOSTED:  # a stock scheduler made from ours keeps its numbers in the config, so off is said aloud
+        return _BOOSTED[cls].from_config(scheduler.config, **{"gamma": 1.0, "skip_steps": 0, **given})
+    advice = (
+        "Unless the model is distilled, convert first: EulerDiscreteScheduler.from_config(pipe.scheduler.config)."
+        if hasattr(scheduler, "alphas_cumprod")
+        else "Flow matching and other processes without alphas_cumprod are not covered."
+    )
+    known = ", ".join(each.__name__ for pair in _BOOSTED.items() for each in pair)
+    raise ValueError(
+        f"scheduler={cls.__module__}.{cls.__name__} is not one that boost_and_skip can shorten safely. It knows"
+        f" exactly {known}, and not their subclasses. {advice}"
+    )

@@ -7,17 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from hidden_package import hide
 
-
-class Hidden:
-    """An import hook that makes diffusers_ext look uninstalled."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "diffusers_ext":
-            raise ModuleNotFoundError(f"{name} is hidden", name=name)
-
-
-sys.meta_path.insert(0, Hidden())
+hide("diffusers_ext")
 file, root, *variants = sys.argv[1:]
 for variant in variants:
     folder = Path(root) / variant

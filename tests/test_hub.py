@@ -44,7 +44,8 @@ def test_an_export_of_a_stock_pipeline_needs_no_code(tmp_path):
     folder = export_pipeline(DDPMPipeline(tiny_unet(), DDPMScheduler()), tmp_path / "out")
     assert not list(folder.rglob("*.py"))
     assert type(DDPMPipeline.from_pretrained(folder)) is DDPMPipeline
-    assert "licence of the weights is that of their source" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "licence of the weights is that of their source" in card and "trust_remote_code" not in card
 
 
 def test_a_full_folder_is_left_alone(tmp_path):
@@ -61,19 +62,57 @@ def test_a_class_without_a_file_is_refused_and_nothing_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_siblings_travel_and_upward_imports_are_refused(tmp_path):
-    (tmp_path / "top.py").write_text("import torch\nfrom .near import x\n")
-    (tmp_path / "near.py").write_text("x = 1\n")
+def test_siblings_travel(tmp_path):
+    (tmp_path / "top.py").write_text("import json, torch\nfrom .near import x\n")
+    (tmp_path / "near.py").write_text("from diffusers import DDPMScheduler\nx = 1\n")
     assert [path.name for path in _with_siblings(tmp_path / "top.py")] == ["top.py", "near.py"]
-    for line in (
-        "from ..up import x",
-        "from diffusers_ext.hub import x",
-        "import diffusers_ext",
-        "from .gone import x",
-    ):
-        (tmp_path / "top.py").write_text(line + "\n")
-        with pytest.raises(ValueError, match="which a Hub repository does not hold"):
-            _with_siblings(tmp_path / "top.py")
+    (tmp_path / "top.py").write_text("def f():\n    import torchdiffeq\n")  # an optional library
+    assert [path.name for path in _with_siblings(tmp_path / "top.py")] == ["top.py"]
+
+
+@pytest.mark.parametrize("where", ["top", "near"])
+@pytest.mark.parametrize(
+    "line",
+    ["from ..up import x", "from .gone import x", "import timm", "from mypkg.utils import f", "import diffusers_ext",
+     "from diffusers_ext.hub import x", "def f():\n    from diffusers_ext import x", "from . import near"],
+)  # fmt: skip
+def test_imports_that_a_repository_cannot_satisfy_are_refused(tmp_path, line, where):
+    sources = {"top": "from .near import x\n", "near": "x = 1\n"}
+    sources[where] += line + "\n"
+    for name, text in sources.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    with pytest.raises(ValueError, match="which a Hub repository does not hold"):
+        _with_siblings(tmp_path / "top.py")
+
+
+def test_a_sibling_of_a_sibling_is_refused_unless_the_file_imports_it_too(tmp_path):
+    (tmp_path / "near.py").write_text("from .far import y\n")
+    (tmp_path / "far.py").write_text("y = 1\n")
+    (tmp_path / "top.py").write_text("from .near import x\n")
+    with pytest.raises(ValueError, match="far"):
+        _with_siblings(tmp_path / "top.py")
+    (tmp_path / "top.py").write_text("from .near import x\nfrom .far import y\n")
+    assert len(_with_siblings(tmp_path / "top.py")) == 3
+
+
+def test_no_path_of_this_machine_is_exported(tmp_path):
+    BoostAndSkipPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "secret-client")
+    loaded = BoostAndSkipPipeline.from_pretrained(tmp_path / "secret-client")
+    folder = export_pipeline(loaded, tmp_path / "out")
+    for path in [*folder.rglob("*.json"), *folder.rglob("*.md")]:
+        assert str(tmp_path) not in path.read_text(), path
+
+
+def test_links_and_the_current_folder(tmp_path, monkeypatch):
+    pipe = DDPMPipeline(tiny_unet(), DDPMScheduler())
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    export_pipeline(pipe, tmp_path / "link")
+    assert (tmp_path / "real/model_index.json").is_file() and (tmp_path / "link").is_symlink()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="current"):
+        export_pipeline(pipe, ".")
 
 
 def test_half_precision_weights_stay_half(tmp_path):

@@ -4,9 +4,10 @@ import inspect
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from contracts import PipelineContract
+from contracts import PipelineContract, run_fresh
 from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
@@ -77,12 +78,29 @@ class TestContract(PipelineContract):
     file = Path(inspect.getsourcefile(module))
 
     def build(self, variant):
-        scheduler = DDPMScheduler() if variant == "stock" else OURS[variant](gamma=2.0, skip_steps=2)
-        return BoostAndSkipPipeline(tiny_unet(classes=4), scheduler, null_class=3)
+        scheduler = DDPMScheduler if variant == "stock" else OURS[variant]
+        boost = {} if variant == "stock" else {"gamma": 2.0, "skip_steps": 2}
+        unet = tiny_unet(classes=4)
+        unet.conv_out.weight.data *= 0.3  # an image prediction well within [-1, 1], so that nothing is clipped
+        return BoostAndSkipPipeline(unet, scheduler(prediction_type="sample", **boost), null_class=3)
 
     def options(self, variant):
         own = {"gamma": 2.0, "skip_steps": 2} if variant == "stock" else {}
         return {"class_labels": [1, 1], "num_inference_steps": 6, "guidance_scale": 2.0, **own}
+
+    def one(self, variant):
+        return {"class_labels": [1]}
+
+
+def test_a_stock_repository_loads_with_custom_pipeline_alone(tmp_path):
+    """google/ddpm-* style: DDPMPipeline.save_pretrained, no null class, nothing but diffusers."""
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "repository")
+    run_fresh("load_stock_repository.py", str(tmp_path / "repository"), inspect.getsourcefile(module), cache=tmp_path)
+    pipe = pipeline(DDPMScheduler())
+    boosted = run(pipe, gamma=4.0, skip_steps=3, generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(
+        torch.from_numpy(np.load(tmp_path / "repository/boosted.npy")), boosted, atol=1e-4, rtol=0
+    )
 
 
 def test_off_is_the_stock_pipeline():
@@ -263,7 +281,16 @@ BAD = [
     ({"class_labels": [1, 2], "batch_size": 3}, "batch_size=3"),
     ({"guidance_scale": float("nan"), "class_labels": [1]}, "guidance_scale"),
     ({"guidance_scale": 2.0}, "guidance_scale=2.0 needs class_labels"),
-    ({"latents": torch.zeros(1, 3, 4, 4)}, "latents"),
+    ({"latents": torch.zeros(1, 2, 8, 8)}, "latents"),
+    ({"latents": torch.zeros(2, 3, 8, 8), "batch_size": 1}, "latents"),
+    ({"gamma": "4"}, "gamma"),
+    ({"gamma": True}, "gamma"),
+    ({"batch_size": True}, "batch_size"),
+    ({"eta": -0.5}, "eta"),
+    ({"timesteps": []}, "timesteps"),
+    ({"timesteps": [5, -1]}, "timesteps"),
+    ({"timesteps": [5, 5]}, "timesteps"),
+    ({"timesteps": [1000, 5]}, "timesteps"),
     ({"generator": [torch.Generator()], "batch_size": 2}, "generator"),
     ({"eta": 0.5}, "eta"),
     ({"use_clipped_model_output": True}, "use_clipped_model_output"),
@@ -276,6 +303,37 @@ def test_bad_input_is_refused(options, message, ours):
     scheduler = BoostAndSkipDDPMScheduler() if ours else DDPMScheduler()
     with pytest.raises(ValueError, match=message):
         run(pipeline(scheduler, null_class=3, classes=4), **options)
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["stock", "ours"])
+def test_numpy_numbers_are_numbers(ours):
+    pipe = pipeline(BoostAndSkipDDPMScheduler() if ours else DDPMScheduler())
+    given = run(pipe, batch_size=np.int64(2), gamma=np.float64(2), skip_steps=np.int64(1))
+    assert torch.equal(given, run(pipe, batch_size=2, gamma=2.0, skip_steps=1))
+    seeds = tuple(torch.Generator().manual_seed(seed) for seed in (1, 2))
+    assert run(pipe, batch_size=2, generator=seeds).shape == (2, 3, 8, 8)
+
+
+def test_size_comes_from_the_model_or_from_the_latents():
+    pipe = pipeline(DDPMScheduler())
+    assert run(pipe, latents=torch.zeros(1, 3, 4, 12)).shape == (1, 3, 4, 12)
+    pipe.unet.register_to_config(sample_size=(4, 12))
+    assert run(pipe).shape == (1, 3, 4, 12)
+    pipe.unet.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match="sample_size"):
+        run(pipe)
+
+
+def test_latent_output_is_the_sample_itself():
+    pipe = pipeline(BoostAndSkipEulerDiscreteScheduler())
+    latents = run(pipe, output_type="latent", gamma=3.0, skip_steps=1)
+    assert torch.equal(to_image(latents), run(pipe, gamma=3.0, skip_steps=1))
+
+
+@pytest.mark.parametrize(("classes", "null_class"), [(4, 4), (4, -1), (4, 1.0), (None, 3)])
+def test_the_null_class_must_be_one_of_the_model(classes, null_class):
+    with pytest.raises(ValueError, match="null_class must be one of"):
+        run(pipeline(DDPMScheduler(), null_class=null_class, classes=classes))
 
 
 def test_labels_and_models_must_fit():

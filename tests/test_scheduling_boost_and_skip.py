@@ -22,8 +22,10 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DModel,
 )
@@ -733,10 +735,17 @@ def test_boost_and_skip_picks_the_class_and_keeps_the_config(name):
     assert "gamma" not in stock.config
     again = boost_and_skip(ours, gamma=2.0)
     assert type(again) is ours_class
-    assert (again.config.gamma, again.config.skip_steps, again.config.beta_start) == (2.0, 0, 0.002)
+    assert (again.config.gamma, again.config.skip_steps, again.config.beta_start) == (
+        2.0,
+        3,
+        0.002,
+    )  # what is left out stays
     assert (ours.config.gamma, ours.config.skip_steps) == (4.0, 3)
     with pytest.raises(ValueError, match="gamma=0"):
         boost_and_skip(stock, gamma=0)
+    hidden = stock_class.from_config(ours.config)  # a stock scheduler that keeps our numbers as ignored entries
+    off = boost_and_skip(hidden, skip_steps=1)
+    assert (off.config.gamma, off.config.skip_steps) == (1.0, 1)
 
 
 @pytest.mark.parametrize("cls", [PNDMScheduler, LCMScheduler, DDPMParallelScheduler])
@@ -749,6 +758,39 @@ def test_boost_and_skip_refuses_what_it_does_not_know(cls):
     assert "EulerDiscreteScheduler.from_config(pipe.scheduler.config)" in message
     converted = boost_and_skip(EulerDiscreteScheduler.from_config(cls().config), gamma=4.0)
     assert type(converted) is BoostAndSkipEulerDiscreteScheduler
+
+
+def test_boost_and_skip_does_not_send_flow_matching_to_euler():
+    with pytest.raises(ValueError, match=r"Flow matching .* not covered") as error:
+        boost_and_skip(FlowMatchEulerDiscreteScheduler(shift=3.0), gamma=4.0)
+    assert "convert" not in str(error.value)
+
+
+@pytest.mark.parametrize("timesteps", [[], [5, -1], [5, 5], [1000, 5], [5.5, 1]])
+def test_ddpm_checks_custom_timesteps(timesteps):
+    with pytest.raises(ValueError, match="strictly decreasing integers"):
+        BoostAndSkipDDPMScheduler().set_timesteps(timesteps=timesteps)
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler"])
+def test_image_to_image_loses_the_skipped_steps_from_its_strength(name):
+    """As documented: it starts from the noised image, so gamma does nothing and a skip shortens the way."""
+    pipe = StableDiffusionImg2ImgPipeline(**tiny_stable_diffusion().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    counts, results = [], []
+    for gamma in (1.0, 4.0):
+        steps = []
+        pipe.scheduler = PAIRS[name][1](**LATENT_SCHEDULE, gamma=gamma, skip_steps=3)
+        result = pipe(
+            "a", image=image, strength=0.5, num_inference_steps=20, output_type="np", guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(0),
+            callback_on_step_end=lambda *step, steps=steps: steps.append(step) or {},
+        )  # fmt: skip
+        counts.append(len(steps))
+        results.append(result.images)
+    assert counts == [7, 7]
+    np.testing.assert_array_equal(*results)
 
 
 def test_boost_and_skip_refuses_subclasses_of_ours():
