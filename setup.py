@@ -26,7 +26,7 @@ TEST = ["pytest>=8.0.0", "hypothesis>=6.100.0", "ruff>=0.11.0", "build>=1.2.1", 
 setup(
     name="diffusers_ext",
     version="0.1.0.dev0",
-    description="Boost-and-Skip, guidance interval, Jump Your Steps and flow postprocessing for diffusers",
+    description="Research methods for Hugging Face diffusers: Boost-and-Skip minority sampling, and more to come",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,4 +1,4 @@
-"""Four research methods for Hugging Face diffusers.
+"""Research methods for Hugging Face diffusers.
 
 Schedulers, models and pipelines are imported with the package, so that what `save_pretrained` wrote loads again in
 a fresh process; the workshop (`hub`, `metrics`, `shipped`, `cli`) is imported where it is used.

@@ -8,19 +8,19 @@ from . import __version__
 
 
 class FriendlyGroup(click.Group):
-    """Shows bad input and missing optional packages as one line; anything else keeps its traceback."""
+    """Shows bad input, missing files and missing optional packages as one line; the rest keeps its traceback."""
 
     def invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, OSError) as error:
             raise click.ClickException(str(error)) from error
 
 
 @click.group(cls=FriendlyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="diffusers-ext")
 def main():
-    """Boost-and-Skip, guidance interval, Jump Your Steps and flow postprocessing for diffusers."""
+    """Research methods for diffusers, on shipped models and on yours."""
 
 
 @main.command()

@@ -25,8 +25,9 @@ def evaluate_digits(images: torch.Tensor, labels: torch.Tensor) -> dict[str, flo
     Fréchet distance is to all 60,000. It falls with the number of samples, so compare equal numbers only.
 
     Returns recognised (share classified as its label), knn_distance (mean distance to the 5 nearest training
-    images), lof (local outlier factor, k 20; left out where scikit-learn is not installed), rarity (rarity score,
-    k 3, mean over the samples inside the real manifold; None if none is), inside (their share) and frechet.
+    images), knn_distance_recognised (the same over the recognised ones alone, None if there are none), lof (local
+    outlier factor, k 20; left out where scikit-learn is not installed), rarity (rarity score, k 3, mean over the
+    samples inside the real manifold; None if none is), inside (their share) and frechet.
     """
     classifier, reference = load_shipped_classifier()
     outputs = [classifier(batch * 2 - 1) for batch in images.split(500)]
@@ -37,6 +38,11 @@ def evaluate_digits(images: torch.Tensor, labels: torch.Tensor) -> dict[str, flo
     numbers = {
         "recognised": recognised.double().mean().item(),
         "knn_distance": average_knn_distance(features, reference.features, NEIGHBOURS["knn_distance"]),
+        "knn_distance_recognised": average_knn_distance(
+            features[recognised], reference.features, NEIGHBOURS["knn_distance"]
+        )
+        if recognised.any()
+        else None,
         "rarity": rarity.mean if rarity.inside else None,
         "inside": rarity.inside,
         "frechet": frechet_distance(statistics.mean, statistics.covariance, reference.mean, reference.covariance),

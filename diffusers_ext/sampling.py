@@ -80,10 +80,16 @@ def sample_to_folder(
 ) -> None:
     """Write 000000.png, 000001.png, ... as they are drawn, then settings.json, into a new folder.
 
-    Arguments as in sample_batches. Raises ValueError for a folder that is not empty, and for arguments that the
-    pipeline's call does not take.
+    Arguments as in sample_batches. Raises ValueError for a folder that is not empty, for arguments that the pipeline's
+    call does not take, and for pipelines that need more than labels or a number of images.
     """
-    unknown = sorted(set(call) - set(inspect.signature(pipe.__call__).parameters))
+    known = inspect.signature(pipe.__call__).parameters
+    if labels is None and "batch_size" not in known:
+        raise ValueError(
+            f"{type(pipe).__name__} cannot be asked for a number of images alone; this command samples pixel-space"
+            " pipelines, unconditional or with class labels"
+        )
+    unknown = sorted(set(call) - set(known))
     if unknown:
         raise ValueError(
             f"{type(pipe).__name__} does not take {', '.join(unknown)}; leave it out or choose another pipeline"
@@ -99,6 +105,8 @@ def sample_to_folder(
         "batch_size": batch_size,
         "class_labels": None if labels is None else labels.tolist(),
         **call,
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype),
         "versions": package_versions(),
     }
     number = 0

@@ -8,7 +8,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from .models import ImageClassifier
-from .pipelines import BoostAndSkipPipeline
+from .pipelines.boost_and_skip import BOOST_AND_SKIP_CLASSES, BoostAndSkipPipeline
+from .schedulers import boost_and_skip
 
 ASSETS = Path(__file__).parent / "assets"
 PIPELINES = {"boost-and-skip": BoostAndSkipPipeline}
@@ -46,15 +47,28 @@ def load_shipped_classifier(name: str = "mnist-classifier") -> tuple[ImageClassi
     return ImageClassifier.from_pretrained(folder).eval(), Reference(**reference)
 
 
-def load_pipeline(model: str, pipeline: str | None = None, **kwargs) -> DiffusionPipeline:
+def load_pipeline(
+    model: str, pipeline: str | None = None, trust_remote_code: bool = False, **kwargs
+) -> DiffusionPipeline:
     """Load a shipped model by name, or any folder or Hub id, as one of our pipelines or as its own.
 
-    pipeline: a name of `PIPELINES`; None loads the class that the model's index names.
-    kwargs: further arguments of `from_pretrained`, such as torch_dtype.
+    pipeline: a name of `PIPELINES`; None loads the class that the model's index names. Under "boost-and-skip" a stock
+    scheduler that the pipeline cannot boost itself becomes the Boost-and-Skip one of its kind. trust_remote_code: run
+    the .py files that lie in the model's repository. kwargs: further arguments of `from_pretrained`.
 
-    Raises ValueError for an unknown pipeline name.
+    Raises ValueError for an unknown pipeline name, a shipped model that is no pipeline, and a local folder with code
+    that is not trusted.
     """
     if pipeline is not None and pipeline not in PIPELINES:
         raise ValueError(f"pipeline must be one of {sorted(PIPELINES)}, got {pipeline!r}")
+    folder = Path(resolve_model(model))
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"model {model!r} is no pipeline: {folder} has no model_index.json")
+    code = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py")) if folder.is_dir() else []
+    if code and not trust_remote_code:  # diffusers before 0.38 would run it
+        raise ValueError(f"model {model!r} holds code, {', '.join(code)}; read it, then pass trust_remote_code=True")
     cls = DiffusionPipeline if pipeline is None else PIPELINES[pipeline]
-    return cls.from_pretrained(resolve_model(model), **kwargs)
+    pipe = cls.from_pretrained(resolve_model(model), trust_remote_code=trust_remote_code, **kwargs)
+    if pipeline == "boost-and-skip" and type(pipe.scheduler).__name__ in BOOST_AND_SKIP_CLASSES:
+        pipe.scheduler = boost_and_skip(pipe.scheduler)
+    return pipe

@@ -4,7 +4,7 @@
 
 Search with 2,000 samples and one seed; report with `--samples 5000 --seeds 3`. Each finished row is written to the
 output at once, and a second start goes on after the last one, for the same steps and samples. `--only` picks rows.
-All rows cost the same: guidance evaluates the network twice a step and gets half of the steps.
+All rows cost about the same: guidance evaluates the network twice a step and gets half of the steps.
 
 Measured: see docs/boost_and_skip.md.
 """
@@ -38,7 +38,16 @@ SETTINGS = {
     "guidance 0.8": {"guidance_scale": 0.8},
     "guidance 0.5": {"guidance_scale": 0.5},
 }
-METRICS = ("recognised", "knn_distance", "lof", "rarity", "inside", "frechet", "seconds_per_image")
+METRICS = (
+    "recognised",
+    "knn_distance",
+    "knn_distance_recognised",
+    "lof",
+    "rarity",
+    "inside",
+    "frechet",
+    "seconds_per_image",
+)
 IMAGES_PER_SEED = 1_000_000  # seeds of a row do not overlap
 
 

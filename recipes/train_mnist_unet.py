@@ -85,6 +85,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
     """Save the training state beside the old one, then put it in its place."""
     fresh = folder.with_name(folder.name + ".new")
     accelerator.save_state(str(fresh))
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (fresh / "step.json").write_text(json.dumps({"step": step}))
         rmtree(folder, ignore_errors=True)

@@ -111,7 +111,7 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def small_demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    settings = demo.DemoSettings(gammas=(1.0, 4.0), num_inference_steps=8, num_samples=20)
+    settings = demo.DemoSettings(gammas=(1.0, 4.0), skip_steps=1, num_inference_steps=12, num_samples=20)
     return folder, demo.run_demo(folder, "cpu", settings)
 
 

@@ -27,6 +27,9 @@ def test_numbers_are_those_of_the_metrics(digits):
     features = output.features
     assert numbers["recognised"] == (output.logits.argmax(1) == labels).double().mean()
     assert numbers["knn_distance"] == pytest.approx(average_knn_distance(features, reference.features, 5), rel=1e-5)
+    recognised = output.logits.argmax(1) == labels
+    alone = average_knn_distance(features[recognised], reference.features, 5)
+    assert numbers["knn_distance_recognised"] == pytest.approx(alone, rel=1e-5)
     assert numbers["lof"] == pytest.approx(local_outlier_factor(features, reference.features, 20), rel=1e-5)
     rarity = rarity_score(features, reference.features, 3)
     assert (numbers["rarity"], numbers["inside"]) == pytest.approx((rarity.mean, rarity.inside), rel=1e-5)

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
 
-from diffusers_ext import BoostAndSkipPipeline
+from diffusers_ext import BoostAndSkipDDIMScheduler, BoostAndSkipPipeline
+from diffusers_ext.hub import export_pipeline
 from diffusers_ext.metrics import frechet_distance
 from diffusers_ext.shipped import load_pipeline, load_shipped_classifier, resolve_model, shipped_models
 
@@ -65,6 +66,25 @@ def test_samples_are_recognised_and_boosted_ones_differ():
         recognised = (classifier(plain * 2 - 1).logits.argmax(1) == labels).double().mean()
     assert recognised >= 0.9
     assert (draw(gamma=4.0, skip_steps=3) - plain).abs().mean() > 0.01
+
+
+def test_code_in_a_folder_needs_trust(tmp_path):
+    export_pipeline(load_pipeline("mnist-unet"), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds code, boost_and_skip\.py"):
+        load_pipeline(str(tmp_path / "out"))
+    assert load_pipeline(str(tmp_path / "out"), trust_remote_code=True).config.null_class == 10
+
+
+def test_a_stock_scheduler_becomes_ours_under_boost_and_skip(tmp_path):
+    pipe = load_pipeline("mnist-unet")
+    DDPMPipeline(pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config)).save_pretrained(tmp_path)
+    assert type(load_pipeline(str(tmp_path), "boost-and-skip").scheduler) is BoostAndSkipDDIMScheduler
+    assert type(load_pipeline(str(tmp_path)).scheduler) is DDIMScheduler
+
+
+def test_a_shipped_model_that_is_no_pipeline_is_named():
+    with pytest.raises(ValueError, match="'mnist-classifier' is no pipeline"):
+        load_pipeline("mnist-classifier")
 
 
 def test_an_unknown_pipeline_name_is_refused():
