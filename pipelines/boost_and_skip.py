@@ -4,13 +4,23 @@ import inspect
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
-from itertools import pairwise
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+
+from .pixel_space import (
+    check_call,
+    checked_generator,
+    checked_labels,
+    is_integer,
+    label_tensor,
+    to_images,
+    with_precise_alphas,
+)
+from .respacing import set_timesteps
 
 BOOST_AND_SKIP_CLASSES = {
     "DDIMScheduler": "BoostAndSkipDDIMScheduler",
@@ -72,7 +82,7 @@ class BoostAndSkipPipeline(DiffusionPipeline):
         self,
         batch_size: int | None = None,
         class_labels: int | list[int] | torch.Tensor | None = None,
-        num_inference_steps: int = 250,
+        num_inference_steps: int | str = 250,
         timesteps: list[int] | None = None,
         gamma: float | None = None,
         skip_steps: int | None = None,
@@ -92,7 +102,8 @@ class BoostAndSkipPipeline(DiffusionPipeline):
             batch_size: number of images; by default as many as `class_labels`, or 1.
             class_labels: class indices, one for all images or one an image (batch_size,). Left out, a
                 class-conditional model with a null class samples without a label.
-            num_inference_steps: steps of the schedule before skipping.
+            num_inference_steps: steps of the schedule before skipping, in the scheduler's spacing; or a respacing of
+                guided-diffusion, such as "250", "10,10,5" or "ddim25".
             timesteps: the schedule itself, strictly decreasing training timesteps, in place of its length.
             gamma: factor on the standard deviation of the initial noise, > 0. The paper uses 2.5 to 4. By default
                 the scheduler's, or 1.
@@ -117,9 +128,9 @@ class BoostAndSkipPipeline(DiffusionPipeline):
         """
         self._guidance_scale = guidance_scale
         self._check_inputs(batch_size, class_labels, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
-        labels = self._check_labels(class_labels)
+        labels = checked_labels(class_labels, self.unet.config.get("num_class_embeds"), self.config.null_class)
         batch_size = self._batch_size(batch_size, labels, latents)
-        generator = self._checked_generator(generator, batch_size)
+        generator = checked_generator(generator, batch_size)
         device = self._execution_device
         labels = self._label_tensor(labels, batch_size, device)
 
@@ -137,7 +148,7 @@ class BoostAndSkipPipeline(DiffusionPipeline):
                         latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
                     progress_bar.update()
 
-        images = self._to_output(latents, output_type)
+        images = to_images(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -168,14 +179,17 @@ class BoostAndSkipPipeline(DiffusionPipeline):
             given = {name: value for name, value in given.items() if value is not None}
             if given:
                 scheduler = type(scheduler).from_config(scheduler.config, **given)
+            on = (scheduler.config.gamma, scheduler.config.skip_steps) != (1, 0)
             gamma, skip_steps = 1.0, 0
         elif isinstance(scheduler, DDPMScheduler):
             gamma = 1.0 if gamma is None else gamma
             skip_steps = 0 if skip_steps is None else skip_steps
             _check_boost_and_skip(gamma, skip_steps)
+            on = (gamma, skip_steps) != (1, 0)
         else:
             raise ValueError(_unsupported(scheduler))
-        self.scheduler = scheduler
+        # switched off it is the stock sampler, bit for bit
+        self.scheduler = with_precise_alphas(scheduler) if on else scheduler
         try:
             yield gamma, skip_steps
         finally:
@@ -183,16 +197,7 @@ class BoostAndSkipPipeline(DiffusionPipeline):
 
     def _set_timesteps(self, num_inference_steps, timesteps, skip_steps, device) -> torch.Tensor:
         """Set the schedule and return the timesteps to walk, from the first one that is kept."""
-        if timesteps is None:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            timesteps = _checked_timesteps(timesteps, self.scheduler.config.num_train_timesteps)
-            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
-        else:
-            raise ValueError(
-                f"timesteps={timesteps!r}: {type(self.scheduler).__name__} takes no custom timesteps; use a"
-                " DDPMScheduler or a BoostAndSkip... scheduler, or pass num_inference_steps"
-            )
+        set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
         steps = self.scheduler.timesteps
         if skip_steps >= len(steps):
             raise ValueError(
@@ -237,30 +242,15 @@ class BoostAndSkipPipeline(DiffusionPipeline):
             raise ValueError("the model's config has no sample_size; pass latents= of the height and width to sample")
         return (size, size) if isinstance(size, int) else tuple(size)
 
-    def _to_output(self, latents: torch.Tensor, output_type: str):
-        if output_type == "latent":
-            return latents
-        images = (latents / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        images = images.float().cpu().permute(0, 2, 3, 1).numpy()
-        return self.numpy_to_pil(images) if output_type == "pil" else images
-
     def _check_inputs(self, batch_size, class_labels, guidance_scale, output_type, callback_tensors) -> None:
-        if batch_size is not None and not (_is_integer(batch_size) and batch_size >= 1):
+        if batch_size is not None and not (is_integer(batch_size) and batch_size >= 1):
             raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
-        unknown = set(callback_tensors) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; allowed are {self._callback_tensor_inputs}"
-            )
+        check_call(self, output_type, callback_tensors)
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
         null_class, classes = self.config.null_class, self.unet.config.get("num_class_embeds")
         if null_class is not None and not (
-            classes is not None and _is_integer(null_class) and 0 <= null_class < classes
+            classes is not None and is_integer(null_class) and 0 <= null_class < classes
         ):
             raise ValueError(
                 f"null_class must be one of the model's {classes or 0} classes or None, got {null_class!r}"
@@ -270,37 +260,6 @@ class BoostAndSkipPipeline(DiffusionPipeline):
                 f"guidance_scale={guidance_scale} needs class_labels and a model with a null class; pass"
                 " class_labels=, build the pipeline with null_class=, or use guidance_scale=1"
             )
-
-    @staticmethod
-    def _checked_generator(generator, batch_size: int):
-        if not isinstance(generator, list | tuple):
-            return generator
-        if len(generator) != batch_size:
-            raise ValueError(
-                f"generator is a list of {len(generator)}, but batch_size is {batch_size}; give one generator, or one"
-                " an image"
-            )
-        return list(generator)
-
-    def _check_labels(self, class_labels) -> list[int] | None:
-        """The labels as a list of one or of many integers; None where none are given and none are needed."""
-        classes = self.unet.config.get("num_class_embeds")
-        if class_labels is None:
-            if classes is not None and self.config.null_class is None:
-                raise ValueError(
-                    f"class_labels must be given: the model is conditional on {classes} classes and the pipeline"
-                    " knows no null class"
-                )
-            return None
-        if classes is None:
-            raise ValueError(f"class_labels={class_labels!r}: the model is unconditional; leave class_labels out")
-        labels = torch.as_tensor(class_labels)
-        if labels.ndim > 1 or labels.numel() == 0 or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(f"class_labels must be an integer or a non-empty list of integers, got {class_labels!r}")
-        wrong = [label for label in labels.reshape(-1).tolist() if not 0 <= label < classes]
-        if wrong:
-            raise ValueError(f"class_labels must be in [0, {classes}), got {wrong}")
-        return labels.tolist() if labels.ndim else [labels.item()]
 
     @staticmethod
     def _batch_size(batch_size: int | None, labels: list[int] | None, latents) -> int:
@@ -316,31 +275,14 @@ class BoostAndSkipPipeline(DiffusionPipeline):
             if self.unet.config.get("num_class_embeds") is None:
                 return None
             labels = [self.config.null_class]
-        if len(labels) not in (1, batch_size):
-            raise ValueError(f"class_labels must hold 1 or batch_size={batch_size} labels, got {len(labels)}")
-        return torch.tensor(labels, device=device).expand(batch_size)
-
-
-def _is_integer(value) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+        return label_tensor(labels, batch_size, device)
 
 
 def _check_boost_and_skip(gamma: float, skip_steps: int) -> None:
     if isinstance(gamma, bool) or not isinstance(gamma, Real) or not (math.isfinite(gamma) and gamma > 0):
         raise ValueError(f"gamma must be a finite number > 0, got {gamma!r}; 1 is the stock initial noise")
-    if not _is_integer(skip_steps) or skip_steps < 0:
+    if not is_integer(skip_steps) or skip_steps < 0:
         raise ValueError(f"skip_steps must be an integer >= 0, got {skip_steps!r}; 0 skips nothing")
-
-
-def _checked_timesteps(timesteps: list[int], end: int) -> list[int]:
-    """The list, if it holds strictly decreasing integers in [0, end); a negative one would index from the end."""
-    table = list(timesteps)
-    decreasing = all(a > b for a, b in pairwise(table))
-    if not table or not all(map(_is_integer, table)) or not decreasing or table[0] >= end or table[-1] < 0:
-        raise ValueError(
-            f"timesteps must be strictly decreasing integers in [0, {end}), at least one, got {timesteps}"
-        )
-    return table
 
 
 def _unsupported(scheduler: SchedulerMixin) -> str:

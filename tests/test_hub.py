@@ -29,6 +29,8 @@ def test_an_export_holds_code_and_file_stems(tmp_path):
     assert files == {
         "README.md",
         "boost_and_skip.py",
+        "pixel_space.py",
+        "respacing.py",
         "model_index.json",
         "scheduler/scheduler_config.json",
         "scheduler/scheduling_boost_and_skip.py",

@@ -122,6 +122,7 @@ def test_off_is_the_stock_pipeline():
 def test_stock_scheduler_is_a_loop_over_the_kept_steps(timesteps):
     pipe = pipeline(DDPMScheduler())
     scheduler, generator = DDPMScheduler(), torch.Generator().manual_seed(3)
+    scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), dim=0)  # as the authors' tables
     if timesteps is None:
         scheduler.set_timesteps(10)
     else:

@@ -1,0 +1,176 @@
+"""Class-conditional super-resolution by a diffusion model of guided-diffusion (Dhariwal & Nichol 2021, "ADM")."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.image_processor import PipelineImageInput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch.nn import functional as F
+
+from .pixel_space import check_call, checked_generator, checked_labels, label_tensor, to_images, with_precise_alphas
+from .respacing import set_timesteps
+
+
+class ADMUpsamplerPipeline(DiffusionPipeline):
+    r"""Large images from small ones: ancestral sampling of p(x | low_res, class).
+
+    The network sees the noisy image x_t and, on further channels after it, the low-resolution image in [-1, 1],
+    enlarged bilinearly (corners not aligned) to the size of x_t.
+
+    unet: `UNet2DModel` or one called like it, with twice as many input channels as an image has, and as many output
+        channels as an image or, with a learned variance, twice as many; the variance half is dropped for schedulers
+        that do not read it.
+    scheduler: `DDPMScheduler` for the original's sampler, or another one that walks integer timesteps.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012  diffusers' name and form
+
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: PipelineImageInput | str | Path,
+        class_labels: int | list[int] | torch.Tensor | None = None,
+        num_inference_steps: int | str = 250,
+        timesteps: list[int] | None = None,
+        latents: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["ADMUpsamplerPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Enlarge images.
+
+        Args:
+            image: the small images, one or a batch: PIL; arrays ([batch,] height, width, channels) or tensors
+                ([batch,] channels, height, width), uint8 or floating point in [0, 1]; or the path of an `.npz` of
+                guided-diffusion, with uint8 images in arr_0 and class labels in arr_1.
+            class_labels: class indices, one for all images or one an image (batch,). By default those of the `.npz`.
+            num_inference_steps: steps of the schedule, in the scheduler's spacing; or a respacing of guided-diffusion,
+                such as "250", "10,10,5" or "ddim25".
+            timesteps: the schedule itself, strictly decreasing training timesteps, in place of its length.
+            latents: initial noise of unit variance (batch, channels, height, width). Its height and width, which may
+                differ from the model's sample_size, are those of the result.
+            generator: one for all images, or a list of one an image, whose result then does not depend on the batch.
+            output_type: "pil", "np" (batch, height, width, channels) in [0, 1], "pt" (batch, channels, height, width)
+                in [0, 1], or "latent", the last x_t as it is.
+            return_dict: whether to return an `ImagePipelineOutput` or a tuple of the images.
+            callback_on_step_end: called as callback(pipeline, step, timestep, tensors) after each step; what the
+                returned dict holds under "latents" replaces the sample.
+            callback_on_step_end_tensor_inputs: which tensors the callback sees; "latents" is the sample x_t.
+
+        Raises ValueError for images of another form, number of channels or range, and for labels or latents that do
+        not fit them.
+        """
+        check_call(self, output_type, callback_on_step_end_tensor_inputs)
+        if isinstance(image, str | Path):
+            image, class_labels = _read_npz(image, class_labels)
+        low_res = _to_tensor(image, self.unet.config.in_channels // 2)
+        batch_size, device = len(low_res), self._execution_device
+        generator = checked_generator(generator, batch_size)
+        labels = checked_labels(class_labels, self.unet.config.get("num_class_embeds"))
+        labels = None if labels is None else label_tensor(labels, batch_size, device)
+        set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
+        latents = self._initial_sample(low_res.shape, latents, generator, device)
+        low_res = F.interpolate(low_res * 2 - 1, latents.shape[2:], mode="bilinear", align_corners=False)
+        low_res = low_res.to(device, self.unet.dtype)
+        scheduler = with_precise_alphas(self.scheduler)
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
+
+        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
+            model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+            model_output = self.unet(torch.cat([model_input, low_res], dim=1), t, class_labels=labels).sample
+            if not str(scheduler.config.get("variance_type", "")).startswith("learned"):
+                model_output = model_output[:, : latents.shape[1]]
+            latents = scheduler.step(model_output, t, latents, **extra).prev_sample
+            if callback_on_step_end is not None:
+                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
+
+        images = to_images(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _initial_sample(self, low_res_shape: torch.Size, latents, generator, device: torch.device) -> torch.Tensor:
+        """Noise of unit variance times the scheduler's initial sigma, in the network's dtype."""
+        batch_size, channels = low_res_shape[:2]
+        if latents is None:
+            size = self.unet.config.sample_size
+            if size is None:
+                raise ValueError(
+                    "the model's config has no sample_size; pass latents= of the height and width to sample"
+                )
+            size = (size, size) if isinstance(size, int) else tuple(size)
+            # mps draws are not reproducible, so its noise comes from the CPU as in diffusers' own pipelines
+            source = torch.device("cpu") if device.type == "mps" else device
+            shape = (batch_size, channels, *size)
+            latents = randn_tensor(shape, generator=generator, device=source, dtype=self.unet.dtype)
+        elif latents.ndim != 4 or latents.shape[:2] != (batch_size, channels):
+            raise ValueError(
+                f"latents must have shape ({batch_size}, {channels}, height, width), got {tuple(latents.shape)}"
+            )
+        return latents.to(device=device, dtype=self.unet.dtype) * self.scheduler.init_noise_sigma
+
+
+def _read_npz(path: str | Path, class_labels) -> tuple[np.ndarray, object]:
+    """Images and, unless others are given, class labels of an `.npz` as guided-diffusion writes it."""
+    if not (Path(path).is_file() and Path(path).suffix == ".npz"):
+        raise ValueError(f"image={str(path)!r} must be the path of an .npz file, or images")
+    with np.load(path, allow_pickle=False) as arrays:
+        if "arr_0" not in arrays:
+            raise ValueError(f"image={str(path)!r} must hold the images as arr_0, got {sorted(arrays)}")
+        if class_labels is None and "arr_1" in arrays:
+            class_labels = torch.from_numpy(arrays["arr_1"].astype(np.int64))
+        return arrays["arr_0"], class_labels
+
+
+def _to_tensor(image, channels: int) -> torch.Tensor:
+    """Images as float32 (batch, channels, height, width) in [0, 1] on their device."""
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        image = [image]
+    if isinstance(image, list | tuple) and image and all(isinstance(one, Image.Image) for one in image):
+        image = _stacked(image, channels)
+    if isinstance(image, np.ndarray):
+        image = image[None] if image.ndim == 3 else image
+        image = torch.from_numpy(image)
+        image = image.movedim(-1, 1) if image.ndim == 4 else image
+    if not isinstance(image, torch.Tensor):
+        raise ValueError(
+            f"image must be a PIL image, a list of them, an array, a tensor or the path of an .npz, got {type(image)}"
+        )
+    image = image[None] if image.ndim == 3 else image
+    if image.ndim != 4 or image.shape[1] != channels or not len(image):
+        raise ValueError(
+            f"image must have {channels} channels, (batch, {channels}, height, width) as a tensor or (batch, height,"
+            f" width, {channels}) as an array, got a tensor of shape {tuple(image.shape)}"
+        )
+    if image.dtype == torch.uint8:
+        return image.float() / 255
+    if not image.is_floating_point() or not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError(
+            f"image must be uint8 or floating point in [0, 1], got {image.dtype} from {image.min()} to {image.max()}"
+        )
+    return image.float()
+
+
+def _stacked(pictures: list, channels: int) -> np.ndarray:
+    """PIL images as (batch, height, width, channels) uint8. Raises ValueError for pictures of different sizes."""
+    sizes = {picture.size for picture in pictures}
+    if len(sizes) > 1:
+        raise ValueError(f"image holds pictures of different sizes, {sorted(sizes)}; resize them to one")
+    mode = "L" if channels == 1 else "RGB"
+    arrays = [np.asarray(picture.convert(mode)) for picture in pictures]
+    return np.stack([array[..., None] if channels == 1 else array for array in arrays])

@@ -1,0 +1,90 @@
+"""What pipelines in pixel space share: generators, class labels, and images out of samples in [-1, 1]."""
+
+import copy
+from numbers import Integral
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def is_integer(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_call(pipeline: DiffusionPipeline, output_type: str, callback_tensors: list[str]) -> None:
+    """Raises ValueError for an unknown output type and for tensors that the pipeline shows to no callback."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
+    known = pipeline._callback_tensor_inputs
+    unknown = set(callback_tensors) - set(known)
+    if unknown:
+        raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; allowed are {known}")
+
+
+def checked_generator(generator, batch_size: int):
+    """One generator as it is, several as a list of one an image. Raises ValueError for another number."""
+    if not isinstance(generator, list | tuple):
+        return generator
+    if len(generator) != batch_size:
+        raise ValueError(
+            f"generator is a list of {len(generator)}, but batch_size is {batch_size}; give one generator, or one"
+            " an image"
+        )
+    return list(generator)
+
+
+def checked_labels(class_labels, num_classes: int | None, null_class: int | None = None) -> list[int] | None:
+    """The labels as a list of one or of many integers; None where none are given and none are needed.
+
+    num_classes: of the model, None for an unconditional one. Raises ValueError for labels that are missing, not
+    wanted, out of range or no integers.
+    """
+    if class_labels is None:
+        if num_classes is not None and null_class is None:
+            raise ValueError(
+                f"class_labels must be given: the model is conditional on {num_classes} classes and the pipeline"
+                " knows no null class"
+            )
+        return None
+    if num_classes is None:
+        raise ValueError(f"class_labels={class_labels!r}: the model is unconditional; leave class_labels out")
+    labels = torch.as_tensor(class_labels)
+    if labels.ndim > 1 or labels.numel() == 0 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"class_labels must be an integer or a non-empty list of integers, got {class_labels!r}")
+    wrong = [label for label in labels.reshape(-1).tolist() if not 0 <= label < num_classes]
+    if wrong:
+        raise ValueError(f"class_labels must be in [0, {num_classes}), got {wrong}")
+    return labels.tolist() if labels.ndim else [labels.item()]
+
+
+def label_tensor(labels: list[int], batch_size: int, device: torch.device) -> torch.Tensor:
+    """(batch_size,) int64 of one label or of one an image. Raises ValueError for another number."""
+    if len(labels) not in (1, batch_size):
+        raise ValueError(f"class_labels must hold 1 or batch_size={batch_size} labels, got {len(labels)}")
+    return torch.tensor(labels, device=device).expand(batch_size)
+
+
+def with_precise_alphas(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """A copy of a `DDPMScheduler` whose alphas_cumprod are float64, as in guided-diffusion; others as they are.
+
+    In float32, 1 - alphas_cumprod of the first timesteps has lost three digits, and with it the ancestral noise.
+    """
+    if not isinstance(scheduler, DDPMScheduler):
+        return scheduler
+    scheduler = copy.copy(scheduler)
+    scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), dim=0)
+    return scheduler
+
+
+def to_images(sample: torch.Tensor, output_type: str):
+    """A sample (batch, channels, height, width) with values around [-1, 1] as the pipeline's output type."""
+    if output_type == "latent":
+        return sample
+    images = (sample / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return images
+    images = images.float().cpu().permute(0, 2, 3, 1).numpy()
+    return DiffusionPipeline.numpy_to_pil(images) if output_type == "pil" else images
