@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from diffusers_ext import ADMUNet2DModel, ADMUpsamplerPipeline, BoostAndSkipDDIMScheduler, BoostAndSkipPipeline
 from diffusers_ext.checkpoints import PRESETS, convert_guided_diffusion, load_guided_diffusion
-from diffusers_ext.checkpoints.guided_diffusion import ADMLayout, _unet_config, parse_flags, read_network
+from diffusers_ext.checkpoints.guided_diffusion import ADMLayout, unet_config, parse_flags, read_network
 from diffusers_ext.checkpoints.guided_diffusion_check import SourceNetwork, conversion_error
 from diffusers_ext.cli import main
 
@@ -177,7 +177,7 @@ OURS = {"imagenet128", "imagenet512", "imagenet64_256_upsampler"}
 def test_presets_build_the_published_networks(name):
     preset = PRESETS[name]
     choices = {"num_heads": 4, "num_head_channels": -1, "dropout": 0.0, "diffusion_steps": 1000, "image_size": 64}
-    cls, config = _unet_config(layout_of(preset), {**choices, **preset})
+    cls, config = unet_config(layout_of(preset), {**choices, **preset})
     assert (cls is ADMUNet2DModel) == (name in OURS)
     with torch.device("meta"):
         unet = cls(**config)

@@ -425,7 +425,7 @@ def build_scheduler(layout: ADMLayout, settings: dict) -> DDPMScheduler:
 
 def build_unet(state: Mapping[str, torch.Tensor], layout: ADMLayout, settings: dict) -> UNet2DModel:
     """The network with the checkpoint's weights in float32, in eval mode."""
-    cls, config = _unet_config(layout, settings)
+    cls, config = unet_config(layout, settings)
     tensors = _renamed(state, layout, _heads_of_legacy_order(layout, settings))
     with torch.device("meta"):
         unet = cls(**config)
@@ -440,7 +440,7 @@ def build_unet(state: Mapping[str, torch.Tensor], layout: ADMLayout, settings: d
     return unet.eval()
 
 
-def _unet_config(layout: ADMLayout, settings: dict) -> tuple[type[UNet2DModel], dict]:
+def unet_config(layout: ADMLayout, settings: dict) -> tuple[type[UNet2DModel], dict]:
     """The class that suffices and its parameters."""
     resblock = layout.resampling == "resblock"
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resblock else ("DownBlock2D", "UpBlock2D")
