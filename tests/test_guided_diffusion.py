@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from diffusers_ext import ADMUNet2DModel, ADMUpsamplerPipeline, BoostAndSkipDDIMScheduler, BoostAndSkipPipeline
 from diffusers_ext.checkpoints import PRESETS, convert_guided_diffusion, load_guided_diffusion
-from diffusers_ext.checkpoints.guided_diffusion import ADMLayout, unet_config, parse_flags, read_network
+from diffusers_ext.checkpoints.guided_diffusion import ADMLayout, parse_flags, read_network, unet_config
 from diffusers_ext.checkpoints.guided_diffusion_check import SourceNetwork, conversion_error
 from diffusers_ext.cli import main
 
