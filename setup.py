@@ -17,6 +17,7 @@ BASE = [
     "pillow>=10.1.0",
     "click>=8.1.0",
     "rich>=13.0.0",
+    "psutil",  # any that accelerate takes
 ]
 METRICS = ["scikit-learn>=1.5.0", "scipy>=1.13.0", "faiss-cpu>=1.9.0.post1"]
 PLOTS = ["matplotlib>=3.8.0"]

@@ -19,6 +19,7 @@ PACKAGES = (
     "accelerate",
     "safetensors",
     "numpy",
+    "pillow",
     "xformers",
     "faiss-cpu",
     "scikit-learn",

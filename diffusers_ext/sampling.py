@@ -1,16 +1,29 @@
-"""Many images from one pipeline, each with a seed of its own."""
+"""Many images from one pipeline, each with a seed of its own, on any number of processes.
+
+Image i is drawn with a CPU generator seeded by seed + i, so it depends on nothing but that and, up to round-off, on
+the batch that it is drawn in.
+"""
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from rich.progress import Progress
 
-from .hub import new_folder
-from .info import package_versions
+from .image_files import FORMATS, image_names, write_images
+from .processes import Processes, start_processes
+from .provenance import describe_pipeline, drawing_versions
+from .shards import Shards, check_folder, finish_folder, lock, open_folder
+
+GIVEN_HERE = ("generator", "output_type", "return_dict", "class_labels", "prompt")
 
 
 def sample_batches(
@@ -23,15 +36,12 @@ def sample_batches(
 
     Raises ValueError for a count or batch size below 1, or labels of another number.
     """
-    if count < 1 or batch_size < 1:
-        raise ValueError(f"count and batch_size must be >= 1, got {count} and {batch_size}")
+    _check_sizes(count, batch_size)
     if labels is not None and len(labels) != count:
         raise ValueError(f"labels must hold one label an image, {count}, got {len(labels)}")
-    for start in range(0, count, batch_size):
-        rows = range(start, min(start + batch_size, count))
-        generators = [torch.Generator().manual_seed(seed + i) for i in rows]
-        size = {"batch_size": len(rows)} if labels is None else {"class_labels": labels[rows.start : rows.stop]}
-        yield pipe(generator=generators, **size, **call).images
+    inputs = {} if labels is None else {"class_labels": labels.tolist()}
+    for rows in _batches(count, batch_size):
+        yield _draw(pipe, rows, seed, inputs, call)
 
 
 def sample_images(
@@ -54,67 +64,292 @@ def sample_images(
     return torch.cat(images)
 
 
-def cycled_labels(pipe: DiffusionPipeline, count: int, labels: list[int] | None = None) -> torch.Tensor | None:
+def cycled_labels(pipe: DiffusionPipeline, count: int, labels: Sequence[int] | None = None) -> torch.Tensor | None:
     """count labels (count,), the given ones or every class of the model in turn; None for an unconditional model.
 
-    The classes are those of the unet without the pipeline's null class.
+    The classes are those of the network without the pipeline's null class.
 
     Raises ValueError for labels given to a pipeline that takes none, and for an empty list.
     """
-    takes_labels = "class_labels" in inspect.signature(pipe.__call__).parameters
     if labels is None:
-        unet = getattr(pipe, "unet", None)
-        classes = unet.config.get("num_class_embeds") if takes_labels and unet is not None else None
-        if classes is None:
+        labels = _classes(pipe)
+        if labels is None:
             return None
-        labels = [label for label in range(classes) if label != pipe.config.get("null_class")]
-    elif not takes_labels:
+    elif not _takes_labels(pipe):
         raise ValueError(f"class labels {labels}: {type(pipe).__name__} takes none; leave them out")
-    if not labels:
+    if len(labels) == 0:
         raise ValueError("class labels must not be empty")
-    return torch.tensor(labels)[torch.arange(count) % len(labels)]
+    return torch.as_tensor(labels)[torch.arange(count) % len(labels)]
+
+
+def random_labels(pipe: DiffusionPipeline, count: int, seed: int) -> torch.Tensor:
+    """count labels (count,), uniform over the model's classes; label i depends on seed + i alone.
+
+    It comes from a hash, not from the generator of image i, so labels and noise are independent.
+
+    Raises ValueError for a pipeline without classes.
+    """
+    classes = _classes(pipe)
+    if classes is None:
+        raise ValueError(f"random labels: {type(pipe).__name__} of this model has no classes; leave them out")
+    return torch.tensor([classes[_hashed("class label", seed + i) % len(classes)] for i in range(count)])
+
+
+def _hashed(purpose: str, seed: int) -> int:
+    """63 bits that look random, another for each purpose and seed."""
+    return int.from_bytes(sha256(f"{purpose} {seed}".encode()).digest()[:8], "big") >> 1
+
+
+def _takes_labels(pipe: DiffusionPipeline) -> bool:
+    return "class_labels" in inspect.signature(pipe.__call__).parameters
+
+
+def _classes(pipe: DiffusionPipeline) -> list[int] | None:
+    """The classes of the pipeline's unet or DiT transformer, without the null class; None for an unconditional one."""
+    number = None
+    if _takes_labels(pipe) and getattr(pipe, "unet", None) is not None:
+        number = pipe.unet.config.get("num_class_embeds")
+    elif _takes_labels(pipe) and getattr(pipe, "transformer", None) is not None:
+        number = pipe.transformer.config.get("num_embeds_ada_norm")  # the null class comes after these
+    if number is None:
+        return None
+    return [label for label in range(number) if label != pipe.config.get("null_class")]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What `sample_to_folder` did.
+
+    result: the zip or npz file, or the folder of PNG files. count: images in it. drawn: how many of them this start
+    drew, in all of its processes. was_finished: whether an earlier start had already done everything.
+    """
+
+    result: Path
+    count: int
+    drawn: int
+    was_finished: bool
 
 
 def sample_to_folder(
-    pipe: DiffusionPipeline, folder: Path, count: int, labels: torch.Tensor | None, seed: int, batch_size: int, **call
-) -> None:
-    """Write 000000.png, 000001.png, ... as they are drawn, then settings.json, into a new folder.
+    pipe: DiffusionPipeline,
+    folder: str | Path,
+    count: int,
+    labels: Sequence[int] | torch.Tensor | str | None = None,
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    format: str = "png",
+    cpu_threads: int = 1,
+    accelerator: Accelerator | None = None,
+    **call,
+) -> Sampled:
+    """Draw images 0 to count - 1 into a folder; started again after an interruption, go on with the same call.
 
-    Arguments as in sample_batches. Raises ValueError for a folder that is not empty, for arguments that the pipeline's
-    call does not take, and for pipelines that need more than labels or a number of images.
+    The work is cut into batches of consecutive images; of n processes, process p draws the batches b with b % n == p.
+    Each finished batch is kept at once, with its hash, and at the end all become PNG files or one archive (see
+    `image_files.write_images`). Image i has the generator of seed + i: the files have the same bytes for any number of
+    processes and interruptions, and are within one grey level for any batch size. manifest.json says what was drawn,
+    with which versions, and the label of each image.
+
+    Global random numbers, which pipelines draw that do not pass their generator on, are seeded by the batch. For those
+    pipelines (stock `DiTPipeline` with a stochastic scheduler) all of this holds but for other batch sizes.
+
+    pipe: unconditional (takes batch_size), class-conditional (takes class_labels) or text-to-image (takes prompt).
+    labels: gone through in turn; None for every class in turn, "random" for `random_labels`.
+    prompts: gone through in turn.
+    format: "png", "zip" or "npz".
+    cpu_threads: torch threads of each process while it draws on a CPU, where round-off depends on their number; more
+        processes are the better use of many cores.
+    accelerator: of a program that has one. By default what a launcher started, or this process alone.
+    call: further arguments of the pipeline's call, JSON-able.
+
+    Every process calls this function, with the same arguments, and returns when the result is complete.
+
+    Raises ValueError before anything is drawn for arguments that the pipeline does not take or that are missing, for a
+    folder of other content, of other settings or versions (named, with both values), and one in use by another start;
+    and while drawing for images that are not finite. OSError for a full disk; no finished batch is lost.
     """
-    known = inspect.signature(pipe.__call__).parameters
-    if labels is None and "batch_size" not in known:
-        raise ValueError(
-            f"{type(pipe).__name__} cannot be asked for a number of images alone; this command samples pixel-space"
-            " pipelines, unconditional or with class labels"
-        )
-    unknown = sorted(set(call) - set(known))
-    if unknown:
-        raise ValueError(
-            f"{type(pipe).__name__} does not take {', '.join(unknown)}; leave it out or choose another pipeline"
-            " (--pipeline boost-and-skip for gamma and skip_steps)"
-        )
-    folder = new_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    pipe.set_progress_bar_config(disable=True)
+    _check_sizes(count, batch_size)
+    inputs = _inputs(pipe, count, labels, prompts, seed)
+    _check_call(pipe, inputs, call)
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
+    device = pipe._execution_device.type
+    processes = Processes(accelerator or start_processes(device))
+    threads = cpu_threads if device == "cpu" else None
     settings = {
-        "pipeline": type(pipe).__name__,
-        "model": str(pipe.config.get("_name_or_path")),
+        "count": count,
         "seed": seed,
         "batch_size": batch_size,
-        "class_labels": None if labels is None else labels.tolist(),
-        **call,
-        "device": str(pipe.device),
-        "dtype": str(pipe.dtype),
-        "versions": package_versions(),
+        "class_labels": labels if labels is None or isinstance(labels, str) else torch.as_tensor(labels).tolist(),
+        "prompts": None if prompts is None else list(prompts),
+        "format": format,
+        "call": call,
+        "cpu_threads": threads,
+        **describe_pipeline(pipe),
     }
-    number = 0
-    with Progress() as progress:
+    plan = {"settings": settings, "versions": drawing_versions(), "labels": inputs.get("class_labels")}
+    with ExitStack() as held:
+        folder, manifest = processes.agreed(lambda: _opened(held, folder, plan))
+        if manifest["result"] is not None:
+            return Sampled(folder / manifest["result"], count, drawn=0, was_finished=True)
+        with _cpu_threads(threads):
+            drawn = _draw_shards(pipe, folder, count, batch_size, seed, inputs, call, processes)
+        result = processes.agreed(lambda: _assembled(folder, manifest))
+    return Sampled(folder / result, count, drawn, was_finished=False)
+
+
+def _inputs(pipe, count: int, labels, prompts, seed: int) -> dict[str, list]:
+    """The arguments of the call that have one value an image."""
+    if prompts is not None:
+        if labels is not None:
+            raise ValueError("give labels or prompts, not both")
+        if isinstance(prompts, str) or len(prompts) == 0:
+            raise ValueError(f"prompts must be a non-empty list of texts, got {prompts!r}")
+        return {"prompt": [prompts[i % len(prompts)] for i in range(count)]}
+    if isinstance(labels, str):
+        if labels != "random":
+            raise ValueError(f'labels must be integers, None or "random", got {labels!r}')
+        chosen = random_labels(pipe, count, seed)
+    else:
+        chosen = cycled_labels(pipe, count, labels)
+    return {} if chosen is None else {"class_labels": chosen.tolist()}
+
+
+def _check_sizes(count: int, batch_size: int) -> None:
+    if count < 1 or batch_size < 1:
+        raise ValueError(f"count and batch_size must be >= 1, got {count} and {batch_size}")
+
+
+def _check_call(pipe: DiffusionPipeline, inputs: dict, call: dict) -> None:
+    """Raises ValueError where the pipeline's call does not take what it would get, or needs more."""
+    name, known = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
+    reserved = sorted(set(call) & set(GIVEN_HERE))
+    if reserved:
+        raise ValueError(f"{', '.join(reserved)}: set by the sampling itself; leave it out")
+    if not inputs and "prompt" in known:
+        raise ValueError(f"{name} needs a prompt; give prompts (--prompt or --prompts)")
+    if not inputs and "batch_size" not in known:
+        raise ValueError(
+            f"{name} cannot be asked for a number of images alone; it samples from class labels, prompts or nothing"
+            " but noise"
+        )
+    given = {*inputs, *call, "generator", "output_type"}
+    unknown = sorted(given - set(known))
+    if unknown:
+        raise ValueError(
+            f"{name} does not take {', '.join(unknown)}; leave it out or choose another pipeline"
+            " (--pipeline boost-and-skip for gamma and skip_steps)"
+        )
+    named = {key: value for key, value in known.items() if value.kind is not value.VAR_KEYWORD}
+    missing = sorted(key for key, value in named.items() if value.default is value.empty and key not in given)
+    if missing:
+        raise ValueError(f"{name} needs {', '.join(missing)}, which cannot be given here; call the pipeline itself")
+    try:
+        json.dumps(call)
+    except TypeError as error:
+        raise ValueError(f"arguments of the call must be JSON-able to be kept in the manifest: {error}") from error
+
+
+def _opened(held: ExitStack, folder: str | Path, plan: dict) -> tuple[Path, dict]:
+    """Lock the folder until the stack unwinds; begin or go on in it."""
+    folder = check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(lock(folder))
+    manifest = open_folder(folder, plan)
+    if manifest["result"] is not None:
+        _check_result(folder, manifest)
+    return folder, manifest
+
+
+def _check_result(folder: Path, manifest: dict) -> None:
+    """Raises ValueError where files of a finished folder are gone."""
+    settings = manifest["settings"]
+    names = image_names(settings["count"]) if settings["format"] == "png" else [manifest["result"]]
+    missing = sorted(set(names) - {path.name for path in folder.iterdir()})
+    if missing:
+        raise ValueError(
+            f"output folder {str(folder)!r} was finished, but {len(missing)} of its files are gone, such as"
+            f" {missing[0]}; remove it to draw them anew, or choose another one"
+        )
+
+
+def _draw_shards(pipe, folder: Path, count, batch_size, seed, inputs, call, processes: Processes) -> int:
+    """Draw the batches of this process that are not there yet; returns how many images all processes drew."""
+    pipe.set_progress_bar_config(disable=True)
+    shards, drawn = Shards(folder), 0
+    with Progress(disable=not processes.is_main) as progress:
         task = progress.add_task("sampling", total=count)
-        for batch in sample_batches(pipe, count, labels, seed, batch_size, output_type="pil", **call):
-            for picture in batch:
-                picture.save(folder / f"{number:06d}.png")
-                number += 1
-            progress.advance(task, len(batch))
-    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+        for number, rows in enumerate(_batches(count, batch_size)):
+            if number % processes.count != processes.index:
+                continue
+            if not shards.holds(number):
+                shards.write(number, _to_uint8(_draw(pipe, rows, seed, inputs, {**call, "output_type": "pt"}), rows))
+                drawn += len(rows)
+            progress.update(task, completed=min(count, len(shards) * batch_size))
+        drawn = processes.total(drawn)
+        progress.update(task, completed=count)
+    return drawn
+
+
+def _assembled(folder: Path, manifest: dict) -> str:
+    """Turn the finished batches into the result; returns its name in the folder."""
+    settings, shards = manifest["settings"], Shards(folder)
+    numbers = range(len(_batches(settings["count"], settings["batch_size"])))
+    batches = (shards.read(number) for number in numbers)
+    result = write_images(batches, settings["count"], manifest["labels"], folder, settings["format"])
+    finish_folder(folder, manifest, result)
+    return result
+
+
+def _batches(count: int, batch_size: int) -> list[range]:
+    """The images of each batch."""
+    return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+
+
+def _draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict[str, list], call: dict):
+    """The images of one call; global random numbers are seeded by the batch and left as they were."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in rows]
+    given = {name: values[rows.start : rows.stop] for name, values in inputs.items()} or {"batch_size": len(rows)}
+    device = pipe._execution_device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(_hashed("batch", seed + rows.start))  # not the seed of an image, whose noise it would repeat
+        try:
+            return pipe(generator=generators, **given, **call).images
+        except TypeError as error:
+            steps = call.get("num_inference_steps")
+            if isinstance(steps, str):
+                raise ValueError(
+                    f"{type(pipe).__name__} failed with num_inference_steps={steps!r} ({error}); give it a number"
+                ) from error
+            raise
+
+
+def _to_uint8(images: torch.Tensor | np.ndarray, rows: range) -> np.ndarray:
+    """Images in [0, 1] as uint8 (batch, height, width, channels).
+
+    images: a tensor (batch, channels, height, width) or an array (batch, height, width, channels).
+
+    Raises ValueError for another number of images than rows, and for values that are not finite.
+    """
+    if isinstance(images, np.ndarray):  # diffusers 0.37 gives these for "pt" too
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    if not isinstance(images, torch.Tensor) or images.ndim != 4 or len(images) != len(rows):
+        got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"the pipeline must give {len(rows)} images (batch, channels, height, width), got {got}")
+    finite = images.isfinite().flatten(1).all(1)
+    if not finite.all():
+        bad = rows[int((~finite).nonzero()[0])]
+        raise ValueError(f"image {bad} is not finite; use another dtype, bfloat16 or float32, or a smaller gamma")
+    return (images.float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().contiguous().numpy()
+
+
+@contextmanager
+def _cpu_threads(number: int | None) -> Iterator[None]:
+    """Compute with a number of torch threads, or as many as ever."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -10,7 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DMode
 from PIL import Image
 
 import diffusers_ext
-from diffusers_ext import cli, demo, evaluation
+from diffusers_ext import cli, demo, evaluation, sampling
 from diffusers_ext.info import attention_backends, package_versions
 from diffusers_ext.sampling import cycled_labels, sample_images
 from diffusers_ext.shipped import load_pipeline
@@ -49,16 +49,17 @@ def test_export_writes_a_loadable_folder(tmp_path, monkeypatch):
     assert pipe.config.null_class == 10
 
 
-def test_sample_writes_pictures_and_settings(tmp_path):
+def test_sample_writes_pictures_and_a_manifest(tmp_path):
     common = ("--num-inference-steps", 4, "--num-samples", 3, "--batch-size", 2, "--seed", 5)
     boost = ("--pipeline", "boost-and-skip", "--gamma", 4, "--skip-steps", 1, "--class-labels", "7,1")
     result = invoke("sample", "mnist-unet", "--output", tmp_path / "out", *common, *boost)
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "000000.png", "000001.png", "000002.png", "settings.json"
+        "000000.png", "000001.png", "000002.png", "manifest.json"
     ]  # fmt: skip
-    settings = json.loads((tmp_path / "out/settings.json").read_text())
-    assert settings["gamma"] == 4 and settings["skip_steps"] == 1 and settings["class_labels"] == [7, 1, 7]
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["settings"]["call"] == {"num_inference_steps": 4, "gamma": 4.0, "skip_steps": 1}
+    assert manifest["labels"] == [7, 1, 7]
     pipe = load_pipeline("mnist-unet")
     alone = sample_images(pipe, torch.tensor([7]), 7, num_inference_steps=4, gamma=4.0, skip_steps=1)
     written = np.asarray(Image.open(tmp_path / "out/000002.png")) / 255
@@ -81,6 +82,52 @@ def test_sample_takes_any_folder_and_its_own_pipeline(tmp_path):
     assert not (tmp_path / "none").exists()
     boosted = invoke(*common, "--output", tmp_path / "boost", "--pipeline", "boost-and-skip", "--gamma", 4)
     assert boosted.exit_code == 0, boosted.output
+
+
+def test_sample_goes_on_and_refuses_to_mix(tmp_path):
+    common = ("sample", "mnist-unet", "--output", tmp_path, "--num-inference-steps", 2, "--num-samples", 2)
+    options = ("--random-labels", "--format", "npz")
+    first = invoke(*common, *options)
+    assert first.exit_code == 0, first.output
+    path = tmp_path / "samples_2x28x28x1.npz"
+    assert f"wrote 2 images to {path}, 2 of them drawn by this start" in first.output
+    again = invoke(*common, *options)
+    assert again.exit_code == 0 and f"{path} was finished before: 2 images, nothing to do" in again.output
+    other = invoke(*common, *options, "--seed", 1)
+    assert other.exit_code == 1 and "seed: 0 before, 1 now" in other.output
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("")
+    refused = invoke("sample", "no/such-model", "--output", tmp_path / "full")
+    assert refused.exit_code == 1 and "is not empty" in refused.output
+
+
+def test_sample_reads_prompts_steps_and_labels(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(sampling, "sample_to_folder", lambda *given, **named: called.append(named) or done)
+    done = sampling.Sampled(tmp_path, 16, 16, False)
+    (tmp_path / "prompts.txt").write_text("a cat\n\n  a dog \n")
+    (tmp_path / "empty.txt").write_text("\n")
+    common = ("sample", "mnist-unet", "--output", tmp_path / "out")
+    for options in (
+        ("--prompts", tmp_path / "prompts.txt"),
+        ("--prompt", "a bird", "--num-inference-steps", "10,10,5"),
+        ("--num-inference-steps", "250", "--class-labels", "3, 1"),
+        ("--random-labels",),
+    ):
+        result = invoke(*common, *options)
+        assert result.exit_code == 0, result.output
+    assert [named["prompts"] for named in called] == [["a cat", "a dog"], ["a bird"], None, None]
+    assert [named["num_inference_steps"] for named in called] == [50, "10,10,5", 250, 50]
+    assert [named["labels"] for named in called] == [None, None, [3, 1], "random"]
+    for wrong, message in (
+        (("--prompts", tmp_path / "empty.txt"), "holds no prompt"),
+        (("--prompts", tmp_path / "prompts.txt", "--prompt", "a bird"), "not both"),
+        (("--class-labels", "1", "--random-labels"), "not both"),
+        (("--class-labels", "1;2"), "'1;2' is not integers between commas"),
+        (("--num-inference-steps", "0"), "0 is not >= 1"),
+    ):
+        result = invoke(*common, *wrong)
+        assert result.exit_code == 2 and message in result.output
 
 
 def test_labels_go_through_the_classes_without_the_null_class():

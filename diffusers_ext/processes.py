@@ -1,0 +1,72 @@
+"""Several processes at one piece of work, started by torchrun or accelerate launch."""
+
+import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list, gather_object
+
+
+def start_processes(device: str) -> Accelerator | None:
+    """The processes that a launcher started, for a kind of device; None where there is no launcher.
+
+    accelerate launch starts one process on a CPU and does not tell it how many were asked for, so there a warning says
+    to use torchrun.
+
+    Raises ValueError where the launcher promised another number of processes than accelerate makes, and for a device
+    with an index that several processes would share.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    promised = os.environ.get("WORLD_SIZE")
+    if promised is None:
+        if on_cpu and "ACCELERATE_USE_CPU" in os.environ:
+            warnings.warn(
+                "accelerate launch starts one process on a CPU, whatever --num_processes says; for several use"
+                " torchrun --nproc_per_node N"
+            )
+        return None
+    if int(promised) > 1 and torch.device(device).index is not None:
+        raise ValueError(f"device {device!r}: each of {promised} processes has one of its own; leave the index out")
+    # Processes wait for the slowest one, and for the main one while it writes the result.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience])
+    if accelerator.num_processes != int(promised):
+        raise ValueError(
+            f"the launcher promised {promised} processes (WORLD_SIZE), but accelerate made {accelerator.num_processes}"
+            f" on {device}; use a cuda or cpu device, or start without a launcher"
+        )
+    return accelerator
+
+
+class Processes:
+    """What the work needs to know of an Accelerator; without one, this process alone.
+
+    Creating an Accelerator fixes the device of every later one in the process, so none is made for a process alone.
+    """
+
+    def __init__(self, accelerator: Accelerator | None):
+        self.count = 1 if accelerator is None else accelerator.num_processes
+        self.index = 0 if accelerator is None else accelerator.process_index
+        self.is_main = self.index == 0
+
+    def agreed(self, work: Callable):
+        """What the main process makes of `work`, in every process; what it raises is raised in all of them."""
+        if self.count == 1:
+            return work()
+        outcome = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        result, error = broadcast_object_list(outcome)
+        if error is not None:
+            raise error
+        return result
+
+    def total(self, number: int) -> int:
+        """The sum over all processes, once each has come here."""
+        return number if self.count == 1 else sum(gather_object([number]))
