@@ -163,7 +163,8 @@ def test_a_damaged_batch_is_drawn_anew(tmp_path, plain, monkeypatch):
     data[-1] ^= 1
     files[0].write_bytes(data)
     files[1].write_bytes(files[1].read_bytes()[:-5])
-    (tmp_path / "cut/shards/.unfinished-1-000003.npy").write_bytes(b"half")
+    for half in (".unfinished-1-manifest.json", "shards/.unfinished-1-000003.npy"):
+        (tmp_path / "cut" / half).write_bytes(b"half")
     assert draw(plain, tmp_path / "cut", count=8).drawn == 6
     kept = contents(tmp_path / "cut")
     assert {name: kept[name] for name in contents(tmp_path / "whole")} == contents(tmp_path / "whole")
@@ -179,7 +180,7 @@ def test_damage_after_the_check_stops_the_writing(tmp_path, plain, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "_assembled", after_damage)
-        with pytest.raises(ValueError, match="batch 1 .* is missing or damaged; start again"):
+        with pytest.raises(ValueError, match=r"batch 1 .* is missing or damaged; start again"):
             draw(plain, tmp_path / "out")
     assert draw(plain, tmp_path / "out").drawn == 2
 
