@@ -221,10 +221,15 @@ def lock(folder: Path) -> Iterator[None]:
 def _create(path: Path, content: dict) -> bool:
     """Write a file that does not exist; False where it does."""
     try:
-        with path.open("x", encoding="utf-8") as file:
-            json.dump(content, file)
+        file = path.open("x", encoding="utf-8")
     except FileExistsError:
         return False
+    try:
+        with file:
+            json.dump(content, file)
+    except BaseException:
+        path.unlink()
+        raise
     return True
 
 

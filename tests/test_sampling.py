@@ -286,6 +286,17 @@ def test_one_start_at_a_time(tmp_path, plain):
     assert set(contents(tmp_path)) == {"lock.json"}
 
 
+def test_a_lock_that_cannot_be_written_leaves_nothing(tmp_path, plain, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.json, "dump", fail)
+        with pytest.raises(OSError, match="No space left"):
+            draw(plain, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, plain):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
