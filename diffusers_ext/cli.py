@@ -129,6 +129,22 @@ def sample(
     MODEL is the name of a shipped model, a folder or a Hub id. The same command goes on after an interruption. On many
     processes: torchrun --nproc_per_node N -m diffusers_ext.cli sample MODEL ...
     """
+    if class_labels is not None and random_labels:
+        raise click.UsageError("give --class-labels or --random-labels, not both")
+    if prompt is not None and prompts is not None:
+        raise click.UsageError("give --prompt or --prompts, not both")
+    call = {"gamma": gamma, "skip_steps": skip_steps, "guidance_scale": guidance_scale}
+    call = {name: value for name, value in call.items() if value is not None}
+    _sample_model(
+        model, pipeline, output, device, dtype, trust_remote_code, count=num_samples,
+        labels="random" if random_labels else class_labels, prompts=[prompt] if prompt is not None else prompts,
+        seed=seed, batch_size=batch_size, format=format, cpu_threads=cpu_threads,
+        num_inference_steps=num_inference_steps, **call,
+    )  # fmt: skip
+
+
+def _sample_model(model, pipeline, output, device, dtype, trust_remote_code, **arguments) -> None:
+    """Load a pipeline on every process that was started, sample it into a folder and say what was done."""
     from contextlib import nullcontext
 
     import torch
@@ -139,10 +155,6 @@ def sample(
     from .shards import check_folder
     from .shipped import load_pipeline
 
-    if class_labels is not None and random_labels:
-        raise click.UsageError("give --class-labels or --random-labels, not both")
-    if prompt is not None and prompts is not None:
-        raise click.UsageError("give --prompt or --prompts, not both")
     check_folder(output)  # before a large model is loaded
     device = device or best_device()
     accelerator = start_processes(device)
@@ -152,13 +164,7 @@ def sample(
     with nullcontext() if accelerator is None else accelerator.main_process_first():
         pipe = load_pipeline(model, pipeline, trust_remote_code=trust_remote_code)
     pipe.to(device, getattr(torch, dtype))
-    call = {"gamma": gamma, "skip_steps": skip_steps, "guidance_scale": guidance_scale}
-    call = {name: value for name, value in call.items() if value is not None}
-    done = sample_to_folder(
-        pipe, output, num_samples, labels="random" if random_labels else class_labels,
-        prompts=[prompt] if prompt is not None else prompts, seed=seed, batch_size=batch_size, format=format,
-        cpu_threads=cpu_threads, accelerator=accelerator, num_inference_steps=num_inference_steps, **call,
-    )  # fmt: skip
+    done = sample_to_folder(pipe, output, accelerator=accelerator, **arguments)
     if accelerator is None or accelerator.is_main_process:
         if done.was_finished:
             click.echo(f"{done.result} was finished before: {done.count} images, nothing to do")
@@ -166,6 +172,50 @@ def sample(
             click.echo(f"wrote {done.count} images to {done.result}, {done.drawn} of them drawn by this start")
     if accelerator is not None:
         accelerator.end_training()
+
+
+@main.command()
+@click.argument("model")
+@click.argument("images", type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "--output", type=click.Path(path_type=Path, file_okay=False), required=True,
+    help="Folder for the images and manifest.json; new, or one to go on in.",
+)  # fmt: skip
+@click.option("--format", type=click.Choice(["png", "zip", "npz"]), default="png", show_default=True)
+@click.option(
+    "--class-labels", type=Integers(), default=None,
+    help="Of the images, gone through in turn; by default those of the npz.",
+)  # fmt: skip
+@click.option(
+    "--num-inference-steps", type=Steps(), default=250, show_default=True,
+    help='Or a respacing, "10,10,5" or "ddim25".',
+)  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Image i is drawn with seed + i.")
+@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
+@click.option(
+    "--cpu-threads", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Of each process on a CPU; round-off depends on it. Many processes use many cores better.",
+)  # fmt: skip
+@click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
+def upsample(
+    model, images, output, format, class_labels, num_inference_steps, batch_size, seed, device, dtype, cpu_threads,
+    trust_remote_code,
+):  # fmt: skip
+    """Enlarge IMAGES with MODEL, an upsampler, into a folder.
+
+    MODEL is a folder or a Hub id, as `convert guided-diffusion` writes it; IMAGES an .npz, a folder or a zip, as
+    `sample` writes them. The same command goes on after an interruption, and runs on many processes as `sample` does.
+    """
+    from .image_files import read_images
+
+    small, labels = read_images(images)
+    _sample_model(
+        model, "adm-upsampler", output, device, dtype, trust_remote_code, count=len(small),
+        labels=labels if class_labels is None else class_labels, images=small, seed=seed, batch_size=batch_size,
+        format=format, cpu_threads=cpu_threads, num_inference_steps=num_inference_steps,
+    )  # fmt: skip
 
 
 @main.command()

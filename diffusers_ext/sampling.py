@@ -136,6 +136,7 @@ def sample_to_folder(
     count: int,
     labels: Sequence[int] | torch.Tensor | str | None = None,
     prompts: Sequence[str] | None = None,
+    images: np.ndarray | None = None,
     seed: int = 0,
     batch_size: int = 32,
     format: str = "png",
@@ -154,9 +155,11 @@ def sample_to_folder(
     Global random numbers, which pipelines draw that do not pass their generator on, are seeded by the batch. For those
     pipelines (stock `DiTPipeline` with a stochastic scheduler) all of this holds but for other batch sizes.
 
-    pipe: unconditional (takes batch_size), class-conditional (takes class_labels) or text-to-image (takes prompt).
+    pipe: unconditional (takes batch_size), class-conditional (takes class_labels), text-to-image (takes prompt) or
+        image-to-image, such as an upsampler (takes image).
     labels: gone through in turn; None for every class in turn, "random" for `random_labels`.
     prompts: gone through in turn.
+    images: the input image of each, uint8 (count, height, width, channels).
     format: "png", "zip" or "npz".
     cpu_threads: torch threads of each process while it draws on a CPU, where round-off depends on their number; more
         processes are the better use of many cores.
@@ -170,7 +173,7 @@ def sample_to_folder(
     and while drawing for images that are not finite. OSError for a full disk; no finished batch is lost.
     """
     _check_sizes(count, batch_size)
-    inputs = _inputs(pipe, count, labels, prompts, seed)
+    inputs = _inputs(pipe, count, labels, prompts, images, seed)
     _check_call(pipe, inputs, call)
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
@@ -183,6 +186,7 @@ def sample_to_folder(
         "batch_size": batch_size,
         "class_labels": labels if labels is None or isinstance(labels, str) else torch.as_tensor(labels).tolist(),
         "prompts": None if prompts is None else list(prompts),
+        "images": None if images is None else sha256(np.ascontiguousarray(images)).hexdigest(),
         "format": format,
         "call": call,
         "cpu_threads": threads,
@@ -199,8 +203,14 @@ def sample_to_folder(
     return Sampled(folder / result, count, drawn, was_finished=False)
 
 
-def _inputs(pipe, count: int, labels, prompts, seed: int) -> dict[str, list]:
+def _inputs(pipe, count: int, labels, prompts, images, seed: int) -> dict[str, list | np.ndarray]:
     """The arguments of the call that have one value an image."""
+    if images is not None:
+        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count:
+            raise ValueError(
+                f"images must be uint8 ({count}, height, width, channels), got {images.dtype} {images.shape}"
+            )
+        return {"image": images, **_inputs(pipe, count, labels, prompts, None, seed)}
     if prompts is not None:
         if labels is not None:
             raise ValueError("give labels or prompts, not both")
@@ -307,7 +317,7 @@ def _batches(count: int, batch_size: int) -> list[range]:
     return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
-def _draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict[str, list], call: dict):
+def _draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict, call: dict):
     """The images of one call; global random numbers are seeded by the batch and left as they were."""
     generators = [torch.Generator().manual_seed(seed + i) for i in rows]
     given = {name: values[rows.start : rows.stop] for name, values in inputs.items()} or {"batch_size": len(rows)}

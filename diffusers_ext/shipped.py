@@ -8,11 +8,12 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from .models import ImageClassifier
+from .pipelines import ADMUpsamplerPipeline
 from .pipelines.boost_and_skip import BOOST_AND_SKIP_CLASSES, BoostAndSkipPipeline
 from .schedulers import boost_and_skip
 
 ASSETS = Path(__file__).parent / "assets"
-PIPELINES = {"boost-and-skip": BoostAndSkipPipeline}
+PIPELINES = {"adm-upsampler": ADMUpsamplerPipeline, "boost-and-skip": BoostAndSkipPipeline}
 
 
 @dataclass(frozen=True)
