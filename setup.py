@@ -46,6 +46,7 @@ setup(
         "plots": PLOTS,
         "train": TRAIN,
         "xformers": ["xformers"],
+        "fid": ["torch-fidelity"],
         "test": TEST,
     },
     entry_points={"console_scripts": ["diffusers-ext = diffusers_ext.cli:main"]},

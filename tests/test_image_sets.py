@@ -78,7 +78,7 @@ def test_npz_is_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers_ext.image_sets.CHUNK", 64)
     read(tmp_path / "images.npz", batch_size=2)
     open_images(tmp_path / "images.npz").content_hash()
-    assert 0 <= min(sizes) and max(sizes) <= 2 * 6 * 5 * 3
+    assert min(sizes) >= 0 and max(sizes) <= 2 * 6 * 5 * 3
 
 
 def test_hash_is_of_the_content(tmp_path):
@@ -232,13 +232,13 @@ def test_a_short_array_is_named(tmp_path):
 
 
 def test_sets_without_images_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no images at .*missing.*no such file or folder"):
+    with pytest.raises(FileNotFoundError, match=r"no images at .*missing.*no such file or folder"):
         open_images(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no images in .*empty'; looked for .png"):
+    with pytest.raises(ValueError, match=r"no images in .*empty'; looked for \.png"):
         open_images(tmp_path / "empty")
     (tmp_path / "empty/samples.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match="no images in .*; it holds samples.npz; looked for"):
+    with pytest.raises(ValueError, match=r"no images in .*; it holds samples\.npz; looked for"):
         open_images(tmp_path / "empty")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
         pass
