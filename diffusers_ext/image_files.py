@@ -1,9 +1,9 @@
-"""Images as a folder of PNG files, a zip of them, or the npz of guided-diffusion; one batch at a time when written."""
+"""Images as a folder of PNG files, a zip of them, or the npz of guided-diffusion; one batch in memory at a time."""
 
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
 from PIL import Image
@@ -11,7 +11,6 @@ from PIL import Image
 from .shards import replacing
 
 FORMATS = ("png", "zip", "npz")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -89,50 +88,3 @@ def _write_npz(batches: Iterator[np.ndarray], count: int, labels: Sequence[int] 
             with archive.open(ZipInfo("arr_1.npy"), "w") as array:
                 np.lib.format.write_array(array, np.array(labels, dtype=np.int64), allow_pickle=False)
     return name
-
-
-def read_images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """(images, labels) of an npz, a folder or a zip: uint8 (count, height, width, channels), int64 (count,) or None.
-
-    An npz holds the images as arr_0 and may hold labels as arr_1. Pictures are sorted by name and have one size.
-
-    Raises ValueError for anything else.
-    """
-    if path.suffix == ".npz":
-        return _read_npz(path)
-    if path.is_dir():
-        sources = [(file.name, file) for file in sorted(path.iterdir()) if file.suffix.lower() in PICTURES]
-        images = [_read_picture(name, file) for name, file in sources]
-    elif is_zipfile(path):
-        with ZipFile(path) as archive:
-            names = sorted(name for name in archive.namelist() if Path(name).suffix.lower() in PICTURES)
-            images = [_read_picture(name, BytesIO(archive.read(name))) for name in names]
-    else:
-        raise ValueError(f"images {str(path)!r} must be an .npz, a folder or a zip of pictures")
-    if not images or len({image.shape for image in images}) > 1:
-        raise ValueError(
-            f"images {str(path)!r} must hold pictures of one size, got {len(images)} of"
-            f" {sorted({image.shape for image in images})}"
-        )
-    return np.stack(images), None
-
-
-def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, labels = arrays["arr_0"], arrays.get("arr_1")
-    except (OSError, KeyError, ValueError, BadZipFile) as error:
-        raise ValueError(f"images {str(path)!r} must be a whole npz with images as arr_0: {error}") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-        raise ValueError(f"arr_0 of {str(path)!r} must be uint8 (count, height, width, channels), got {images.shape}")
-    return images, None if labels is None else labels.astype(np.int64)
-
-
-def _read_picture(name: str, source) -> np.ndarray:
-    """(height, width, channels) uint8, grey or RGB."""
-    try:
-        with Image.open(source) as picture:
-            array = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{name} is no picture that can be read: {error}") from error
-    return array[..., None] if array.ndim == 2 else array

@@ -120,6 +120,32 @@ def open_images(path: str | Path) -> ImageSet:
     return _encoded(path, names, lambda names: _zip_files(path, names))
 
 
+def read_images(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """A whole set and its labels: uint8 (count, height, width, channels), and arr_1 of an .npz, int64 (count,).
+
+    Raises as open_images, and ValueError for images of different sizes and another number of labels than of images.
+    """
+    images = open_images(path)
+    batches = list(images.batches(256))
+    if len({batch.shape[1:] for batch in batches}) > 1:
+        sizes = sorted({batch.shape[1:] for batch in batches})
+        raise ValueError(f"'{path}' must hold images of one size, got {sizes}")
+    labels = _labels(Path(path)) if isinstance(images, ArrayImages) else None
+    if labels is not None and labels.shape != (len(images),):
+        raise ValueError(f"'{path}': arr_1 must hold a label for each of {len(images)} images, got {labels.shape}")
+    return np.concatenate(batches), labels
+
+
+def _labels(path: Path) -> np.ndarray | None:
+    with np.load(path, allow_pickle=False) as arrays:
+        if "arr_1" not in arrays:
+            return None
+        labels = arrays["arr_1"]
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"'{path}': arr_1 must be integers, the labels, got {labels.dtype}")
+    return labels.astype(np.int64)
+
+
 def _encoded(path: Path, names: list[str], files: Callable[[list[str]], Iterator[tuple[str, bytes]]]) -> EncodedImages:
     images = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not _hidden(name))
     if not images:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from diffusers_ext import BoostAndSkipPipeline, ImageClassifier
+from diffusers_ext.checkpoints import PRESETS
+from diffusers_ext.cli import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -141,3 +145,21 @@ def test_summary_is_mean_and_standard_error():
     assert module.summary(rows, "lof") == "2.000 ± 0.577"
     assert module.summary(rows[:1], "lof") == "1.000"
     assert module.summary(rows, "rarity") == "-"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.sh")), ids=lambda path: path.name)
+def test_shell_recipes_call_commands_that_exist(path):
+    """The shell can read it, and every option is one of the command that it is given to."""
+    subprocess.run(["bash", "-n", path], check=True)
+    text = path.read_text().replace("\\\n", " ")
+    calls = re.findall(r"(?:diffusers-ext|\$run) (convert guided-diffusion|sample|upsample|evaluate)(.*)", text)
+    assert {name for name, _ in calls} >= {"convert guided-diffusion", "evaluate"}
+    assert {name for name, _ in calls} & {"sample", "upsample"}
+    for name, rest in calls:
+        command = main
+        for word in name.split():
+            command = command.commands[word]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z][a-z-]*", rest)) <= known, (name, rest)
+    for preset in re.findall(r"--preset (\w+)", text):
+        assert preset in PRESETS

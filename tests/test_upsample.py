@@ -1,5 +1,7 @@
 """`diffusers-ext upsample`: what `sample` wrote goes through an upsampler, resumable, and bad input is told."""
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 from test_pipeline_adm_upsampler import LABELS, SMALL, pipeline
 
 from diffusers_ext.cli import main
-from diffusers_ext.image_files import read_images
+from diffusers_ext.image_sets import read_images
 from diffusers_ext.sampling import sample_to_folder
 
 
@@ -55,8 +57,6 @@ def test_pictures_need_labels_from_elsewhere(model, tmp_path):
 
 
 def test_read_images_gives_the_same_from_every_container(tmp_path):
-    import zipfile
-
     np.savez(tmp_path / "a.npz", SMALL)
     (tmp_path / "folder").mkdir()
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -69,15 +69,13 @@ def test_read_images_gives_the_same_from_every_container(tmp_path):
 
 
 def test_bad_images(tmp_path):
-    (tmp_path / "text.npz").write_text("hello")
-    np.savez(tmp_path / "other.npz", pictures=SMALL)
-    np.savez(tmp_path / "float.npz", SMALL / 255)
-    (tmp_path / "text.txt").write_text("hello")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/a.png").write_bytes(b"hello")
-    for name in ("text.npz", "other.npz", "float.npz", "text.txt", "empty", "broken"):
-        with pytest.raises(ValueError, match=r"npz|pictures|no picture"):
+    np.savez(tmp_path / "few.npz", SMALL, LABELS[:1])
+    np.savez(tmp_path / "float.npz", SMALL, LABELS / 2)
+    (tmp_path / "sizes").mkdir()
+    for size in (4, 5):
+        Image.new("RGB", (size, size)).save(tmp_path / f"sizes/{size}.png")
+    for name, message in (("few.npz", "a label for each"), ("float.npz", "integers"), ("sizes", "of one size")):
+        with pytest.raises(ValueError, match=message):
             read_images(tmp_path / name)
 
 
