@@ -7,11 +7,13 @@ from .scheduling_boost_and_skip import (
     BoostAndSkipEulerDiscreteScheduler,
     boost_and_skip,
 )
+from .scheduling_edm_heun import EDMHeunScheduler
 
 __all__ = [
     "BoostAndSkipDDIMScheduler",
     "BoostAndSkipDDPMScheduler",
     "BoostAndSkipDPMSolverMultistepScheduler",
     "BoostAndSkipEulerDiscreteScheduler",
+    "EDMHeunScheduler",
     "boost_and_skip",
 ]

@@ -27,6 +27,11 @@ class TestBoostAndSkipDPMSolverMultistep(SchedulerContract):
     cls, parent, config = schedulers.BoostAndSkipDPMSolverMultistepScheduler, DPMSolverMultistepScheduler, BOOST
 
 
+class TestEDMHeun(SchedulerContract):
+    cls, parent, config = schedulers.EDMHeunScheduler, None, {"sigma_max": 14.6, "rho": 3.0, "S_churn": 40.0}
+    test_every_parameter_reaches_the_parent = test_to_the_parent_and_back = None  # it has none
+
+
 def exported() -> list[type]:
     values = [getattr(schedulers, name) for name in schedulers.__all__]
     return [value for value in values if inspect.isclass(value) and issubclass(value, SchedulerMixin)]

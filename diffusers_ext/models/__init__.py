@@ -1,6 +1,14 @@
 """Networks that diffusers does not have, one a file."""
 
 from .adm_unet import ADMUNet2DModel
+from .edm2_unet import EDM2_PRESETS, EDM2UNet2DModel, EDM2UNet2DOutput
 from .image_classifier import ImageClassifier, ImageClassifierOutput
 
-__all__ = ["ADMUNet2DModel", "ImageClassifier", "ImageClassifierOutput"]
+__all__ = [
+    "EDM2_PRESETS",
+    "ADMUNet2DModel",
+    "EDM2UNet2DModel",
+    "EDM2UNet2DOutput",
+    "ImageClassifier",
+    "ImageClassifierOutput",
+]

@@ -1,0 +1,86 @@
+"""EDM2 networks from NVIDIA's pickles (github.com/NVlabs/edm2), without executing anything in them."""
+
+import inspect
+from pathlib import Path
+
+import torch
+
+from ..models.edm2_unet import EDM2UNet2DModel
+from .safe_pickle import PickledObject, safe_load
+
+_LARGEST = 64  # blocks of a resolution, resolutions, taps; the published networks have 3, 4 and 2
+_CONFIG_NAMES = frozenset(inspect.signature(EDM2UNet2DModel.__init__).parameters) - {"self"}
+_CONFIG_ATTRIBUTES = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_data")
+
+
+def load_edm2(path: str | Path, torch_dtype: torch.dtype | None = None) -> EDM2UNet2DModel:
+    """The averaged network ("ema") of an EDM2 checkpoint, in evaluation mode.
+
+    Args:
+        path: a network pickle of EDM2, {"ema": Precond, ...}; its source code is not needed and not run.
+        torch_dtype: dtype of the parameters. None: as in the file, which is float16 for published checkpoints and
+            gives the network as its authors evaluate it; float32 gives the same weights with unrounded gains.
+
+    Raises:
+        UnsafePickleError: (a ValueError) if the file wants anything but known data.
+        ValueError: if it holds no EDM2 network.
+    """
+    data = safe_load(path)
+    network = data.get("ema") if isinstance(data, dict) else None
+    if not isinstance(network, PickledObject) or network.class_name != "Precond":
+        raise ValueError(
+            f"{path}: no EDM2 network: expected a dictionary with a Precond object under 'ema', found"
+            f" {_description(data)}."
+        )
+    attributes = {name: network.state[name] for name in _CONFIG_ATTRIBUTES if name in network.state}
+    config = {**attributes, **_plain_dict(network.state.get("_init_kwargs", {}))}
+    try:
+        _check_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    model = EDM2UNet2DModel.from_edm2_state_dict(module_state_dict(network), **config)
+    return model if torch_dtype is None else model.to(torch_dtype)
+
+
+def _check_config(config: dict) -> None:
+    """Raise ValueError for arguments that are not EDM2's, and for ones that would build without end."""
+    if unknown := [str(name) for name in config if name not in _CONFIG_NAMES]:
+        raise ValueError(f"the network was made with {', '.join(unknown)[:200]}, which EDM2 does not have.")
+    for name, value in config.items():
+        numbers = value if isinstance(value, list | tuple) else [value]
+        plain = all(isinstance(number, int | float | type(None)) for number in numbers)
+        if not plain or len(numbers) > _LARGEST or (name == "num_blocks" and not 0 < value <= _LARGEST):
+            raise ValueError(f"{name} of the network is no number, no list of numbers, or out of all proportion.")
+
+
+def module_state_dict(module: PickledObject) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a pickled torch module and of all modules in it, by their dotted names.
+
+    Raises ValueError for what is no module, and for one that occurs twice (a cycle, or an endless tree).
+    """
+    found, seen, waiting = {}, set(), [("", module)]
+    while waiting:
+        prefix, current = waiting.pop()
+        if not isinstance(current, PickledObject) or id(current) in seen or len(prefix) > 1000:
+            raise ValueError(f"module {prefix[:100]!r} is no module, lies too deep, or is one that occurs twice.")
+        seen.add(id(current))
+        not_kept = current.state.get("_non_persistent_buffers_set", ())
+        for group in ("_parameters", "_buffers"):
+            for name, tensor in _plain_dict(current.state.get(group, {})).items():
+                if isinstance(tensor, torch.Tensor) and not (group == "_buffers" and name in not_kept):
+                    found[f"{prefix}{name}"] = tensor
+        children = _plain_dict(current.state.get("_modules", {}))
+        waiting.extend((f"{prefix}{name}.", child) for name, child in children.items() if child is not None)
+    return found
+
+
+def _plain_dict(value) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"a dictionary was expected in the checkpoint, not a {type(value).__name__}.")
+    return value
+
+
+def _description(data) -> str:
+    if isinstance(data, dict):
+        return f"a dictionary with {', '.join(repr(str(key)[:40]) for key in list(data)[:8]) or 'nothing'}"
+    return f"a {type(data).__name__}"

@@ -1,0 +1,505 @@
+"""Read pickles of NVIDIA's research code (networks, reference statistics) as plain data, executing nothing.
+
+A pickle is a program for a small stack machine, and Python's own machine calls whatever the program names. The machine
+here has the same stack but no calls: a name is only a name, must be on the allow-list (`READERS`), and stands for a
+function of this file that checks what it is given and returns plain data. Storages of tensors, which are files of
+their own, are checked byte by byte and then read with `torch.load(weights_only=True)`.
+
+    OrderedDict, EasyDict    -> dict
+    numpy arrays, scalars    -> the same (real numbers only)
+    torch tensors, parameters -> torch.Tensor on the CPU
+    torch modules, and objects that carry their own source code (torch_utils.persistence) -> `PickledObject`
+
+Everything else is refused with the name of what was wanted. Time and memory are linear in the size of the file.
+"""
+
+import io
+import math
+import mmap
+import pickle
+import pickletools
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+MAX_OPCODES = 1_000_000  # some twenty times what the largest EDM2 network takes
+MAX_LINE = 4_096  # bytes of an argument of the old text protocol, whose conversion is quadratic
+
+
+class UnsafePickleError(ValueError):
+    """The file wants something that is not on the allow-list, or it is not a pickle."""
+
+
+@dataclass(eq=False)
+class PickledObject:
+    """An object that was not built. class_name: its class; state: its attributes, `__dict__` as plain data."""
+
+    class_name: str
+    state: dict = field(default_factory=dict, repr=False)
+
+
+def safe_load(path: str | Path) -> Any:
+    """Read a pickle file as plain data; see the module for what comes out.
+
+    Raises:
+        UnsafePickleError: (a ValueError) with the name of the first thing that is not allowed, or the place where the
+            file is malformed.
+    """
+    with open(path, "rb") as file:
+        if file.seek(0, 2) == 0:
+            raise UnsafePickleError(f"{path}: the file is empty.")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _Machine(data, READERS).run()
+            except UnsafePickleError as error:
+                raise UnsafePickleError(f"{path}: {error}") from error
+
+
+def safe_loads(data: bytes) -> Any:
+    """Read a pickle from bytes; as `safe_load`."""
+    return _Machine(data, READERS).run()
+
+
+@dataclass(frozen=True)
+class _Name:
+    """What a pickle calls a global: a name, never looked up."""
+
+    module: str
+    name: str
+
+    def __str__(self):
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(frozen=True)
+class _PersistentId:
+    value: Any
+
+
+@dataclass(eq=False)
+class _Dtype:
+    """A numpy dtype under construction: its byte order arrives in a second step."""
+
+    dtype: np.dtype
+
+
+class _Source:
+    """The file as pickletools wants it, with limits on what one argument may ask for."""
+
+    def __init__(self, data: bytes | mmap.mmap, position: int = 0):
+        self.data, self.position = data, position
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, n: int) -> bytes:
+        chunk = self.data[self.position : self.position + n]  # at most what is there, however large n is
+        self.position += len(chunk)
+        return chunk
+
+    def readline(self) -> bytes:
+        end = self.data.find(b"\n", self.position, self.position + MAX_LINE)
+        if end < 0:
+            raise ValueError(f"a line of text is longer than {MAX_LINE} bytes, or has no end")
+        return self.read(end + 1 - self.position)
+
+
+# What odd data raises on its way through the functions of this file and through torch.load.
+_MALFORMED = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, EOFError, pickle.UnpicklingError
+)  # fmt: skip
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+_NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT")
+_TEXTS = ("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
+_BYTES = ("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8")
+_ARGUMENTS = frozenset((*_NUMBERS, *_TEXTS, *_BYTES))
+_SCALARS = (str, int, float, bytes, type(None))
+
+
+class _Machine:
+    """The stack machine of pickle, on inert data. readers: see `READERS`. persistent: one persistent id is allowed."""
+
+    def __init__(self, data: bytes | mmap.mmap, readers: dict, position: int = 0, persistent: bool = False):
+        self.source, self.readers, self.persistent = _Source(data, position), readers, persistent
+        self.stack, self.marks, self.memo = [], [], {}
+        self.unbuilt: dict[int, Any] = {}  # arrays that wait for their contents, by identity
+
+    def run(self) -> Any:
+        """The value of the pickle. Raises UnsafePickleError."""
+        place = "its start"
+        try:
+            for count, (opcode, argument, position) in enumerate(pickletools.genops(self.source)):
+                place = f"{opcode.name} at byte {position}"
+                if count >= MAX_OPCODES:
+                    raise ValueError(f"more than {MAX_OPCODES} instructions")
+                if opcode.name == "STOP":
+                    return self.stack.pop()
+                self.execute(opcode.name, argument)
+        except UnsafePickleError:
+            raise
+        except _MALFORMED as error:
+            reason = str(error).partition("\n")[0]
+            raise UnsafePickleError(f"malformed pickle, {place}: {reason}") from error
+        raise UnsafePickleError("malformed pickle: it has no end")
+
+    def execute(self, name: str, argument: Any) -> None:
+        if name in _ARGUMENTS:
+            self.stack.append(argument)
+        elif name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            self.stack.append(_EMPTY[name]())
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            self.stack.append(self.memo[argument])
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.stack[-1]
+        elif name in ("PROTO", "FRAME"):
+            pass
+        elif instruction := getattr(self, f"do_{name.lower()}", None):
+            instruction() if argument is None else instruction(argument)
+        else:
+            raise UnsafePickleError(f"the pickle uses the instruction {name}, which no EDM2 file needs.")
+
+    # The stack
+
+    def do_mark(self):
+        self.marks.append(self.stack)
+        self.stack = []
+
+    def to_mark(self) -> list:
+        items, self.stack = self.stack, self.marks.pop()
+        return items
+
+    def do_pop(self):
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.to_mark()
+
+    def do_pop_mark(self):
+        self.to_mark()
+
+    def do_dup(self):
+        self.stack.append(self.stack[-1])
+
+    # Containers
+
+    def take(self, count: int) -> list:
+        if len(self.stack) < count:
+            raise ValueError("the stack is empty")
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        return items
+
+    def do_tuple(self):
+        items = self.to_mark()
+        self.stack.append(tuple(items))
+
+    def do_tuple1(self):
+        self.stack.append(tuple(self.take(1)))
+
+    def do_tuple2(self):
+        self.stack.append(tuple(self.take(2)))
+
+    def do_tuple3(self):
+        self.stack.append(tuple(self.take(3)))
+
+    def do_list(self):
+        items = self.to_mark()
+        self.stack.append(items)
+
+    def do_dict(self):
+        items = self.to_mark()
+        self.stack.append({})
+        self.set_items(items)
+
+    def do_frozenset(self):
+        items = self.to_mark()
+        self.stack.append(frozenset(_hashable(items)))
+
+    def top(self, kind: type) -> Any:
+        if type(self.stack[-1]) is not kind:
+            raise ValueError(f"a {kind.__name__} was expected, not a {type(self.stack[-1]).__name__}")
+        return self.stack[-1]
+
+    def do_append(self):
+        items = self.take(1)
+        self.top(list).extend(items)
+
+    def do_appends(self):
+        items = self.to_mark()
+        self.top(list).extend(items)
+
+    def do_additems(self):
+        items = self.to_mark()
+        self.top(set).update(_hashable(items))
+
+    def do_setitem(self):
+        self.set_items(self.take(2))
+
+    def do_setitems(self):
+        self.set_items(self.to_mark())
+
+    def set_items(self, items: list):
+        self.top(dict).update(zip(_hashable(items[::2]), items[1::2], strict=True))
+
+    # Names, and what would be calls
+
+    def do_global(self, argument: str):
+        self.push_name(*argument.split(" ", 1))
+
+    def do_stack_global(self):
+        self.push_name(*self.take(2))
+
+    def push_name(self, module: Any, name: Any):
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise UnsafePickleError("the pickle makes up a name out of something else than text.")
+        if (module, name) not in self.readers:
+            raise _wanted(f"{module}.{name}")
+        self.stack.append(_Name(module, name))
+
+    def do_inst(self, argument: str):
+        raise _wanted(argument.replace(" ", "."))
+
+    def do_obj(self):
+        self.refuse_call(self.to_mark()[:1])
+
+    def do_newobj_ex(self):
+        self.refuse_call(self.take(3)[:1])
+
+    def refuse_call(self, names: list):
+        wanted = [str(name) if isinstance(name, _Name) else f"a {type(name).__name__}" for name in names]
+        raise UnsafePickleError(
+            f"the pickle wants to make an object of {''.join(wanted)} in a way that is not allowed."
+        )
+
+    def refuse_extension(self, code: int):
+        raise _wanted(f"the extension with the code {code}")
+
+    do_ext1 = do_ext2 = do_ext4 = refuse_extension
+
+    def do_newobj(self):
+        name, arguments = self.take(2)
+        maker = CLASSES.get((name.module, name.name)) if isinstance(name, _Name) else None
+        if maker is None or arguments != ():
+            self.refuse_call([name])
+        self.stack.append(maker())
+
+    def do_reduce(self):
+        name, arguments = self.take(2)
+        if not isinstance(name, _Name):
+            raise UnsafePickleError(f"the pickle wants to call a {type(name).__name__}.")
+        reader = self.readers[name.module, name.name]
+        if reader is None or type(arguments) is not tuple:
+            raise UnsafePickleError(f"the pickle wants to call {name} in a way that is not allowed.")
+        value = reader(*arguments)
+        if isinstance(value, np.ndarray) and value.dtype == _UNBUILT.dtype:
+            self.unbuilt[id(value)] = value
+        self.stack.append(value)
+
+    def do_build(self):
+        (state,) = self.take(1)
+        target = self.stack[-1]
+        if type(target) is _Dtype:
+            target.dtype = _ordered_dtype(target.dtype, state)
+        elif self.unbuilt.pop(id(target), None) is not None:
+            target.__setstate__(_array_state(*state))
+        elif type(target) is PickledObject and not target.state and type(state) is dict:
+            target.state.update(state)
+        elif type(target) is not dict or type(state) is not dict:  # attributes of a dictionary mean nothing here
+            what = str(target) if isinstance(target, _Name) else f"a {type(target).__name__}"
+            raise UnsafePickleError(f"the pickle wants to set the state of {what}.")
+
+    def do_binpersid(self):
+        self.do_persid(*self.take(1))
+
+    def do_persid(self, value: Any):
+        if not self.persistent:
+            raise UnsafePickleError("the pickle refers to something outside of itself (a persistent id).")
+        self.persistent = False  # only one, because torch makes a storage for each, also if it is thrown away
+        self.stack.append(_PersistentId(value))
+
+
+def _wanted(name: str) -> UnsafePickleError:
+    return UnsafePickleError(
+        f"the pickle wants {name[:200]}, which is not on the allow-list of EDM2 files; nothing was executed. Do not"
+        " unpickle this file unless you trust it."
+    )
+
+
+def _hashable(items: Iterable) -> list:
+    """The items, if they are scalars: hashing nested tuples takes exponential time."""
+    items = list(items)
+    if wrong := [type(item).__name__ for item in items if not isinstance(item, _SCALARS)]:
+        raise ValueError(f"a {wrong[0]} as a key or as a member of a set")
+    return items
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _checked_shape(shape: Any) -> tuple[int, ...]:
+    if type(shape) is not tuple or len(shape) > 16 or not all(map(_is_size, shape)):
+        raise ValueError("a shape or stride that is no tuple of at most 16 sizes")
+    return shape
+
+
+# Plain data for each allowed name
+
+
+def _ordered_dict(pairs: Any = ()) -> dict:
+    if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) for pair in pairs):
+        raise ValueError("an OrderedDict of something else than pairs")
+    return dict(zip(_hashable(key for key, _ in pairs), (value for _, value in pairs), strict=True))
+
+
+def _persistent_object(meta: Any) -> PickledObject:
+    """An object of torch_utils.persistence; the source code that it carries is dropped."""
+    if type(meta) is not dict or meta.get("type") != "class" or type(meta.get("class_name")) is not str:
+        raise ValueError("a persistent object that is no class")
+    if type(meta.get("state")) is not dict:
+        raise ValueError("a persistent object without a state")
+    return PickledObject(meta["class_name"], meta["state"])
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    """How protocol 2 writes bytes."""
+    if type(text) is not str or encoding not in ("latin1", "latin-1"):
+        raise ValueError("an encoding other than latin1")
+    return text.encode("latin1")
+
+
+# An array waits for its contents in a type that no real array has here.
+_UNBUILT = np.empty(0, dtype="V1")
+
+
+def _reconstruct(kind: Any, shape: Any, typecode: Any) -> np.ndarray:
+    if kind != _Name("numpy", "ndarray"):
+        raise ValueError("an array of another class than numpy.ndarray")
+    return _UNBUILT.copy()
+
+
+def _dtype(code: Any, align: Any = False, copy: Any = True) -> _Dtype:
+    if type(code) is not str or not re.fullmatch(r"[<>=|]?[biuf][1248]", code):
+        raise ValueError("a dtype that holds no real numbers")
+    return _Dtype(np.dtype(code))
+
+
+def _ordered_dtype(dtype: np.dtype, state: Any) -> np.dtype:
+    """The state of a dtype is (version, byte order, None, None, None, ...): the Nones are for structures."""
+    if type(state) is not tuple or len(state) < 5 or state[1] not in ("<", ">", "=", "|") or any(state[2:5]):
+        raise ValueError("the state of a dtype that holds no real numbers")
+    return dtype.newbyteorder(state[1])
+
+
+def _array_state(version: Any, shape: Any, dtype: Any, fortran_order: Any, contents: Any) -> tuple:
+    if type(dtype) is not _Dtype or not isinstance(contents, bytes | bytearray):
+        raise ValueError("an array of something else than real numbers")
+    if math.prod(_checked_shape(shape)) * dtype.dtype.itemsize != len(contents):
+        raise ValueError(f"an array that does not fit its {len(contents)} bytes")
+    return 1, shape, dtype.dtype, bool(fortran_order), bytes(contents)
+
+
+def _frombuffer(contents: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    """How protocol 5 writes an array."""
+    if order not in ("C", "F"):
+        raise ValueError("an array that is neither in C nor in Fortran order")
+    array = _UNBUILT.copy()
+    array.__setstate__(_array_state(1, shape, dtype, order == "F", contents))
+    return array
+
+
+def _scalar(dtype: Any, contents: Any) -> np.generic:
+    array = _UNBUILT.copy()
+    array.__setstate__(_array_state(1, (), dtype, False, contents))
+    return array[()]
+
+
+STORAGE_BYTES = {
+    "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "LongStorage": 8, "IntStorage": 4,
+    "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1,
+}  # fmt: skip
+_STORAGE_NAMES = {("torch", name): None for name in STORAGE_BYTES}
+_MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
+
+
+def _load_from_bytes(data: Any) -> torch.TypedStorage:
+    """A storage in the format of torch.save before 1.6: five pickles, then the number of elements and the elements."""
+    if not isinstance(data, bytes | bytearray):
+        raise ValueError("a storage that is no bytes")
+    data, position, parts = bytes(data), 0, []
+    if not data.startswith(b"\x80"):  # torch would take a zip archive for another format
+        raise ValueError("bytes that are not one storage as torch.save writes it")
+    for part in range(5):
+        machine = _Machine(data, _STORAGE_NAMES, position, persistent=part == 3)
+        parts.append(machine.run())
+        position = machine.source.position
+    magic, version, _, identity, keys = parts
+    if magic != _MAGIC or version != _VERSION or type(identity) is not _PersistentId:
+        raise ValueError("bytes that are not one storage as torch.save writes it")
+    word, kind, key, _, count, view = identity.value
+    known = word == "storage" and type(kind) is _Name and type(key) is str and view is None and _is_size(count)
+    if not known or keys != [key]:
+        raise ValueError("bytes that are not one storage as torch.save writes it")
+    if len(data) - position != 8 + count * STORAGE_BYTES[kind.name]:
+        raise ValueError(f"a storage of {count} elements in {len(data) - position - 8} bytes")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")
+        storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if not isinstance(storage, torch.TypedStorage):
+        raise ValueError("bytes that are not one storage")
+    return storage
+
+
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Tensor:
+    """A view of a storage, no larger than the storage. What follows (gradients, hooks) is dropped."""
+    if not isinstance(storage, torch.TypedStorage) or not _is_size(offset):
+        raise ValueError("a tensor of something else than a storage")
+    size, stride = _checked_shape(size), _checked_shape(stride)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")
+        dtype, untyped = storage.dtype, storage.untyped()
+    elements, wanted = untyped.nbytes() // dtype.itemsize, math.prod(size)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if wanted > elements or (wanted > 0 and last >= elements):
+        raise ValueError(f"a tensor that reaches beyond its storage of {elements} elements")
+    return torch.empty(0, dtype=dtype).set_(untyped, offset, size, stride)
+
+
+def _rebuild_parameter(data: Any, *_: Any) -> torch.Tensor:
+    if not isinstance(data, torch.Tensor):
+        raise ValueError("a parameter of something else than a tensor")
+    return data
+
+
+# Classes whose empty objects a pickle may make.
+CLASSES: dict[tuple[str, str], Callable] = {
+    ("dnnlib.util", "EasyDict"): dict,
+    ("torch.nn.modules.container", "ModuleDict"): lambda: PickledObject("ModuleDict"),
+}
+
+# All that a pickle may name, and the function that stands for it. None: it may be mentioned but not called.
+READERS: dict[tuple[str, str], Callable | None] = {
+    **dict.fromkeys(CLASSES),
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("_codecs", "encode"): _encode,
+    ("numpy", "ndarray"): None,
+    ("numpy", "dtype"): _dtype,
+    ("torch.storage", "_load_from_bytes"): _load_from_bytes,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
+}
+for _core in ("numpy.core", "numpy._core"):
+    READERS[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
+    READERS[f"{_core}.multiarray", "scalar"] = _scalar
+    READERS[f"{_core}.numeric", "_frombuffer"] = _frombuffer

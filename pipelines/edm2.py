@@ -1,0 +1,329 @@
+"""Class-conditional images with EDM2 networks, the Heun sampler and guidance in an interval of noise levels.
+
+EDM2: Karras et al., CVPR 2024, arXiv 2312.02696.
+Guidance interval: Kynkäänniemi et al., NeurIPS 2024, arXiv 2404.07724.
+Autoguidance: Karras et al., NeurIPS 2024, arXiv 2406.02507.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from numbers import Real
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from .pixel_space import check_call, checked_generator, is_integer
+
+# Of ImageNet-512, a number for each channel of the VAE.
+EDM2_LATENT_SCALE = [0.11990407, 0.10822511, 0.13477089, 0.15243903]
+EDM2_LATENT_BIAS = [-0.69664264, -0.3517316, -0.016172506, 0.32774392]
+
+
+class EDM2Pipeline(DiffusionPipeline):
+    r"""Samples of an EDM2 network, guided by a second network at noise levels in (sigma_lo, sigma_hi].
+
+    .. math:: D = D_{guide}(x; \sigma) + w (D(x; \sigma, c) - D_{guide}(x; \sigma)), \quad
+        w = w_0 \text{ if } \sigma_{lo} < \sigma_i \le \sigma_{hi}, \text{ else } 1
+
+    w is decided once a step, from the level sigma_i at which the step starts, for both evaluations of the step. At
+    w = 1 only the conditional network runs: that is the saving. The state is float64.
+
+    unet: `EDM2UNet2DModel`, or a network with its `img_resolution`, `img_channels` and `label_dim` in the config and
+        called like it, `unet(x, sigma, class_labels=...).sample`, which returns the denoised sample.
+    scheduler: `EDMHeunScheduler`.
+    vae: decodes latents; None for a network of pixels in [-1, 1], or to sample latents alone.
+    guidance_unet: a network of the same shape of samples: unconditional (label_dim 0) for classifier-free guidance, or
+        conditional, smaller or less trained, for autoguidance.
+    latent_scale, latent_bias: what training latents were made with, one number a channel: encoded * scale + bias. The
+        defaults are those of EDM2 on ImageNet-512: `stabilityai/sd-vae-ft-mse`, fed with pixels in [0, 1].
+    """
+
+    model_cpu_offload_seq = "unet->guidance_unet->vae"
+    _optional_components = ["vae", "guidance_unet"]  # noqa: RUF012  diffusers' names and forms
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        guidance_unet: ModelMixin | None = None,
+        latent_scale: list[float] = EDM2_LATENT_SCALE,
+        latent_bias: list[float] = EDM2_LATENT_BIAS,
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guidance_unet=guidance_unet)
+        self.register_to_config(latent_scale=list(latent_scale), latent_bias=list(latent_bias))
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance weight of the current or last call; 1 is off."""
+        return self._guidance_scale
+
+    @property
+    def guided_steps(self) -> list[int]:
+        """Indices of the steps, from 0 for the noisiest, in which the current or last call guides."""
+        return list(self._guided_steps)
+
+    @property
+    def num_evaluations(self) -> dict[str, int]:
+        """How often the current or last call ran each network, {"unet": 63, "guidance_unet": 12}."""
+        return dict(self._num_evaluations)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the current or last call, of two evaluations each but the last."""
+        return self._num_timesteps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | list[int] | torch.Tensor | None = None,
+        batch_size: int | None = None,
+        num_inference_steps: int = 32,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guided_steps: tuple[int, int] | None = None,
+        latents: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["EDM2Pipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        r"""Generate images.
+
+        Args:
+            class_labels: class indices, one for all images or one an image; or rows of labels, (batch, label_dim) or
+                (1, label_dim). None samples without a label (EDM2's conditional networks are not trained for that).
+            batch_size: number of images; by default as many as `class_labels` or `latents`, or 1.
+            num_inference_steps: n steps of the scheduler's own schedule; 2n - 1 evaluations.
+            sigmas: the schedule itself, strictly decreasing noise levels, in place of its length.
+            guidance_scale: w_0; 1 is off, and `guidance_unet` then never runs.
+            guidance_interval: (sigma_lo, sigma_hi), noise levels: guide in steps that start in (sigma_lo, sigma_hi].
+                Published bounds are rounded, so that a step may lie just beside one: see `guided_steps` afterwards.
+            guided_steps: (first, last), the same as indices of steps, both included. Neither: guide in every step.
+            latents: initial noise of unit variance, (batch, img_channels, height, width).
+            generator: one for all images, or a list of one an image, whose result then does not depend on the batch.
+            output_type: "pil", "np" (batch, height, width, channels) in [0, 1], "pt" (batch, channels, height, width)
+                in [0, 1], or "latent": the sample itself, float32.
+            return_dict: whether to return an `ImagePipelineOutput` or a tuple of the images.
+            callback_on_step_end: called as callback(pipeline, step, sigma, tensors) after each step, with the level
+                at which the step started; what the returned dict holds under "latents" replaces the sample.
+            callback_on_step_end_tensor_inputs: which tensors the callback sees; "latents" is x, not scaled.
+
+        Raises ValueError for arguments out of range or at odds with the networks; the message says what to do.
+        Warns if the interval has no step, or every step.
+        """
+        self._guidance_scale = guidance_scale
+        self._check_inputs(batch_size, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
+        device = self._execution_device
+        labels = self._label_tensor(class_labels)
+        batch_size = _batch_size(batch_size, labels, latents)
+        generator = checked_generator(generator, batch_size)
+        labels = None if labels is None else _for_batch(labels, batch_size).to(device)
+        if sigmas is None:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        else:
+            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        edges = self.scheduler.sigmas.tolist()
+        self._num_timesteps = len(edges) - 1
+        self._guided_steps = self._steps_to_guide(edges, guidance_interval, guided_steps)
+        self._num_evaluations = {"unet": 0, "guidance_unet": 0}
+
+        x = self._initial_sample(batch_size, latents, generator, device)
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, sigma_next in enumerate(edges[1:]):
+                guide = i in self._guided_steps
+                x, sigma_hat = self.scheduler.churn(x, generator=generator)
+                x = self.scheduler.step(self._denoise(x, sigma_hat, labels, guide), sigma_hat, x).prev_sample
+                if sigma_next > 0:
+                    x = self.scheduler.step(self._denoise(x, sigma_next, labels, guide), sigma_next, x).prev_sample
+                if callback_on_step_end is not None:
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
+                    x = callback_on_step_end(self, i, self.scheduler.sigmas[i], tensors).pop("latents", x)
+                progress_bar.update()
+
+        x = x.to(torch.float32)
+        images = x if output_type == "latent" else self._to_output(self.decode(x), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _denoise(self, x: torch.Tensor, sigma: float, labels: torch.Tensor | None, guide: bool) -> torch.Tensor:
+        """D, in the dtype of x."""
+        level = torch.full((1,), sigma, dtype=torch.float32, device=x.device)
+        denoised = self.unet(x, level, class_labels=labels).sample.to(x.dtype)
+        self._num_evaluations["unet"] += 1
+        if not guide:
+            return denoised
+        guide_labels = labels if self.guidance_unet.config.label_dim else None
+        reference = self.guidance_unet(x, level, class_labels=guide_labels).sample.to(x.dtype)
+        self._num_evaluations["guidance_unet"] += 1
+        return reference.lerp(denoised, self._guidance_scale)
+
+    def _steps_to_guide(self, edges: list[float], interval, steps) -> range:
+        """The steps in which to guide, as consecutive indices; `edges` are the n + 1 noise levels."""
+        count = len(edges) - 1
+        if interval is not None and steps is not None:
+            raise ValueError(f"Pass only one of guidance_interval={interval} and guided_steps={steps}.")
+        if interval is not None:
+            lo, hi = _checked_interval(interval)
+            inside = [i for i, sigma in enumerate(edges[:-1]) if lo < sigma <= hi]
+            guided = range(inside[0], inside[-1] + 1) if inside else range(0)
+        elif steps is not None:
+            first, last = _checked_steps(steps, count)
+            guided = range(first, last + 1)
+        else:
+            guided = range(count)
+        if self._guidance_scale == 1:
+            return range(0)
+        if interval is not None and not guided:
+            listed = ", ".join(f"{sigma:.4g}" for sigma in edges[:-1])
+            warnings.warn(f"guidance_interval={interval} has none of the noise levels {listed}: no step is guided.")
+        if (interval, steps) != (None, None) and len(guided) == count:
+            warnings.warn(f"The guidance interval has all of the {count} steps: this is guidance without interval.")
+        return guided
+
+    def _initial_sample(self, batch_size: int, latents, generator, device: torch.device) -> torch.Tensor:
+        """Unit noise times the first noise level, in the dtype of the scheduler's state."""
+        config = self.unet.config
+        if latents is None:
+            # mps draws are not reproducible, so its noise comes from the CPU as in diffusers' own pipelines
+            source = torch.device("cpu") if device.type == "mps" else device
+            shape = (batch_size, config.img_channels, config.img_resolution, config.img_resolution)
+            latents = randn_tensor(shape, generator=generator, device=source, dtype=torch.float32)
+        elif latents.ndim != 4 or latents.shape[:2] != (batch_size, config.img_channels):
+            raise ValueError(
+                f"latents must have shape ({batch_size}, {config.img_channels}, height, width), got"
+                f" {tuple(latents.shape)}"
+            )
+        return latents.to(device).to(self.scheduler.state_dtype(device)) * self.scheduler.init_noise_sigma
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images (batch, channels, height, width) float32 in [0, 1] of samples as `output_type="latent"` gives them.
+
+        Latents are taken back to the VAE's own scale, (latents - latent_bias) / latent_scale, and the VAE's output is
+        in [0, 1] already. Without a VAE the sample is an image in [-1, 1].
+
+        Raises ValueError for latents without a VAE, and for numbers of channels that do not fit.
+        """
+        if self.vae is None:
+            self._check_decodable()
+            return (latents.to(torch.float32) / 2 + 0.5).clamp(0, 1)
+        scale, bias = (
+            torch.tensor(values, dtype=torch.float32, device=latents.device).reshape(1, -1, 1, 1)
+            for values in (self.config.latent_scale, self.config.latent_bias)
+        )
+        if not scale.shape[1] == bias.shape[1] == latents.shape[1]:
+            raise ValueError(
+                f"latent_scale={self.config.latent_scale} and latent_bias={self.config.latent_bias} must have one"
+                f" number for each of the {latents.shape[1]} channels: build the pipeline with the ones of training."
+            )
+        raw = (latents.to(torch.float32) - bias) / scale
+        return self.vae.decode(raw.to(self.vae.dtype)).sample.to(torch.float32).clamp(0, 1)
+
+    def _check_decodable(self) -> None:
+        channels = self.unet.config.img_channels
+        if self.vae is None and channels not in (1, 3):
+            raise ValueError(
+                f"The network makes latents of {channels} channels and the pipeline has no vae: pass"
+                " output_type='latent', or build it with vae=AutoencoderKL.from_pretrained(...)."
+            )
+
+    def _to_output(self, images: torch.Tensor, output_type: str):
+        if output_type == "pt":
+            return images
+        images = images.cpu().permute(0, 2, 3, 1).numpy()
+        return self.numpy_to_pil(images) if output_type == "pil" else images
+
+    def _check_inputs(self, batch_size, guidance_scale, output_type, callback_tensors) -> None:
+        if not hasattr(self.scheduler, "churn"):
+            raise ValueError(
+                f"scheduler is a {type(self.scheduler).__name__}, but the sampler is Algorithm 2 of EDM; use an"
+                " EDMHeunScheduler."
+            )
+        check_call(self, output_type, callback_tensors)
+        if batch_size is not None and not (is_integer(batch_size) and batch_size >= 1):
+            raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
+        if output_type != "latent":
+            self._check_decodable()
+        if not (_is_number(guidance_scale) and math.isfinite(guidance_scale)):
+            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}; 1 is off")
+        if guidance_scale != 1:
+            self._check_guidance_unet(guidance_scale)
+
+    def _check_guidance_unet(self, guidance_scale) -> None:
+        if self.guidance_unet is None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a second network: build the pipeline with guidance_unet=, an"
+                " unconditional one (classifier-free guidance) or a weaker conditional one (autoguidance)."
+            )
+        own, other = self.unet.config, self.guidance_unet.config
+        if other.img_channels != own.img_channels or other.label_dim not in (0, own.label_dim):
+            raise ValueError(
+                f"guidance_unet has {other.img_channels} channels and {other.label_dim} classes, unet"
+                f" {own.img_channels} and {own.label_dim}: the channels must be equal, the classes equal or 0."
+            )
+
+    def _label_tensor(self, class_labels) -> torch.Tensor | None:
+        """Labels as indices (1 or batch,) or rows (1 or batch, label_dim); None for none."""
+        classes = self.unet.config.label_dim
+        if class_labels is None:
+            return None
+        if not classes:
+            raise ValueError(f"class_labels={class_labels!r}: the network is unconditional; leave class_labels out")
+        labels = torch.as_tensor(class_labels)
+        if labels.ndim == 2:
+            if labels.shape[1] != classes:
+                raise ValueError(f"class_labels as rows must have {classes} numbers each, got {labels.shape[1]}")
+            return labels
+        if labels.ndim > 1 or labels.numel() == 0 or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"class_labels must be an integer or a non-empty list of integers, got {class_labels!r}")
+        wrong = [label for label in labels.reshape(-1).tolist() if not 0 <= label < classes]
+        if wrong:
+            raise ValueError(f"class_labels must be in [0, {classes}), got {wrong}")
+        return labels.reshape(-1)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _checked_interval(interval) -> tuple[float, float]:
+    pair = tuple(interval) if isinstance(interval, list | tuple) else ()
+    if len(pair) != 2 or not all(map(_is_number, pair)) or not 0 <= pair[0] < pair[1]:
+        raise ValueError(
+            f"guidance_interval must be (sigma_lo, sigma_hi), noise levels with 0 <= sigma_lo < sigma_hi, got"
+            f" {interval!r}; indices of steps go to guided_steps"
+        )
+    return pair
+
+
+def _checked_steps(steps, count: int) -> tuple[int, int]:
+    pair = tuple(steps) if isinstance(steps, list | tuple) else ()
+    if len(pair) != 2 or not all(map(is_integer, pair)) or not 0 <= pair[0] <= pair[1] < count:
+        raise ValueError(
+            f"guided_steps must be (first, last), indices with 0 <= first <= last < {count}, the number of steps, got"
+            f" {steps!r}; noise levels go to guidance_interval"
+        )
+    return pair
+
+
+def _batch_size(batch_size: int | None, labels: torch.Tensor | None, latents: torch.Tensor | None) -> int:
+    if batch_size is not None:
+        return batch_size
+    if labels is not None and len(labels) > 1:
+        return len(labels)
+    return 1 if latents is None else len(latents)
+
+
+def _for_batch(labels: torch.Tensor, batch_size: int) -> torch.Tensor:
+    if len(labels) not in (1, batch_size):
+        raise ValueError(f"class_labels must hold 1 or batch_size={batch_size} labels, got {len(labels)}")
+    return labels.expand(batch_size, *labels.shape[1:])
