@@ -109,6 +109,16 @@ def test_dinov2_reads_the_backbone_of_a_classifier(tmp_path):
     assert whole.identity == alone.identity
 
 
+def test_dinov2_does_without_the_mask_token_of_training(tmp_path):
+    model = tiny_dinov2(tmp_path)
+    expected = load_extractor("dinov2", tmp_path, "cpu")(COLOUR)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "embeddings.mask_token"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    first, second = (load_extractor("dinov2", tmp_path, "cpu") for _ in range(2))
+    np.testing.assert_array_equal(first(COLOUR), expected)
+    assert first.identity == second.identity
+
+
 def test_identity_is_that_of_weights_and_architecture(tmp_path):
     tiny_dinov2(tmp_path / "a")
     tiny_dinov2(tmp_path / "b", seed=0)

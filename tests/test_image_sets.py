@@ -94,6 +94,16 @@ def test_hash_is_of_the_content(tmp_path):
     assert open_images(write_folder(tmp_path / "swapped", COLOUR[::-1])).content_hash() != first
 
 
+def test_hash_knows_where_a_file_ends(tmp_path):
+    hashes = set()
+    for folder, contents in {"one": (b"ab", b"c"), "two": (b"a", b"bc")}.items():
+        (tmp_path / folder).mkdir()
+        for i, data in enumerate(contents):
+            (tmp_path / folder / f"{i}.png").write_bytes(data)
+        hashes.add(open_images(tmp_path / folder).content_hash())
+    assert len(hashes) == 2
+
+
 def test_hash_of_an_array_is_of_shape_and_pixels(tmp_path):
     hashes = []
     for name, array in {"a": COLOUR, "b": COLOUR, "c": COLOUR.transpose(0, 2, 1, 3).copy()}.items():
