@@ -85,7 +85,7 @@ def evaluate_images(
     without scikit-learn. Sizes and names are checked before any network runs.
     """
     samples = open_images(generated)
-    real = _read_statistics(Path(reference)) or open_images(reference)
+    real = read_statistics(Path(reference)) or open_images(reference)
     given = isinstance(real, tuple)
     metrics = _chosen_metrics(metrics, given)
     k = _chosen_k(k, metrics, [len(samples)] if given else [len(samples), len(real)])
@@ -218,7 +218,7 @@ def _chosen_k(k: Mapping[str, int] | None, metrics: list[str], counts: list[int]
     return k
 
 
-def _read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
     """mu and sigma of an .npz that holds them and no images; None for anything else."""
     if path.suffix.lower() != ".npz" or not path.is_file():
         return None

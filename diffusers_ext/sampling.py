@@ -294,7 +294,7 @@ def _draw_shards(pipe, folder: Path, count, batch_size, seed, inputs, call, proc
             if number % processes.count != processes.index:
                 continue
             if not shards.holds(number):
-                shards.write(number, _to_uint8(_draw(pipe, rows, seed, inputs, {**call, "output_type": "pt"}), rows))
+                shards.write(number, to_uint8(_draw(pipe, rows, seed, inputs, {**call, "output_type": "pt"}), rows))
                 drawn += len(rows)
             progress.update(task, completed=min(count, len(shards) * batch_size))
         drawn = processes.total(drawn)
@@ -335,7 +335,7 @@ def _draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict, call: d
             raise
 
 
-def _to_uint8(images: torch.Tensor | np.ndarray, rows: range) -> np.ndarray:
+def to_uint8(images: torch.Tensor | np.ndarray, rows: range) -> np.ndarray:
     """Images in [0, 1] as uint8 (batch, height, width, channels).
 
     images: a tensor (batch, channels, height, width) or an array (batch, height, width, channels).

@@ -2,7 +2,28 @@
 
 from .adm_upsampler import ADMUpsamplerPipeline
 from .boost_and_skip import BoostAndSkipPipeline
+from .dit_guidance_interval import DiTGuidanceIntervalPipeline
 from .edm2 import EDM2Pipeline
+from .guidance_interval import (
+    GuidanceInterval,
+    GuidanceReport,
+    apply_guidance_interval,
+    guidance_report,
+    remove_guidance_interval,
+)
 from .respacing import respaced_timesteps
+from .stable_diffusion_xl_guidance_interval import StableDiffusionXLGuidanceIntervalPipeline
 
-__all__ = ["ADMUpsamplerPipeline", "BoostAndSkipPipeline", "EDM2Pipeline", "respaced_timesteps"]
+__all__ = [
+    "ADMUpsamplerPipeline",
+    "BoostAndSkipPipeline",
+    "DiTGuidanceIntervalPipeline",
+    "EDM2Pipeline",
+    "GuidanceInterval",
+    "GuidanceReport",
+    "StableDiffusionXLGuidanceIntervalPipeline",
+    "apply_guidance_interval",
+    "guidance_report",
+    "remove_guidance_interval",
+    "respaced_timesteps",
+]

@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import is_torch_version
 
 from diffusers_ext.hub import export_pipeline
 
 HERE = Path(__file__).parent
+# Where torch 2.6 fails inside diffusers: its group offloading asks for an accelerator, and dynamo cannot trace how it
+# chooses an attention backend.
+newer_torch = pytest.mark.skipif(is_torch_version("<", "2.7"), reason="diffusers cannot do this with torch 2.6")
 
 
 def run_fresh(script: str, *arguments: str, cache: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
+from contracts import newer_torch
 from diffusers.models.attention_dispatch import attention_backend
 from safetensors.torch import load_file
 
@@ -252,7 +253,11 @@ def test_moving_between_devices_as_offloading_does():
     cpu_offload(model, torch.device("cpu"))
     assert torch.equal(run(model), expected) and torch.equal(run(model), expected)
     assert model.out_conv._kept is None
-    other = tiny()
+
+
+@newer_torch
+def test_group_offloading():
+    expected, other = run(tiny()), tiny()
     other.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
     assert torch.equal(run(other), expected)
 
@@ -285,6 +290,7 @@ def test_training_forces_normalisation_and_allows_two_forwards():
             torch.testing.assert_close(rows, torch.ones_like(rows), atol=1e-3, rtol=0)
 
 
+@newer_torch
 @pytest.mark.slow
 def test_compiles_as_one_graph():
     expected = run(tiny())

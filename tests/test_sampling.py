@@ -469,9 +469,9 @@ def test_what_are_not_the_images_asked_for_is_refused(tmp_path, plain, monkeypat
 def test_grey_levels_are_rounded_from_tensors_and_arrays():
     images = torch.tensor([0.0, 0.4, 0.6, 254.4, 255.0, 256.0]).reshape(1, 3, 1, 2) / 255
     expected = np.array([[[[0, 1, 255], [0, 254, 255]]]], dtype=np.uint8)
-    np.testing.assert_array_equal(sampling._to_uint8(images, range(1)), expected)
-    np.testing.assert_array_equal(sampling._to_uint8(images.permute(0, 2, 3, 1).numpy(), range(1)), expected)
-    np.testing.assert_array_equal(sampling._to_uint8(images.bfloat16(), range(1)), expected)
+    np.testing.assert_array_equal(sampling.to_uint8(images, range(1)), expected)
+    np.testing.assert_array_equal(sampling.to_uint8(images.permute(0, 2, 3, 1).numpy(), range(1)), expected)
+    np.testing.assert_array_equal(sampling.to_uint8(images.bfloat16(), range(1)), expected)
 
 
 def test_threads_are_as_before(tmp_path, plain, monkeypatch):

@@ -31,7 +31,7 @@ def tiny_stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
         torch.manual_seed(seed)
         components = {
             "vae": _vae(),
-            "text_encoder": CLIPTextModel(_text_config()),
+            "text_encoder": CLIPTextModel(clip_config()),
             "tokenizer": _tokenizer(),
             "unet": _unet(cross_attention_dim=8),
         }
@@ -53,8 +53,8 @@ def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
         torch.manual_seed(seed)
         components = {
             "vae": _vae(),
-            "text_encoder": CLIPTextModel(_text_config()),
-            "text_encoder_2": CLIPTextModelWithProjection(_text_config()),
+            "text_encoder": CLIPTextModel(clip_config()),
+            "text_encoder_2": CLIPTextModelWithProjection(clip_config()),
             "tokenizer": _tokenizer(),
             "tokenizer_2": _tokenizer(),
             "unet": _unet(
@@ -105,7 +105,8 @@ def _vae() -> AutoencoderKL:
     )
 
 
-def _text_config() -> CLIPTextConfig:
+def clip_config() -> CLIPTextConfig:
+    """Of a text encoder for the tokenizer that knows letters alone."""
     return CLIPTextConfig(
         vocab_size=len(TOKENS),
         hidden_size=8,

@@ -1,0 +1,825 @@
+"""Guidance in an interval, on a tiny pipeline of every family, against plain guidance, none, and full-batch loops."""
+
+import copy
+import functools
+import inspect
+import itertools
+import math
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from tiny_guided_pipelines import BATCH, CASES, STEPS, TWO, Case
+from tiny_pipelines import tiny_stable_diffusion
+
+from diffusers_ext.pipelines.guidance_interval import (
+    GuidanceInterval,
+    apply_guidance_interval,
+    guidance_report,
+    read_step,
+    remove_guidance_interval,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the guidance interval:UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+MIDDLE = (1, 2)  # of steps 0 to 3
+
+
+def sample(pipe, options: dict) -> torch.Tensor:
+    output = pipe(**options, generator=torch.Generator().manual_seed(1), return_dict=False)[0]
+    return torch.as_tensor(np.stack(output) if isinstance(output, list) else output)
+
+
+def without_guidance(case: Case) -> torch.Tensor:
+    if case.off:
+        return sample(case.pipe, {**case.options, **case.off})
+    scale, case.pipe.guider.guidance_scale = case.pipe.guider.guidance_scale, 1.0
+    output = sample(case.pipe, case.options)
+    case.pipe.guider.guidance_scale = scale
+    return output
+
+
+def assert_same(output: torch.Tensor, expected: torch.Tensor) -> None:
+    """Up to rounding, which differs with the number of rows."""
+    assert expected.isfinite().all()
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
+
+
+@pytest.fixture(params=CASES, scope="module")
+def built(request) -> tuple[Case, torch.Tensor]:
+    """A case and its sample with plain guidance."""
+    case = CASES[request.param]()
+    return case, sample(case.pipe, case.options)
+
+
+class Network:
+    """Stands in for the `forward` of a case's networks: counts rows, and can replace predictions."""
+
+    def __init__(self, case: Case, guided_steps: tuple[int, int] | None = None):
+        self.case, self.guided_steps = case, guided_steps
+        self.rows: dict[str, list[int]] = {name: [] for name in case.networks}
+        self.calls, self.last = 0, None
+
+    def __enter__(self):
+        for name in self.case.networks:
+            module = getattr(self.case.pipe, name)
+            module.forward = functools.partial(self.forward, name, module, module.forward)
+        return self
+
+    def __exit__(self, *error):
+        for name in self.case.networks:
+            del getattr(self.case.pipe, name).__dict__["forward"]
+
+    def forward(self, name, module, forward, *args, **kwargs):
+        parameters = inspect.signature(type(module).forward).parameters
+        first = args[0] if args else next(kwargs[key] for key in parameters if key in kwargs)
+        self.rows[name].append(len(first))
+        output = forward(*args, **kwargs)
+        return output if self.guided_steps is None or "control" in name else self.replaced(output)
+
+    def replaced(self, output):
+        """The output, outside the interval with the conditional prediction for the unconditional one."""
+        calls = 2 if self.case.order == TWO else 1
+        step, call = divmod(self.calls, calls)
+        self.calls += 1
+        guided = self.guided_steps[0] <= step <= self.guided_steps[1]
+        if self.case.order == TWO:
+            self.last = output if call == 0 else self.last
+            return output if guided else self.last
+        return output if guided else self.with_conditional_rows(output)
+
+    def with_conditional_rows(self, output):
+        if isinstance(output, tuple):
+            return tuple(self.with_conditional_rows(item) for item in output)
+        if isinstance(output, dict) and hasattr(output, "to_tuple"):
+            return type(output)(**{key: self.with_conditional_rows(item) for key, item in output.items()})
+        order = self.case.order.split(", ")
+        size = len(output) // len(order) if isinstance(output, list | torch.Tensor) else 0
+        if not size:
+            return output
+        parts = [output[i * size : (i + 1) * size] for i in range(len(order))]
+        chosen = [parts[order.index(part if part == "perturbed" else "cond")] for part in order]
+        return list(itertools.chain(*chosen)) if isinstance(output, list) else torch.cat(chosen)
+
+
+def expected_rows(case: Case) -> tuple[int, int]:
+    """Network rows of a guided step and of another."""
+    parts = case.order.split("; " if case.order == TWO else ", ")
+    return BATCH * len(parts), BATCH * sum(part in ("cond", "perturbed") for part in parts)
+
+
+class TestEveryFamily:
+    def test_whole_line_is_plain_guidance(self, built):
+        case, plain = built
+        with GuidanceInterval(case.pipe, sigma_lo=0) as interval:
+            assert torch.equal(sample(case.pipe, case.options), plain)
+        guided, _ = expected_rows(case)
+        assert [step.rows for step in interval.report.steps] == [guided] * STEPS
+        assert interval.report.guided_steps == list(range(STEPS))
+        assert interval.report.rows_saved == 0
+
+    def test_empty_interval_is_no_guidance(self, built):
+        case, plain = built
+        with GuidanceInterval(case.pipe, sigma_hi=1e-9) as interval, Network(case) as network:
+            output = sample(case.pipe, case.options)
+        expected = without_guidance(case)
+        assert_same(output, expected)
+        assert not torch.allclose(expected, plain, rtol=1e-5, atol=1e-5)
+        guided, other = expected_rows(case)
+        assert sum(map(sum, network.rows.values())) == STEPS * other * (1 + ("controlnet" in case.networks))
+        assert interval.report.rows == STEPS * other
+        assert interval.report.rows_saved == STEPS * (guided - other)
+
+    def test_middle_interval_is_a_loop_over_all_rows(self, built):
+        case, plain = built
+        with Network(case, guided_steps=MIDDLE):
+            expected = sample(case.pipe, case.options)
+        with GuidanceInterval(case.pipe, guided_steps=MIDDLE) as interval, Network(case) as network:
+            output = sample(case.pipe, case.options)
+        assert_same(output, expected)
+        assert not torch.allclose(output, plain, rtol=1e-5, atol=1e-5)
+        guided, other = expected_rows(case)
+        assert [step.rows for step in interval.report.steps] == [other, guided, guided, other]
+        counts = [sum(rows) for rows in network.rows.values()]
+        if len(counts) == 1 or "controlnet" in case.networks:
+            assert counts == [2 * guided + 2 * other] * len(counts)
+        else:
+            assert sum(counts) == 2 * guided + 2 * other
+
+    def test_sigmas_select_the_same_steps(self, built):
+        """(sigma of step 3, sigma of step 1] is steps 1 and 2."""
+        case, _ = built
+        with GuidanceInterval(case.pipe, guided_steps=MIDDLE) as interval:
+            by_steps = sample(case.pipe, case.options)
+        sigmas = [step.sigma for step in interval.report.steps]
+        assert sigmas == sorted(sigmas, reverse=True)
+        with GuidanceInterval(case.pipe, sigma_lo=sigmas[3], sigma_hi=sigmas[1]) as interval:
+            by_sigmas = sample(case.pipe, case.options)
+        assert interval.report.guided_steps == [1, 2]
+        assert torch.equal(by_sigmas, by_steps)
+
+    def test_removing_restores(self, built):
+        case, plain = built
+        stock, attributes = type(case.pipe), set(vars(case.pipe))
+        apply_guidance_interval(case.pipe, guided_steps=MIDDLE)
+        sample(case.pipe, case.options)
+        remove_guidance_interval(case.pipe)
+        assert type(case.pipe) is stock
+        assert set(vars(case.pipe)) == attributes
+        for network in case.networks:
+            assert "_compiled_call_impl" not in vars(getattr(case.pipe, network))
+        assert torch.equal(sample(case.pipe, case.options), plain)
+
+
+# One family, everything else.
+
+WORDS = {"prompt": ["a cat", "a dog"], "num_inference_steps": STEPS, "guidance_scale": 4.0, "output_type": "latent"}
+
+
+@functools.cache
+def _stable_diffusion():
+    return tiny_stable_diffusion()
+
+
+@pytest.fixture
+def pipe():
+    """Tiny Stable Diffusion with its own schedule."""
+    pipe = _stable_diffusion()
+    scheduler = pipe.scheduler
+    yield pipe
+    remove_guidance_interval(pipe)
+    pipe.scheduler = scheduler
+
+
+def vp_sigma(scheduler, t) -> float:
+    alpha_bar = scheduler.alphas_cumprod[int(t)]
+    return float(((1 - alpha_bar) / alpha_bar) ** 0.5)
+
+
+def one_call_a_step(calls: int) -> list[int]:
+    return list(range(calls))
+
+
+def two_calls_a_step(calls: int) -> list[int]:
+    return [call // 2 for call in range(calls)]
+
+
+def pndm(calls: int) -> list[int]:
+    return [0, 0, *range(1, calls - 1)]
+
+
+def pndm_runge_kutta(calls: int) -> list[int]:
+    return [call // 4 if call < 12 else call - 9 for call in range(calls)]
+
+
+SAMPLERS = {
+    "DDIM": (diffusers.DDIMScheduler, {}, one_call_a_step),
+    "DDPM": (diffusers.DDPMScheduler, {}, one_call_a_step),
+    "PNDM": (diffusers.PNDMScheduler, {"skip_prk_steps": True}, pndm),
+    "PNDM with Runge-Kutta": (diffusers.PNDMScheduler, {}, pndm_runge_kutta),
+    "Euler": (diffusers.EulerDiscreteScheduler, {}, one_call_a_step),
+    "Euler, Karras": (diffusers.EulerDiscreteScheduler, {"use_karras_sigmas": True}, one_call_a_step),
+    "Euler, exponential": (diffusers.EulerDiscreteScheduler, {"use_exponential_sigmas": True}, one_call_a_step),
+    "Euler, beta": (diffusers.EulerDiscreteScheduler, {"use_beta_sigmas": True}, one_call_a_step),
+    "Euler ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}, one_call_a_step),
+    "Heun": (diffusers.HeunDiscreteScheduler, {}, two_calls_a_step),
+    "Heun, Karras": (diffusers.HeunDiscreteScheduler, {"use_karras_sigmas": True}, two_calls_a_step),
+    "KDPM2": (diffusers.KDPM2DiscreteScheduler, {}, two_calls_a_step),
+    "KDPM2 ancestral": (diffusers.KDPM2AncestralDiscreteScheduler, {}, two_calls_a_step),
+    "LMS": (diffusers.LMSDiscreteScheduler, {}, one_call_a_step),
+    "DPM++ multistep": (diffusers.DPMSolverMultistepScheduler, {}, one_call_a_step),
+    "DPM++ multistep, SDE, Karras": (
+        diffusers.DPMSolverMultistepScheduler,
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+        one_call_a_step,
+    ),
+    "DPM++ singlestep": (diffusers.DPMSolverSinglestepScheduler, {}, one_call_a_step),
+    "UniPC": (diffusers.UniPCMultistepScheduler, {}, one_call_a_step),
+    "DEIS": (diffusers.DEISMultistepScheduler, {}, one_call_a_step),
+    "SA-Solver": (diffusers.SASolverScheduler, {}, one_call_a_step),
+    "LCM": (diffusers.LCMScheduler, {"original_inference_steps": 50}, one_call_a_step),
+    "TCD": (diffusers.TCDScheduler, {"original_inference_steps": 50}, one_call_a_step),
+}
+
+
+class TestSchedulers:
+    """Each sampler calls the network once a step or more; the decision is the step's."""
+
+    steps = 7
+
+    @pytest.fixture(params=SAMPLERS, scope="class")
+    def scheduler(self, request):
+        cls, config, steps_of_calls = SAMPLERS[request.param]
+        return cls.from_config(_stable_diffusion().scheduler.config, **config), steps_of_calls
+
+    @pytest.fixture
+    def sampler(self, scheduler, pipe):
+        pipe.scheduler, steps_of_calls = scheduler
+        return pipe, {**WORDS, "num_inference_steps": self.steps}, steps_of_calls
+
+    def full_loop(self, pipe, options, steps_of_calls, guided) -> torch.Tensor:
+        """All rows, with the conditional prediction in both halves at the calls of unguided steps."""
+        outputs = []
+        forward = pipe.unet.forward
+
+        def replaced(*args, **kwargs):
+            (output,) = forward(*args, **kwargs)
+            step = steps_of_calls(100)[len(outputs)]
+            outputs.append(output)
+            return (output if step in guided else torch.cat([output.chunk(2)[1]] * 2),)
+
+        pipe.unet.forward = replaced
+        try:
+            return sample(pipe, options)
+        finally:
+            del pipe.unet.forward
+
+    @pytest.mark.parametrize("guided", [(2, 3), (0, 0), (5, 6)])
+    def test_steps(self, sampler, guided):
+        pipe, options, steps_of_calls = sampler
+        expected = self.full_loop(pipe, options, steps_of_calls, range(guided[0], guided[1] + 1))
+        apply_guidance_interval(pipe, guided_steps=guided)
+        assert_same(sample(pipe, options), expected)
+        report = guidance_report(pipe)
+        assert [step.index for step in report.steps] == list(range(self.steps))
+        assert report.guided_steps == list(range(guided[0], guided[1] + 1))
+        for step in report.steps:
+            calls = steps_of_calls(100).count(step.index)
+            calls -= step.index == self.steps - 1 and steps_of_calls is two_calls_a_step  # the last is Euler's
+            assert (step.rows, step.rows_saved) == ((4 * calls, 0) if step.guided else (2 * calls, 2 * calls))
+
+    def test_sigmas(self, sampler):
+        """The report's sigmas are those of the schedule, and select the steps at their upper end."""
+        pipe, options, _ = sampler
+        apply_guidance_interval(pipe, sigma_lo=0)
+        sample(pipe, options)
+        report, scheduler = guidance_report(pipe), pipe.scheduler
+        if hasattr(scheduler, "sigmas"):
+            expected = sorted({float(sigma) for sigma in scheduler.sigmas} - {0.0}, reverse=True)[: self.steps]
+        else:
+            times = sorted({int(t) for t in getattr(scheduler, "_timesteps", scheduler.timesteps)}, reverse=True)
+            expected = [vp_sigma(scheduler, t) for t in times]
+        assert [step.sigma for step in report.steps] == pytest.approx(expected, rel=1e-6)
+        lowest, highest = report.steps[4].sigma, report.steps[2].sigma
+        apply_guidance_interval(pipe, sigma_lo=lowest, sigma_hi=highest)
+        sample(pipe, options)
+        assert guidance_report(pipe).guided_steps == [2, 3]
+
+    def test_sigma_of_each_evaluation_would_differ(self, pipe):
+        """Heun's second evaluation lies at the next step's sigma, and does not decide again."""
+        pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+        apply_guidance_interval(pipe, guided_steps=(3, 3))
+        sample(pipe, WORDS | {"num_inference_steps": 7})
+        assert [step.rows for step in guidance_report(pipe).steps] == [4, 4, 4, 8, 4, 4, 2]
+
+
+class TestSchedules:
+    def report(self, pipe, options):
+        apply_guidance_interval(pipe, sigma_lo=0.5, sigma_hi=3.0)
+        sample(pipe, options)
+        return guidance_report(pipe)
+
+    @pytest.mark.parametrize(
+        "scheduler",
+        ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"],
+    )
+    def test_image_to_image_starts_where_it_starts(self, pipe, scheduler):
+        """With strength 0.5, step numbers and sigmas are those of the schedule as set, from its middle."""
+        full = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+        full.set_timesteps(8)
+        image = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+        image.set_progress_bar_config(disable=True)
+        image.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+        options = {**WORDS, "num_inference_steps": 8, "strength": 0.5, "image": torch.zeros(2, 3, 16, 16)}
+        report = self.report(image, options)
+        assert [step.index for step in report.steps] == [4, 5, 6, 7]
+        order = full.order
+        sigmas = [float(s) for s in full.sigmas[::order]] if hasattr(full, "sigmas") else None
+        sigmas = sigmas or [vp_sigma(full, t) for t in full.timesteps]
+        assert [step.sigma for step in report.steps] == pytest.approx(sigmas[4:8])
+        assert report.guided_steps == [step.index for step in report.steps if 0.5 < step.sigma <= 3.0]
+
+    def test_custom_sigmas_and_timesteps(self, pipe):
+        pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        report = self.report(pipe, {**WORDS, "num_inference_steps": None, "sigmas": [9.0, 3.0, 0.6, 0.5, 0.0]})
+        assert [step.sigma for step in report.steps] == pytest.approx([9.0, 3.0, 0.6, 0.5])
+        assert report.guided_steps == [1, 2]
+        report = self.report(pipe, {**WORDS, "num_inference_steps": None, "timesteps": [900, 500, 100]})
+        assert [step.sigma for step in report.steps] == pytest.approx(
+            [vp_sigma(pipe.scheduler, t) for t in (900, 500, 100)]
+        )
+
+    def test_flow_units(self):
+        """Flow sigma s is s / (1 - s) in EDM units; pure noise is infinite, and in the whole line."""
+        case = CASES["flux"]()
+        apply_guidance_interval(case.pipe, sigma_lo=0.3, sigma_hi=0.75, sigma_unit="flow")
+        sample(case.pipe, case.options)
+        report = guidance_report(case.pipe)
+        flow_sigmas = [1.0, 0.75, 0.5, 0.25]
+        assert [step.sigma for step in report.steps] == pytest.approx([math.inf, 3.0, 1.0, 1 / 3])
+        assert report.guided_steps == [i for i, s in enumerate(flow_sigmas) if 0.3 < s <= 0.75]
+
+    def test_zero_terminal_snr(self, pipe):
+        config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, **config)
+        plain = sample(pipe, WORDS)
+        apply_guidance_interval(pipe, sigma_lo=0)
+        assert torch.equal(sample(pipe, WORDS), plain)
+        assert guidance_report(pipe).steps[0].sigma > 1e3
+
+    def test_timestep_outside_the_schedule(self):
+        scheduler = diffusers.DDIMScheduler()
+        scheduler.set_timesteps(4)
+        with pytest.raises(ValueError, match="timestep 333 is not in the schedule of DDIMScheduler"):
+            read_step(scheduler, 333)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"sigma_lo": 2.0, "sigma_hi": 1.0}, "need 0 <= sigma_lo < sigma_hi"),
+            ({"sigma_lo": 1.0, "sigma_hi": 1.0}, "need 0 <= sigma_lo < sigma_hi"),
+            ({"sigma_lo": -1.0, "sigma_hi": 1.0}, "need 0 <= sigma_lo"),
+            ({"sigma_lo": math.nan, "sigma_hi": 1.0}, "sigma_lo=nan"),
+            ({"sigma_lo": 0.1, "sigma_hi": math.nan}, "sigma_hi=nan"),
+            ({"sigma_lo": "low", "sigma_hi": 1.0}, "sigma_lo='low'"),
+            ({"sigma_lo": True, "sigma_hi": 3.0}, "sigma_lo=True"),
+            ({"sigma_lo": 0.5, "sigma_hi": 2.0, "sigma_unit": "flow"}, "sigma_hi <= 1 in flow units"),
+            ({"sigma_lo": 0.5, "sigma_hi": 2.0, "sigma_unit": "steps"}, 'sigma_unit must be "edm" or "flow"'),
+            ({"sigma_lo": 0.5, "guided_steps": (1, 2)}, "give either sigma_lo and sigma_hi, or guided_steps"),
+            ({}, "give either sigma_lo and sigma_hi, or guided_steps"),
+            ({"guided_steps": (3, 2)}, "0 <= first <= last"),
+            ({"guided_steps": (-1, 2)}, "0 <= first <= last"),
+            ({"guided_steps": (0.5, 2)}, "0 <= first <= last"),
+            ({"guided_steps": 3}, "0 <= first <= last"),
+            ({"guided_steps": (1, 2, 3)}, "0 <= first <= last"),
+        ],
+    )
+    def test_arguments(self, pipe, arguments, message):
+        before = type(pipe)
+        with pytest.raises(ValueError, match=message):
+            apply_guidance_interval(pipe, **arguments)
+        assert type(pipe) is before
+
+    def test_steps_outside_the_schedule(self, pipe):
+        apply_guidance_interval(pipe, guided_steps=(2, 4))
+        with pytest.raises(ValueError, match=r"guided_steps=\(2, 4\) reaches beyond the schedule, whose 4 steps"):
+            sample(pipe, WORDS)
+
+    def test_no_pipeline(self, pipe):
+        with pytest.raises(ValueError, match="pipe must be a diffusers DiffusionPipeline, got UNet2DConditionModel"):
+            apply_guidance_interval(pipe.unet, sigma_hi=1.0)
+
+    def test_no_report_yet(self, pipe):
+        with pytest.raises(ValueError, match="has not been called with a guidance interval"):
+            guidance_report(pipe)
+        apply_guidance_interval(pipe, sigma_hi=1.0)
+        with pytest.raises(ValueError, match="has not been called with a guidance interval"):
+            guidance_report(pipe)
+
+    def test_pipeline_without_guidance(self):
+        unet = diffusers.UNet2DModel(
+            sample_size=8,
+            block_out_channels=(4,),
+            norm_num_groups=2,
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            attention_head_dim=2,
+        )
+        ddpm = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+        ddpm.set_progress_bar_config(disable=True)
+        with pytest.warns(UserWarning, match="DDPMPipeline takes no guidance scale: the interval has no effect"):
+            apply_guidance_interval(ddpm, sigma_hi=1.0)
+        with pytest.warns(UserWarning, match="the interval has no effect"):
+            ddpm(num_inference_steps=2)
+
+    @pytest.mark.parametrize("scale", [1.0, 0.0])
+    def test_guidance_off(self, pipe, scale):
+        """Even for two prompts with one seed, whose latents look like a doubled batch."""
+        options = {**WORDS, "guidance_scale": scale, "latents": torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1)}
+        plain = sample(pipe, options)
+        apply_guidance_interval(pipe, sigma_hi=1.0)
+        with pytest.warns(UserWarning, match=f"guidance is off in this call .guidance_scale={scale}.: the interval"):
+            assert torch.equal(sample(pipe, options), plain)
+
+    @pytest.mark.parametrize(("arguments", "which"), [({"sigma_lo": 50.0}, "none"), ({"sigma_lo": 0.0}, "every one")])
+    def test_all_or_nothing_is_said(self, pipe, arguments, which):
+        apply_guidance_interval(pipe, **arguments)
+        with pytest.warns(UserWarning, match=f"holds {which} of the 4 steps .sigma 4.117 to 0.04131."):
+            sample(pipe, WORDS)
+
+    def test_distilled_model(self):
+        """Flux without true guidance: an error at the second step, and the way to true guidance in the message."""
+        case = CASES["flux"]()
+        transformer = diffusers.FluxTransformer2DModel.from_config(case.pipe.transformer.config, guidance_embeds=True)
+        case.pipe.transformer = transformer
+        apply_guidance_interval(case.pipe, sigma_hi=1.0)
+        with pytest.raises(ValueError, match=r"distilled.*true_cfg_scale > 1") as error, Network(case) as network:
+            sample(case.pipe, {**case.options, "true_cfg_scale": 1.0})
+        assert "FluxPipeline" in str(error.value)
+        assert network.rows == {"transformer": [BATCH]}
+
+    def test_network_that_embeds_the_scale(self, pipe):
+        components = dict(pipe.components)
+        components["unet"] = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=8)
+        lcm = diffusers.StableDiffusionPipeline(**components, requires_safety_checker=False)
+        lcm.set_progress_bar_config(disable=True)
+        apply_guidance_interval(lcm, sigma_hi=1.0)
+        with pytest.raises(ValueError, match="hands the guidance scale to its network"):
+            sample(lcm, WORDS)
+
+
+class _Custom(diffusers.StableDiffusionPipeline):
+    """A pipeline that nobody listed; each subclass guides in its own way."""
+
+    @torch.no_grad()
+    def __call__(self, guidance_scale=4.0, generator=None, return_dict=True):
+        self.guidance_scale_ = guidance_scale
+        latents = torch.randn(2, 4, 8, 8, generator=generator)
+        text = self.encode_prompt(["a cat", "a dog"], "cpu", 1, True, ["bad", "dark"])
+        self.scheduler.set_timesteps(STEPS)
+        for t in self.scheduler.timesteps:
+            latents = self.scheduler.step(self.predict(latents, t, *text), t, latents).prev_sample
+        return (latents,)
+
+
+class _Helpers(_Custom):
+    """Network and split in methods, the conditional half first."""
+
+    def predict(self, latents, t, text, negative):
+        both = self.network(torch.cat([latents] * 2), t, torch.cat([text, negative]))
+        return self.combine(both, self.guidance_scale_)
+
+    def network(self, sample, t, text):
+        return self.unet(sample, t, encoder_hidden_states=text).sample
+
+    def combine(self, both, weight):
+        predicted, predicted_null = both.chunk(2)
+        return predicted_null + weight * (predicted - predicted_null)
+
+
+class _TwoCalls(_Custom):
+    def predict(self, latents, t, text, negative):
+        cond = self.unet(latents, t, text).sample
+        if self.guidance_scale_ > 1:
+            cond = self.mixed(cond, self.unet(latents, t, negative, return_dict=False)[0])
+        return cond
+
+    def mixed(self, cond, other):
+        return other + self.guidance_scale_ * (cond - other)
+
+
+class _UnconditionalFirst(_Custom):
+    def predict(self, latents, t, text, negative):
+        negative = self.unet(latents, t, negative).sample
+        text = self.unet(latents, t, text).sample
+        return negative + self.guidance_scale_ * (text - negative)
+
+
+class _Anonymous(_Custom):
+    def predict(self, latents, t, text, negative):
+        a, b = self.unet(torch.cat([latents] * 2), t, torch.cat([negative, text])).sample.chunk(2)
+        return a + self.guidance_scale_ * (b - a)
+
+
+class _Reassigned(_Custom):
+    """Guides by what is known only after the network was called."""
+
+    def predict(self, latents, t, text, negative):
+        noise = self.unet(torch.cat([latents] * 2), t, torch.cat([negative, text])).sample
+        large = noise.abs().max() > 0
+        if large:
+            noise_uncond, noise_text = noise.chunk(2)
+            noise = noise_uncond + self.guidance_scale_ * (noise_text - noise_uncond)
+        return noise
+
+
+def custom(cls):
+    pipe = cls(**_stable_diffusion().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class TestUnlistedPipelines:
+    @pytest.mark.parametrize("cls", [_Helpers, _TwoCalls])
+    def test_understood(self, cls):
+        pipe = custom(cls)
+        plain, off = sample(pipe, {}), sample(pipe, {"guidance_scale": 1.0})
+        with GuidanceInterval(pipe, sigma_lo=0):
+            assert torch.equal(sample(pipe, {}), plain)
+        with GuidanceInterval(pipe, sigma_lo=100) as interval:
+            assert_same(sample(pipe, {}), off)
+        assert interval.report.rows == 2 * STEPS
+        with GuidanceInterval(pipe, guided_steps=MIDDLE) as interval:
+            sample(pipe, {})
+        assert [step.rows for step in interval.report.steps] == [2, 4, 4, 2]
+
+    @pytest.mark.parametrize(
+        ("cls", "message"),
+        [
+            (_UnconditionalFirst, "without the condition before it calls it with"),
+            (_Anonymous, "guidance_scale=4.0, but no unconditional prediction was seen"),
+            (_Reassigned, "decides on guidance only after the network was called .name 'large' is not defined"),
+        ],
+    )
+    def test_refused(self, cls, message):
+        pipe = custom(cls)
+        with GuidanceInterval(pipe, guided_steps=MIDDLE), pytest.raises(ValueError, match=message):
+            sample(pipe, {})
+        assert "_compiled_call_impl" not in vars(pipe.unet)
+
+    def test_what_a_row_is_must_be_clear(self):
+        """An unknown argument as long as the batch: compared with all rows once, refused if it makes a difference."""
+
+        class Conditioned(torch.nn.Module):
+            def __init__(self, depends):
+                super().__init__()
+                self.depends = depends
+
+            def forward(self, sample, timestep, table):
+                return sample * 0.1 + (table[0, : len(sample)].view(-1, 1, 1, 1) if self.depends else 0.0)
+
+        for depends in (False, True):
+
+            class Pipeline(_Custom):
+                def predict(self, latents, t, text, negative):
+                    noise = self.unet(torch.cat([latents] * 2), t, torch.arange(12.0).view(3, 4))
+                    noise_uncond, noise_text = noise.chunk(2)
+                    return noise_uncond + self.guidance_scale_ * (noise_text - noise_uncond)
+
+            pipe = custom(Pipeline)
+            pipe.unet = Conditioned(depends)
+            refused = pytest.raises(ValueError, match=r"table.*unclear what belongs")
+            with GuidanceInterval(pipe, guided_steps=(1, 1)) as interval, refused if depends else nullcontext():
+                sample(pipe, {})
+            if not depends:
+                assert [step.rows for step in interval.report.steps] == [6, 4, 2, 2]  # the first tried out
+
+
+class TestTheRestOfDiffusers:
+    """What may be done to a pipeline before or after the interval is applied."""
+
+    @pytest.fixture
+    def fresh(self):
+        """A pipeline of its own, and its sample with the interval."""
+        pipe = tiny_stable_diffusion()
+        with GuidanceInterval(pipe, guided_steps=MIDDLE):
+            expected = sample(pipe, WORDS)
+        return pipe, expected
+
+    def check(self, pipe, expected):
+        """Twice, since some hooks of offloading are put in anew after a call."""
+        for _ in range(2):
+            assert_same(sample(pipe, WORDS), expected)
+            assert [step.rows for step in guidance_report(pipe).steps] == [2, 4, 4, 2]
+
+    @pytest.mark.parametrize("first", ["interval", "offload"])
+    @pytest.mark.parametrize("offload", ["model", "sequential", "group"])
+    def test_offload(self, fresh, offload, first):
+        accelerate = pytest.importorskip("accelerate")
+        pipe, expected = fresh
+        if first == "interval":
+            apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        if offload == "model":
+            pipe.enable_model_cpu_offload(device="cpu")
+        elif offload == "sequential":
+            accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
+        else:
+            pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+        if first == "offload":
+            apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        self.check(pipe, expected)
+        if offload == "model":
+            pipe.remove_all_hooks()
+            self.check(pipe, expected)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("first", ["interval", "compile"])
+    @pytest.mark.parametrize("how", ["wrapped", "in place", "repeated blocks", "forward"])
+    def test_compile(self, fresh, how, first):
+        pipe, expected = fresh
+        torch.compiler.reset()
+        if first == "interval":
+            apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        if how == "wrapped":
+            pipe.unet = torch.compile(pipe.unet, backend="eager")
+        elif how == "in place":
+            pipe.unet.compile(backend="eager", fullgraph=True)
+        elif how == "repeated blocks":
+            pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
+        else:
+            pipe.unet.forward = torch.compile(pipe.unet.forward, backend="eager")
+        if first == "compile":
+            apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        compiled = vars(pipe.unet).get("_compiled_call_impl")
+        self.check(pipe, expected)
+        assert vars(pipe.unet).get("_compiled_call_impl") is compiled
+
+    def test_to_another_type(self, fresh):
+        pipe, expected = fresh
+        apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        rough = sample(pipe.to(torch.bfloat16), WORDS)
+        assert rough.dtype == torch.bfloat16
+        self.check(pipe.to(torch.float32), sample(pipe, WORDS))
+        torch.testing.assert_close(rough.float(), expected, atol=0.2, rtol=0)
+
+    def test_attention_backend(self, fresh):
+        pipe, expected = fresh
+        apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        pipe.unet.set_default_attn_processor()
+        self.check(pipe, expected)
+
+    def test_shared_network(self, fresh):
+        """Only the pipeline that has the interval is limited, also when it calls the other one from a callback."""
+        pipe, expected = fresh
+        other = diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+        other.scheduler = copy.deepcopy(pipe.scheduler)
+        other.set_progress_bar_config(disable=True)
+        plain = sample(other, WORDS)
+        apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        self.check(pipe, expected)
+        assert torch.equal(sample(other, WORDS), plain)
+        inner = []
+
+        def callback(pipeline, step, timestep, tensors):
+            inner.append(sample(other, WORDS))
+            return {}
+
+        self.check(pipe, sample(pipe, {**WORDS, "callback_on_step_end": callback}))
+        assert len(inner) == STEPS and all(torch.equal(output, plain) for output in inner)
+        apply_guidance_interval(other, guided_steps=(0, 0))
+        assert [step.rows for step in self.steps(other)] == [4, 2, 2, 2]
+        self.check(pipe, expected)
+
+    def steps(self, pipe):
+        sample(pipe, WORDS)
+        return guidance_report(pipe).steps
+
+    def test_exception_inside_a_call(self, fresh):
+        pipe, expected = fresh
+        apply_guidance_interval(pipe, guided_steps=MIDDLE)
+
+        def stop(pipeline, step, timestep, tensors):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            sample(pipe, {**WORDS, "callback_on_step_end": stop})
+        assert "_compiled_call_impl" not in vars(pipe.unet)
+        self.check(pipe, expected)
+
+    def test_callbacks_and_generators(self, fresh):
+        """A callback sees the steps of the stock pipeline; with a generator a sample, samples are independent."""
+        pipe, _ = fresh
+        apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        seen = []
+
+        def watch(pipeline, step, timestep, tensors):
+            assert pipeline is pipe
+            seen.append(step)
+            return {"latents": tensors["latents"]}
+
+        def run(prompts, *seeds):
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            options = {**WORDS, "prompt": prompts, "generator": generators}
+            return pipe(**options, callback_on_step_end=watch, return_dict=False)[0]
+
+        together = run(["a cat", "a dog"], 3, 4)
+        assert seen == list(range(STEPS))
+        assert_same(run(["a dog"], 4), together[1:])
+
+    def test_applying_twice_replaces(self, fresh):
+        pipe, expected = fresh
+        stock = type(pipe)
+        apply_guidance_interval(pipe, sigma_hi=1e-9)
+        apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        self.check(pipe, expected)
+        assert type(pipe).__mro__[1] is stock
+        remove_guidance_interval(pipe)
+        remove_guidance_interval(pipe)
+        assert type(pipe) is stock
+
+    def test_what_it_looks_like(self, fresh, tmp_path):
+        """To users, to save_pretrained and to copies it is the stock class."""
+        pipe, expected = fresh
+        signature = inspect.signature(type(pipe).__call__)
+        interval = apply_guidance_interval(pipe, sigma_lo=0.28, sigma_hi=5.42)
+        assert repr(interval) == "GuidanceInterval(StableDiffusionPipeline, (0.28, 5.42])"
+        assert isinstance(pipe, diffusers.StableDiffusionPipeline)
+        assert inspect.signature(type(pipe).__call__) == signature
+        assert type(pipe).__qualname__ == "StableDiffusionPipeline"
+        pipe.save_pretrained(tmp_path)
+        loaded = diffusers.DiffusionPipeline.from_pretrained(
+            tmp_path, safety_checker=None, requires_safety_checker=False
+        )
+        assert type(loaded) is diffusers.StableDiffusionPipeline
+        apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        self.check(copy.deepcopy(pipe), expected)
+
+    def test_report_reads_well(self, fresh):
+        pipe, _ = fresh
+        apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        sample(pipe, WORDS)
+        lines = str(guidance_report(pipe)).splitlines()
+        assert lines[0].split() == ["step", "sigma", "guided", "rows", "saved"]
+        assert lines[2].split() == ["1", "1.6237", "yes", "4", "0"]
+        assert lines[-1] == "2 of 4 steps guided; 12 network rows run, 4 saved"
+
+    def test_guidance_rescale(self, fresh):
+        pipe, _ = fresh
+        options = {**WORDS, "guidance_rescale": 0.7}
+        off = sample(pipe, {**WORDS, "guidance_scale": 1.0})
+        with GuidanceInterval(pipe, sigma_hi=1e-9):
+            assert_same(sample(pipe, options), off)
+
+    def test_images_per_prompt(self, fresh):
+        pipe, _ = fresh
+        apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        sample(pipe, {**WORDS, "num_images_per_prompt": 3})
+        assert [step.rows for step in guidance_report(pipe).steps] == [6, 12, 12, 6]
+
+    def test_ip_adapter(self, fresh):
+        """Image embeddings come as a list of tensors inside a dict."""
+        pipe, _ = fresh
+        state = {"image_proj": {"proj.weight": torch.randn(32, 6), "proj.bias": torch.randn(32)}}
+        for name in ("weight", "bias"):
+            state["image_proj"][f"norm.{name}"] = torch.ones(8)
+        widths = {int(key): module for key, module in enumerate(_cross_attentions(pipe.unet))}
+        state["ip_adapter"] = {}
+        for i, module in widths.items():
+            for name in ("to_k_ip", "to_v_ip"):
+                state["ip_adapter"][f"{2 * i + 1}.{name}.weight"] = torch.randn(module.inner_dim, 8)
+        pipe.unet._load_ip_adapter_weights([state])
+        embeds = [torch.cat([torch.zeros(2, 1, 6), torch.randn(2, 1, 6)])]
+        options = {**WORDS, "ip_adapter_image_embeds": embeds}
+        plain, off = sample(pipe, options), None
+        with GuidanceInterval(pipe, sigma_lo=0):
+            assert torch.equal(sample(pipe, options), plain)
+        off = sample(pipe, {**WORDS, "guidance_scale": 1.0, "ip_adapter_image_embeds": [embeds[0][2:]]})
+        with GuidanceInterval(pipe, sigma_hi=1e-9) as interval:
+            assert_same(sample(pipe, options), off)
+        assert interval.report.rows == 2 * STEPS
+
+    def test_no_network_left_behind(self, fresh):
+        """Nothing of a call outlives it."""
+        pipe, _ = fresh
+        interval = apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        sample(pipe, WORDS)
+        assert set(vars(interval)) == {"interval", "pipe", "report"}
+
+
+def _cross_attentions(unet):
+    return [module for name, module in unet.named_modules() if name.endswith("attn2")]
+
+
+def test_the_support_matrix_lists_every_case():
+    """docs/guidance_interval_support.md is written by guidance_interval_matrix.py."""
+    page = (Path(__file__).parent.parent / "docs" / "guidance_interval_support.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \w+ \((\w+)\)", page, flags=re.MULTILINE) == list(CASES)

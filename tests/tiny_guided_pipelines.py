@@ -1,0 +1,1036 @@
+"""Stock pipelines with random weights and a few thousand parameters, one of every family that guides, for tests.
+
+No text encoder and no VAE where a pipeline can do without: prompts are random embeddings, outputs are latents.
+`CASES` holds a builder for each; it returns a `Case`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import diffusers
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
+from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
+from tiny_pipelines import LATENT_SCHEDULE, tiny_sdxl, tiny_stable_diffusion
+
+STEPS = 4
+BATCH = 2  # prompts a call
+TOKENS = 6  # tokens a prompt
+
+
+class Case(NamedTuple):
+    """A pipeline and how it guides.
+
+    options: keyword arguments of a call of `STEPS` steps with guidance on. off: what of them turns guidance off; empty
+        where the pipeline's guider does.
+    order: of the rows of a batch, "uncond, cond" and so on, or of the calls, "cond; uncond".
+    networks: names of the denoisers, and of a ControlNet that sees as many rows.
+    """
+
+    pipe: DiffusionPipeline
+    options: dict
+    order: str = "uncond, cond"
+    off: dict = {"guidance_scale": 1.0}  # noqa: RUF012
+    networks: tuple[str, ...] = ("transformer",)
+
+
+CASES: dict[str, Callable[[], Case]] = {}
+
+
+def case(build: Callable[[], Case]) -> Callable[[], Case]:
+    """Register a builder, whose weights are then the same at every call, under its name."""
+
+    def seeded() -> Case:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            built = build()
+            for component in built.pipe.components.values():
+                if isinstance(component, torch.nn.Module):
+                    _fill(component)
+        built.pipe.set_progress_bar_config(disable=True)
+        return built
+
+    CASES[build.__name__] = seeded
+    return seeded
+
+
+def _fill(module: torch.nn.Module) -> None:
+    """Random values where a network starts from zeros, so that its output depends on its condition."""
+    for parameter in module.eval().requires_grad_(False).parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.1)
+
+
+def embeds(*shape: int) -> torch.Tensor:
+    return torch.randn(BATCH, *shape)
+
+
+def prompts(width: int) -> dict[str, torch.Tensor]:
+    """Embeddings of prompts and negative prompts (BATCH, TOKENS, width)."""
+    return {"prompt_embeds": embeds(TOKENS, width), "negative_prompt_embeds": embeds(TOKENS, width)}
+
+
+def masks(dtype: torch.dtype = torch.long, name: str = "prompt_attention_mask") -> dict[str, torch.Tensor]:
+    """Masks (BATCH, TOKENS) that differ between prompt and negative prompt."""
+    positive, negative = torch.ones(BATCH, TOKENS), torch.ones(BATCH, TOKENS)
+    negative[:, TOKENS // 2 :] = 0
+    return {name: positive.to(dtype), f"negative_{name}": negative.to(dtype)}
+
+
+def pooled(width: int) -> dict[str, torch.Tensor]:
+    return {"pooled_prompt_embeds": embeds(width), "negative_pooled_prompt_embeds": embeds(width)}
+
+
+def options(**changes) -> dict:
+    """Options that most calls share."""
+    return {"num_inference_steps": STEPS, "guidance_scale": 4.0, "output_type": "latent", **changes}
+
+
+def build(name: str, *missing: str, **components) -> DiffusionPipeline:
+    """A pipeline of diffusers without the components named in missing."""
+    return getattr(diffusers, name)(**dict.fromkeys(missing), **components)
+
+
+VAE_BLOCKS = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+TEXT = ("vae", "text_encoder", "tokenizer")
+
+
+def flow(**config) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(**config)
+
+
+# UNets with a doubled batch, unconditional first.
+
+
+def _unet(**changes) -> diffusers.UNet2DConditionModel:
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (4, 8),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 2,
+        "norm_num_groups": 2,
+        "cross_attention_dim": 8,
+    }
+    return diffusers.UNet2DConditionModel(**{**config, **changes})
+
+
+def _images(size: int = 16) -> torch.Tensor:
+    return torch.rand(BATCH, 3, size, size)
+
+
+WORDS = {"prompt": ["a cat", "a dog"], "negative_prompt": ["blurry", "dark"]}
+UNET = {"networks": ("unet",)}
+
+
+@case
+def stable_diffusion() -> Case:
+    return Case(tiny_stable_diffusion(), options(**WORDS), **UNET)
+
+
+@case
+def stable_diffusion_img2img() -> Case:
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(
+        **tiny_stable_diffusion().components, requires_safety_checker=False
+    )
+    return Case(pipe, options(**WORDS, image=_images(), strength=1.0), **UNET)
+
+
+@case
+def stable_diffusion_inpaint() -> Case:
+    pipe = diffusers.StableDiffusionInpaintPipeline(
+        **tiny_stable_diffusion().components, requires_safety_checker=False
+    )
+    mask = torch.zeros(BATCH, 1, 16, 16)
+    mask[..., 4:12] = 1
+    sizes = {"height": 16, "width": 16}
+    return Case(pipe, options(**WORDS, image=_images(), mask_image=mask, strength=1.0, **sizes), **UNET)
+
+
+@case
+def stable_diffusion_controlnet() -> Case:
+    components = tiny_stable_diffusion().components
+    controlnet = diffusers.ControlNetModel.from_unet(
+        components["unet"], conditioning_embedding_out_channels=(4, 8), load_weights_from_unet=False
+    )
+    pipe = diffusers.StableDiffusionControlNetPipeline(
+        **components, controlnet=controlnet, requires_safety_checker=False
+    )
+    return Case(pipe, options(**WORDS, image=_images()), networks=("unet", "controlnet"))
+
+
+@case
+def stable_diffusion_controlnet_guess_mode() -> Case:
+    built = stable_diffusion_controlnet()
+    return Case(built.pipe, {**built.options, "guess_mode": True}, **UNET)
+
+
+@case
+def stable_diffusion_xl() -> Case:
+    return Case(tiny_sdxl(), options(**WORDS), **UNET)
+
+
+@case
+def stable_diffusion_xl_img2img() -> Case:
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(**tiny_sdxl().components, add_watermarker=False)
+    return Case(pipe, options(**WORDS, image=_images(), strength=1.0), **UNET)
+
+
+@case
+def stable_diffusion_xl_refiner() -> Case:
+    components = tiny_sdxl().components
+    components["text_encoder"] = components["tokenizer"] = None
+    components["unet"] = _unet(
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=5 * 4 + 8,  # the aesthetic score in place of a size
+    )
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(
+        **components, add_watermarker=False, requires_aesthetics_score=True
+    )
+    return Case(pipe, options(**WORDS, image=_images(), strength=1.0), **UNET)
+
+
+@case
+def stable_diffusion_xl_inpaint() -> Case:
+    pipe = diffusers.StableDiffusionXLInpaintPipeline(**tiny_sdxl().components, add_watermarker=False)
+    mask = torch.zeros(BATCH, 1, 16, 16)
+    mask[..., 4:12] = 1
+    sizes = {"height": 16, "width": 16}
+    return Case(pipe, options(**WORDS, image=_images(), mask_image=mask, strength=1.0, **sizes), **UNET)
+
+
+@case
+def stable_diffusion_xl_controlnet() -> Case:
+    components = tiny_sdxl().components
+    controlnet = diffusers.ControlNetModel.from_unet(
+        components["unet"], conditioning_embedding_out_channels=(4, 8), load_weights_from_unet=False
+    )
+    pipe = diffusers.StableDiffusionXLControlNetPipeline(**components, controlnet=controlnet, add_watermarker=False)
+    return Case(pipe, options(**WORDS, image=_images()), networks=("unet", "controlnet"))
+
+
+@case
+def stable_diffusion_upscale() -> Case:
+    components = tiny_stable_diffusion().components
+    components["unet"] = _unet(in_channels=7, num_class_embeds=100)
+    keep = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    pipe = diffusers.StableDiffusionUpscalePipeline(
+        **{name: components[name] for name in keep}, low_res_scheduler=DDPMScheduler(), max_noise_level=50
+    )
+    return Case(pipe, options(**WORDS, image=_images(8)), **UNET)
+
+
+@case
+def stable_diffusion_instruct_pix2pix() -> Case:
+    components = tiny_stable_diffusion().components
+    components["unet"] = _unet(in_channels=8)
+    pipe = diffusers.StableDiffusionInstructPix2PixPipeline(**components, requires_safety_checker=False)
+    return Case(pipe, options(**WORDS, image=_images()), order="cond, image, uncond", **UNET)
+
+
+@case
+def animatediff() -> Case:
+    unet = diffusers.UNetMotionModel(
+        sample_size=8,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        norm_num_groups=2,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+        cross_attention_dim=8,
+    )
+    scheduler = DDIMScheduler(**LATENT_SCHEDULE, clip_sample=False)
+    pipe = build("AnimateDiffPipeline", *TEXT, "motion_adapter", unet=unet, scheduler=scheduler)
+    return Case(pipe, options(**prompts(8), num_frames=3, height=64, width=64), **UNET)
+
+
+@case
+def text_to_video() -> Case:
+    unet = diffusers.UNet3DConditionModel(
+        sample_size=8,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        norm_num_groups=2,
+        attention_head_dim=2,
+        cross_attention_dim=8,
+    )
+    scheduler = DDIMScheduler(**LATENT_SCHEDULE, clip_sample=False)
+    pipe = build("TextToVideoSDPipeline", *TEXT, unet=unet, scheduler=scheduler)
+    return Case(pipe, options(**prompts(8), num_frames=3, height=64, width=64), **UNET)
+
+
+@case
+def kandinsky_2_2() -> Case:
+    unet = _unet(
+        out_channels=8,
+        cross_attention_dim=8,
+        encoder_hid_dim=8,
+        encoder_hid_dim_type="image_proj",
+        addition_embed_type="image",
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        resnet_time_scale_shift="scale_shift",
+    )
+    movq = diffusers.VQModel(block_out_channels=(4, 8), latent_channels=4, norm_num_groups=2, num_vq_embeddings=8)
+    pipe = diffusers.KandinskyV22Pipeline(unet=unet, scheduler=DDPMScheduler(variance_type="learned_range"), movq=movq)
+    given = {"image_embeds": embeds(8), "negative_image_embeds": embeds(8), "height": 16, "width": 16}
+    return Case(pipe, options(**given), **UNET)
+
+
+@case
+def kandinsky_3() -> Case:
+    unet = diffusers.Kandinsky3UNet(
+        time_embedding_dim=4,
+        groups=2,
+        attention_head_dim=4,
+        layers_per_block=3,
+        block_out_channels=(32, 64),
+        cross_attention_dim=4,
+        encoder_hid_dim=8,
+    )
+    pipe = build("Kandinsky3Pipeline", "tokenizer", "text_encoder", "movq", unet=unet, scheduler=DDPMScheduler())
+    given = {"attention_mask": masks()["prompt_attention_mask"], "negative_attention_mask": torch.ones(BATCH, TOKENS)}
+    return Case(pipe, options(**prompts(8), **given, height=64, width=64), **UNET)
+
+
+@case
+def deepfloyd_if() -> Case:
+    unet = _unet(
+        in_channels=3, out_channels=6, encoder_hid_dim=8, addition_embed_type="text", addition_embed_type_num_heads=2
+    )
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    missing = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")
+    pipe = build("IFPipeline", *missing, unet=unet, scheduler=scheduler, requires_safety_checker=False)
+    return Case(pipe, options(**prompts(8), output_type="pt", height=8, width=8), **UNET)
+
+
+# Perturbed attention: three rows a prompt, of which guidance interval leaves out the first.
+
+
+@case
+def stable_diffusion_pag() -> Case:
+    components = tiny_stable_diffusion().components
+    pipe = diffusers.StableDiffusionPAGPipeline(**components, pag_applied_layers="mid", requires_safety_checker=False)
+    return Case(pipe, options(**WORDS, pag_scale=1.0), order="uncond, cond, perturbed", **UNET)
+
+
+@case
+def stable_diffusion_xl_pag() -> Case:
+    pipe = diffusers.StableDiffusionXLPAGPipeline(**tiny_sdxl().components, add_watermarker=False)
+    return Case(pipe, options(**WORDS, pag_scale=1.0), order="uncond, cond, perturbed", **UNET)
+
+
+# Transformers with a doubled batch, unconditional first.
+
+
+SD3_CONFIG = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "attention_head_dim": 4,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 8,
+    "caption_projection_dim": 8,
+    "pooled_projection_dim": 8,
+    "pos_embed_max_size": 8,
+}
+
+
+@case
+def stable_diffusion_3() -> Case:
+    transformer = diffusers.SD3Transformer2DModel(**SD3_CONFIG)
+    missing = (*TEXT, "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    pipe = build("StableDiffusion3Pipeline", *missing, transformer=transformer, scheduler=flow())
+    return Case(pipe, options(**prompts(8), **pooled(8), height=64, width=64))
+
+
+def _pixart(**config) -> diffusers.PixArtTransformer2DModel:
+    return diffusers.PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        cross_attention_dim=8,
+        caption_channels=8,
+        **config,
+    )
+
+
+@case
+def pixart_alpha() -> Case:
+    pipe = build("PixArtAlphaPipeline", *TEXT, transformer=_pixart(), scheduler=DPMSolverMultistepScheduler())
+    given = {"negative_prompt": None, "use_resolution_binning": False, "height": 64, "width": 64}
+    return Case(pipe, options(**prompts(8), **masks(), **given))
+
+
+@case
+def pixart_sigma() -> Case:
+    pipe = build("PixArtSigmaPipeline", *TEXT, transformer=_pixart(), scheduler=DPMSolverMultistepScheduler())
+    given = {"negative_prompt": None, "use_resolution_binning": False, "height": 64, "width": 64}
+    return Case(pipe, options(**prompts(8), **masks(), **given))
+
+
+@case
+def auraflow() -> Case:
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        caption_projection_dim=8,
+        pos_embed_max_size=64,
+    )
+    pipe = build("AuraFlowPipeline", *TEXT, transformer=transformer, scheduler=flow())
+    return Case(pipe, options(**prompts(8), **masks(), height=64, width=64))
+
+
+@case
+def sana() -> Case:
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=8,
+    )
+    pipe = build("SanaPipeline", *TEXT, transformer=transformer, scheduler=flow())
+    given = {"negative_prompt": None, "use_resolution_binning": False, "height": 256, "width": 256}
+    return Case(pipe, options(**prompts(8), **masks(), **given))
+
+
+@case
+def hunyuan_dit() -> Case:
+    transformer = diffusers.HunyuanDiT2DModel(
+        sample_size=8,
+        in_channels=4,
+        patch_size=2,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        hidden_size=16,
+        cross_attention_dim=8,
+        cross_attention_dim_t5=8,
+        pooled_projection_dim=8,
+        text_len=TOKENS,
+        text_len_t5=TOKENS,
+        activation_fn="gelu-approximate",
+    )
+    missing = (*TEXT, "safety_checker", "feature_extractor", "text_encoder_2", "tokenizer_2")
+    pipe = build("HunyuanDiTPipeline", *missing, transformer=transformer, scheduler=DDPMScheduler())
+    second = {f"{name}_2": value for name, value in {**prompts(8), **masks()}.items()}
+    given = {"use_resolution_binning": False, "height": 64, "width": 64}
+    return Case(pipe, options(**prompts(8), **masks(), **second, **given))
+
+
+@case
+def cogview3_plus() -> Case:
+    transformer = diffusers.CogView3PlusTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        text_embed_dim=8,
+        time_embed_dim=8,
+        condition_dim=2,
+        pos_embed_max_size=8,
+        sample_size=8,
+    )
+    scheduler = diffusers.CogVideoXDDIMScheduler()
+    pipe = build("CogView3PlusPipeline", *TEXT, transformer=transformer, scheduler=scheduler)
+    return Case(pipe, options(**prompts(8), height=64, width=64))
+
+
+@case
+def ltx_video() -> Case:
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=8,
+    )
+    pipe = build("LTXPipeline", *TEXT, transformer=transformer, scheduler=flow())
+    return Case(pipe, options(**prompts(8), **masks(), height=64, width=64, num_frames=9))
+
+
+@case
+def mochi() -> Case:
+    transformer = diffusers.MochiTransformer3DModel(
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        pooled_projection_dim=8,
+        text_embed_dim=8,
+        time_embed_dim=4,
+        max_sequence_length=TOKENS,
+    )
+    pipe = build("MochiPipeline", *TEXT, transformer=transformer, scheduler=flow())
+    return Case(pipe, options(**prompts(8), **masks(torch.bool), height=32, width=32, num_frames=7))
+
+
+@case
+def cogvideox() -> Case:
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=8,
+        num_layers=1,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=9,
+        max_text_seq_length=TOKENS,
+        use_rotary_positional_embeddings=True,
+    )
+    scheduler = diffusers.CogVideoXDDIMScheduler()
+    pipe = build("CogVideoXPipeline", *TEXT, transformer=transformer, scheduler=scheduler)
+    return Case(pipe, options(**prompts(8), height=64, width=64, num_frames=9, max_sequence_length=TOKENS))
+
+
+@case
+def latte() -> Case:
+    transformer = diffusers.LatteTransformer3DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=8,
+        patch_size=2,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        video_length=2,
+        norm_type="ada_norm_single",
+        num_embeds_ada_norm=1000,
+        norm_elementwise_affine=False,
+    )
+    pipe = build("LattePipeline", *TEXT, transformer=transformer, scheduler=DDIMScheduler(clip_sample=False))
+    given = {"negative_prompt": None, "video_length": 2, "height": 64, "width": 64}
+    return Case(pipe, options(**prompts(8), **given))
+
+
+@case
+def allegro() -> Case:
+    transformer = diffusers.AllegroTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=1,
+        cross_attention_dim=24,
+        caption_channels=8,
+        sample_height=8,
+        sample_width=8,
+        sample_frames=2,
+    )
+    pipe = build("AllegroPipeline", *TEXT, transformer=transformer, scheduler=DDIMScheduler(clip_sample=False))
+    given = {"negative_prompt": None, "num_frames": 8, "height": 64, "width": 64}
+    return Case(pipe, options(**prompts(8), **masks(), **given))
+
+
+@case
+def bria() -> Case:
+    transformer = diffusers.BriaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        axes_dims_rope=[0, 4, 4],
+    )
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=2, shift_factor=0.0, **VAE_BLOCKS)
+    pipe = build("BriaPipeline", *TEXT[1:], vae=vae, transformer=transformer, scheduler=flow())
+    return Case(pipe, options(**prompts(8), height=64, width=64))
+
+
+@case
+def easyanimate() -> Case:
+    transformer = diffusers.EasyAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        sample_width=8,
+        sample_height=8,
+        num_layers=1,
+        mmdit_layers=1,
+        time_embed_dim=2,
+        text_embed_dim=8,
+    )
+    vae = diffusers.AutoencoderKLMagvit(latent_channels=4, block_out_channels=(8,) * 4, norm_num_groups=2)
+    pipe = build("EasyAnimatePipeline", *TEXT[1:], vae=vae, transformer=transformer, scheduler=flow())
+    return Case(pipe, options(**prompts(8), **masks(torch.bool), height=64, width=64, num_frames=5))
+
+
+@case
+def sana_video() -> Case:
+    transformer = diffusers.SanaVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=8,
+        sample_size=8,
+        rope_max_seq_len=32,
+    )
+    pipe = build("SanaVideoPipeline", *TEXT, transformer=transformer, scheduler=flow())
+    given = {"negative_prompt": None, "use_resolution_binning": False, "height": 32, "width": 32, "frames": 5}
+    return Case(pipe, options(**prompts(8), **masks(), **given))
+
+
+@case
+def hidream() -> Case:
+    transformer = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=[8, 8],
+        text_emb_dim=8,
+        axes_dims_rope=(4, 2, 2),
+        max_resolution=(8, 8),
+        llama_layers=(0, 0),
+        force_inference_output=True,
+    )
+    missing = (*TEXT, *(f"{name}_{i}" for i in (2, 3, 4) for name in ("text_encoder", "tokenizer")))
+    pipe = build("HiDreamImagePipeline", *missing, transformer=transformer, scheduler=flow())
+    pipe.default_sample_size = 8  # else it would work at its own size whatever it is asked for
+    given = {f"{name}_t5": value for name, value in prompts(8).items()}
+    llama = {"prompt_embeds_llama3": torch.randn(1, BATCH, TOKENS, 8)}
+    llama["negative_prompt_embeds_llama3"] = torch.randn(1, BATCH, TOKENS, 8)
+    return Case(pipe, options(**given, **llama, **pooled(8), height=64, width=64))
+
+
+@case
+def stable_audio() -> Case:
+    transformer = diffusers.StableAudioDiTModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_attention_heads=2,
+        cross_attention_dim=8,
+        time_proj_dim=4,
+        global_states_input_dim=16,
+        cross_attention_input_dim=8,
+    )
+    vae = diffusers.AutoencoderOobleck(
+        encoder_hidden_size=4,
+        decoder_channels=4,
+        decoder_input_channels=4,
+        downsampling_ratios=[2, 4],
+        channel_multiples=[1, 2],
+        audio_channels=2,
+        sampling_rate=16,
+    )
+    projection = StableAudioProjectionModel(text_encoder_dim=8, conditioning_dim=8, min_value=0, max_value=4)
+    scheduler = diffusers.EDMDPMSolverMultistepScheduler()
+    pipe = build(
+        "StableAudioPipeline",
+        "text_encoder",
+        "tokenizer",
+        vae=vae,
+        projection_model=projection,
+        transformer=transformer,
+        scheduler=scheduler,
+    )
+    given = {"attention_mask": torch.ones(BATCH, TOKENS), "negative_attention_mask": torch.ones(BATCH, TOKENS)}
+    return Case(pipe, options(**prompts(8), **given, audio_end_in_s=2.0))
+
+
+@case
+def stable_diffusion_3_controlnet() -> Case:
+    built = stable_diffusion_3()
+    controlnet = diffusers.SD3ControlNetModel(**SD3_CONFIG)
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=2, shift_factor=0.0, **VAE_BLOCKS)
+    components = {**built.pipe.components, "vae": vae}
+    components.pop("image_encoder"), components.pop("feature_extractor")
+    pipe = diffusers.StableDiffusion3ControlNetPipeline(**components, controlnet=controlnet)
+    given = {**built.options, "control_image": _images(64)}
+    return Case(pipe, given, networks=("transformer", "controlnet"))
+
+
+# Conditional first.
+
+
+@case
+def dit() -> Case:
+    transformer = diffusers.DiTTransformer2DModel(
+        sample_size=8,
+        out_channels=8,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        num_embeds_ada_norm=1000,
+    )
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    pipe = diffusers.DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler(clip_sample=False))
+    return Case(pipe, {**options(class_labels=[3, 7]), "output_type": "np"}, order="cond, uncond")
+
+
+@case
+def lumina() -> Case:
+    transformer = diffusers.LuminaNextDiT2DModel(
+        sample_size=8,
+        hidden_size=24,
+        num_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=8,
+        cross_attention_dim=8,
+    )
+    pipe = build("LuminaPipeline", *TEXT, transformer=transformer, scheduler=flow())
+    return Case(pipe, options(**prompts(8), **masks(), height=64, width=64), order="cond, uncond")
+
+
+def _cascade(**config) -> diffusers.StableCascadeUNet:
+    return diffusers.StableCascadeUNet(
+        conditioning_dim=8,
+        timestep_ratio_embedding_dim=4,
+        block_out_channels=(8, 8),
+        num_attention_heads=(2, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        dropout=(0.0, 0.0),
+        **config,
+    )
+
+
+def _clip() -> dict:
+    """A text encoder with projection, and its tokenizer."""
+    components = tiny_sdxl().components
+    return {name: components[f"{name}_2"] for name in ("text_encoder", "tokenizer")}
+
+
+@case
+def stable_cascade_prior() -> Case:
+    prior = _cascade(
+        in_channels=4,
+        out_channels=4,
+        clip_image_in_channels=8,
+        clip_text_in_channels=8,
+        clip_text_pooled_in_channels=8,
+        switch_level=(False,),
+    )
+    scheduler = diffusers.DDPMWuerstchenScheduler()
+    pipe = diffusers.StableCascadePriorPipeline(**_clip(), prior=prior, scheduler=scheduler)
+    given = {**options(**WORDS, height=128, width=128), "output_type": "pt"}
+    return Case(pipe, given, order="cond, uncond", networks=("prior",))
+
+
+@case
+def wuerstchen_prior() -> Case:
+    prior = WuerstchenPrior(c_in=2, c=8, depth=1, c_cond=8, c_r=8, nhead=2)
+    pipe = diffusers.WuerstchenPriorPipeline(**_clip(), prior=prior, scheduler=diffusers.DDPMWuerstchenScheduler())
+    given = {**options(**WORDS, height=128, width=128), "output_type": "pt"}
+    return Case(pipe, given, order="cond, uncond", networks=("prior",))
+
+
+# Lists of rows.
+
+
+@case
+def z_image() -> Case:
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=8,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    pipe = build("ZImagePipeline", *TEXT, transformer=transformer, scheduler=flow())
+    given = {name: list(value) for name, value in prompts(8).items()}
+    return Case(pipe, options(**given, height=64, width=64), order="cond, uncond", off={"guidance_scale": 0.0})
+
+
+# Two calls.
+
+TWO = "cond; uncond"
+
+
+@case
+def flux() -> Case:
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(0, 4, 4),
+    )
+    missing = (*TEXT, "text_encoder_2", "tokenizer_2")
+    pipe = build("FluxPipeline", *missing, transformer=transformer, scheduler=flow())
+    given = {**prompts(8), **pooled(8), "height": 64, "width": 64, "true_cfg_scale": 4.0}
+    return Case(pipe, options(**given), order=TWO, off={"true_cfg_scale": 1.0})
+
+
+@case
+def chroma() -> Case:
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        axes_dims_rope=(0, 4, 4),
+        approximator_num_channels=8,
+        approximator_hidden_dim=8,
+        approximator_layers=1,
+    )
+    pipe = build("ChromaPipeline", *TEXT, transformer=transformer, scheduler=flow())
+    return Case(pipe, options(**prompts(8), **masks(torch.bool), height=64, width=64), order=TWO)
+
+
+def _wan(cls=diffusers.WanTransformer3DModel, **config):
+    return cls(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=8,
+        ffn_dim=8,
+        num_layers=1,
+        **config,
+    )
+
+
+WAN_SCHEDULE = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+@case
+def wan() -> Case:
+    scheduler = UniPCMultistepScheduler(**WAN_SCHEDULE)
+    pipe = build("WanPipeline", *TEXT, transformer=_wan(), scheduler=scheduler)
+    return Case(pipe, options(**prompts(8), height=32, width=32, num_frames=5), order=TWO)
+
+
+@case
+def wan_2_2() -> Case:
+    scheduler = UniPCMultistepScheduler(**WAN_SCHEDULE)
+    pipe = build(
+        "WanPipeline", *TEXT, transformer=_wan(), transformer_2=_wan(), scheduler=scheduler, boundary_ratio=0.7
+    )
+    given = options(**prompts(8), height=32, width=32, num_frames=5)
+    return Case(pipe, given, order=TWO, networks=("transformer", "transformer_2"))
+
+
+@case
+def skyreels_v2() -> Case:
+    transformer = _wan(diffusers.SkyReelsV2Transformer3DModel)
+    scheduler = UniPCMultistepScheduler(**WAN_SCHEDULE)
+    pipe = build("SkyReelsV2Pipeline", *TEXT, transformer=transformer, scheduler=scheduler)
+    return Case(pipe, options(**prompts(8), height=32, width=32, num_frames=5), order=TWO)
+
+
+@case
+def qwen_image() -> Case:
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        axes_dims_rope=(0, 4, 4),
+    )
+    pipe = build("QwenImagePipeline", *TEXT, transformer=transformer, scheduler=flow())
+    given = {**prompts(8), **masks(name="prompt_embeds_mask"), "height": 64, "width": 64, "true_cfg_scale": 4.0}
+    return Case(pipe, {**options(**given), "guidance_scale": None}, order=TWO, off={"true_cfg_scale": 1.0})
+
+
+@case
+def cogview4() -> Case:
+    transformer = diffusers.CogView4Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        text_embed_dim=8,
+        time_embed_dim=8,
+        condition_dim=4,
+        sample_size=8,
+        rope_axes_dim=(64, 64),
+    )
+    pipe = build("CogView4Pipeline", *TEXT, transformer=transformer, scheduler=flow())
+    return Case(pipe, options(**prompts(8), height=64, width=64), order=TWO)
+
+
+@case
+def lumina2() -> Case:
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=2,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(64, 64, 64),
+        cap_feat_dim=8,
+    )
+    pipe = build("Lumina2Pipeline", *TEXT, transformer=transformer, scheduler=flow())
+    return Case(pipe, options(**prompts(8), **masks(), height=64, width=64), order=TWO)
+
+
+@case
+def hunyuan_video() -> Case:
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=1,
+        text_embed_dim=8,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 2),
+    )
+    missing = (*TEXT, "text_encoder_2", "tokenizer_2")
+    pipe = build("HunyuanVideoPipeline", *missing, transformer=transformer, scheduler=flow())
+    given = {**prompts(8), **pooled(8), **masks(), "true_cfg_scale": 4.0, "guidance_scale": 1.0}
+    given |= {"height": 32, "width": 32, "num_frames": 5}
+    return Case(pipe, options(**given), order=TWO, off={"true_cfg_scale": 1.0})
+
+
+@case
+def ovis_image() -> Case:
+    transformer = diffusers.OvisImageTransformer2DModel(
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        axes_dims_rope=(0, 4, 4),
+    )
+    pipe = build("OvisImagePipeline", *TEXT, transformer=transformer, scheduler=flow())
+    return Case(pipe, options(**prompts(8), negative_prompt=None, height=64, width=64), order=TWO)
+
+
+@case
+def flux_controlnet() -> Case:
+    built = flux()
+    controlnet = diffusers.FluxControlNetModel.from_transformer(
+        built.pipe.transformer, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,) * 4, norm_num_groups=2, shift_factor=0.0, latent_channels=4, **VAE_BLOCKS
+    )
+    components = {**built.pipe.components, "vae": vae}
+    pipe = diffusers.FluxControlNetPipeline(**components, controlnet=controlnet)
+    return Case(pipe, {**built.options, "control_image": _images(64)}, order=TWO, off=built.off)
+
+
+@case
+def hunyuan_image() -> Case:
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=8,
+        text_embed_2_dim=8,
+        rope_axes_dim=(4, 4),
+    )
+    guider = diffusers.ClassifierFreeGuidance(guidance_scale=4.0)
+    missing = (*TEXT, "text_encoder_2", "tokenizer_2")
+    pipe = build(
+        "HunyuanImagePipeline", *missing, transformer=transformer, scheduler=flow(), guider=guider, ocr_guider=guider
+    )
+    given = {**prompts(8), **masks(name="prompt_embeds_mask")}
+    given |= {f"{name}_2": value for name, value in given.items()}
+    given |= {"height": 256, "width": 256, "num_inference_steps": STEPS, "output_type": "latent"}
+    return Case(pipe, given, order=TWO, off={})
+
+
+@case
+def kandinsky_5() -> Case:
+    transformer = diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=8,
+        in_text_dim2=8,
+        time_dim=8,
+        out_visual_dim=4,
+        model_dim=16,
+        ff_dim=16,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(2, 2, 4),
+    )
+    missing = (*TEXT, "text_encoder_2", "tokenizer_2")
+    pipe = build("Kandinsky5T2VPipeline", *missing, transformer=transformer, scheduler=flow())
+    given = {f"{sign}prompt_embeds_qwen": embeds(TOKENS, 8) for sign in ("", "negative_")}
+    given |= {f"{sign}prompt_embeds_clip": embeds(8) for sign in ("", "negative_")}
+    lengths = torch.arange(BATCH + 1, dtype=torch.int32) * TOKENS
+    given |= {f"{sign}prompt_cu_seqlens": lengths for sign in ("", "negative_")}
+    return Case(pipe, options(**given, height=64, width=64, num_frames=5), order=TWO)
+
+
+@case
+def skyreels_v2_diffusion_forcing() -> Case:
+    transformer = _wan(diffusers.SkyReelsV2Transformer3DModel)
+    scheduler = UniPCMultistepScheduler(**WAN_SCHEDULE)
+    pipe = build("SkyReelsV2DiffusionForcingPipeline", *TEXT, transformer=transformer, scheduler=scheduler)
+    given = {"prompt": None, "height": 32, "width": 32, "num_frames": 5, "base_num_frames": 5}
+    return Case(pipe, options(**prompts(8), **given), order=TWO)
