@@ -22,6 +22,7 @@ BASE = [
 METRICS = ["scikit-learn>=1.5.0", "scipy>=1.13.0", "faiss-cpu>=1.9.0.post1"]
 PLOTS = ["matplotlib>=3.8.0"]
 TRAIN = ["tqdm>=4.66.0"]
+ODE = ["torchdiffeq"]
 TEST = ["pytest>=8.0.0", "hypothesis>=6.100.0", "ruff>=0.17.5", "build>=1.2.1", *METRICS, *PLOTS, *TRAIN]
 
 setup(
@@ -45,6 +46,7 @@ setup(
         "metrics": METRICS,
         "plots": PLOTS,
         "train": TRAIN,
+        "ode": ODE,
         "xformers": ["xformers"],
         "fid": ["torch-fidelity"],
         "test": TEST,

@@ -28,7 +28,8 @@ def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path, license: st
     Paths of this machine, which diffusers notes in the configs, are left out.
 
     Raises ValueError if the folder exists and is not empty, or if a component's class cannot be shipped as a file: it
-    was defined in no file, or that file imports, outside of functions, what a machine with diffusers may not have.
+    was defined in no file, or that file imports, outside of functions, what a machine with diffusers may not have, or
+    it is a component of a nested pipeline.
     The folder appears whole or not at all.
     """
     folder = new_folder(folder)
@@ -68,11 +69,27 @@ def _add_code(pipeline: DiffusionPipeline, folder: Path) -> None:
     path = folder / "model_index.json"
     index = json.loads(path.read_text(encoding="utf-8"))
     for name, component in pipeline.components.items():
+        if isinstance(component, DiffusionPipeline):
+            _check_nested(name, component)
         if component is not None and not _from_library(type(component)):
             index[name] = _copy_class(type(component), folder / name)
     if not _from_library(type(pipeline)):
         index["_class_name"] = _copy_class(type(pipeline), folder)
     path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_nested(name: str, pipeline: DiffusionPipeline) -> None:
+    """Raises ValueError for components of ours in a pipeline that is itself a component.
+
+    diffusers loads the class of a nested pipeline from the repository, but does not hand trust_remote_code on to it.
+    """
+    ours = {key: type(part).__name__ for key, part in pipeline.components.items() if part is not None}
+    ours = {key: cls for key, cls in ours.items() if not _from_library(type(pipeline.components[key]))}
+    if ours:
+        raise ValueError(
+            f"{name} holds components with code of their own, {ours}, which diffusers cannot load inside another"
+            f" pipeline; export {name} by itself and pass {name}= when loading, or use diffusers' classes in it"
+        )
 
 
 def _from_library(cls: type) -> bool:

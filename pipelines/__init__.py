@@ -4,6 +4,7 @@ from .adm_upsampler import ADMUpsamplerPipeline
 from .boost_and_skip import BoostAndSkipPipeline
 from .dit_guidance_interval import DiTGuidanceIntervalPipeline
 from .edm2 import EDM2Pipeline
+from .flow_postprocessing import FlowPostprocessingPipeline
 from .guidance_interval import (
     GuidanceInterval,
     GuidanceReport,
@@ -19,6 +20,7 @@ __all__ = [
     "BoostAndSkipPipeline",
     "DiTGuidanceIntervalPipeline",
     "EDM2Pipeline",
+    "FlowPostprocessingPipeline",
     "GuidanceInterval",
     "GuidanceReport",
     "StableDiffusionXLGuidanceIntervalPipeline",

@@ -12,7 +12,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
-from .pixel_space import check_call, checked_generator, checked_labels, label_tensor, to_images, with_precise_alphas
+from .pixel_space import (
+    check_call,
+    checked_generator,
+    checked_labels,
+    image_tensor,
+    label_tensor,
+    to_images,
+    with_precise_alphas,
+)
 from .respacing import set_timesteps
 
 
@@ -75,7 +83,7 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
         check_call(self, output_type, callback_on_step_end_tensor_inputs)
         if isinstance(image, str | Path):
             image, class_labels = _read_npz(image, class_labels)
-        low_res = _to_tensor(image, self.unet.config.in_channels // 2)
+        low_res = image_tensor("image", image, self.unet.config.in_channels // 2)
         batch_size, device = len(low_res), self._execution_device
         generator = checked_generator(generator, batch_size)
         labels = checked_labels(class_labels, self.unet.config.get("num_class_embeds"))
@@ -133,44 +141,3 @@ def _read_npz(path: str | Path, class_labels) -> tuple[np.ndarray, object]:
         if class_labels is None and "arr_1" in arrays:
             class_labels = torch.from_numpy(arrays["arr_1"].astype(np.int64))
         return arrays["arr_0"], class_labels
-
-
-def _to_tensor(image, channels: int) -> torch.Tensor:
-    """Images as float32 (batch, channels, height, width) in [0, 1] on their device."""
-    from PIL import Image
-
-    if isinstance(image, Image.Image):
-        image = [image]
-    if isinstance(image, list | tuple) and image and all(isinstance(one, Image.Image) for one in image):
-        image = _stacked(image, channels)
-    if isinstance(image, np.ndarray):
-        image = image[None] if image.ndim == 3 else image
-        image = torch.from_numpy(image)
-        image = image.movedim(-1, 1) if image.ndim == 4 else image
-    if not isinstance(image, torch.Tensor):
-        raise ValueError(
-            f"image must be a PIL image, a list of them, an array, a tensor or the path of an .npz, got {type(image)}"
-        )
-    image = image[None] if image.ndim == 3 else image
-    if image.ndim != 4 or image.shape[1] != channels or not len(image):
-        raise ValueError(
-            f"image must have {channels} channels, (batch, {channels}, height, width) as a tensor or (batch, height,"
-            f" width, {channels}) as an array, got a tensor of shape {tuple(image.shape)}"
-        )
-    if image.dtype == torch.uint8:
-        return image.float() / 255
-    if not image.is_floating_point() or not (image.min() >= 0 and image.max() <= 1):
-        raise ValueError(
-            f"image must be uint8 or floating point in [0, 1], got {image.dtype} from {image.min()} to {image.max()}"
-        )
-    return image.float()
-
-
-def _stacked(pictures: list, channels: int) -> np.ndarray:
-    """PIL images as (batch, height, width, channels) uint8. Raises ValueError for pictures of different sizes."""
-    sizes = {picture.size for picture in pictures}
-    if len(sizes) > 1:
-        raise ValueError(f"image holds pictures of different sizes, {sorted(sizes)}; resize them to one")
-    mode = "L" if channels == 1 else "RGB"
-    arrays = [np.asarray(picture.convert(mode)) for picture in pictures]
-    return np.stack([array[..., None] if channels == 1 else array for array in arrays])

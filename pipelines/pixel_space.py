@@ -1,8 +1,9 @@
-"""What pipelines in pixel space share: generators, class labels, and images out of samples in [-1, 1]."""
+"""What pipelines in pixel space share: generators, class labels, images as tensors, and images out of samples."""
 
 import copy
 from numbers import Integral
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -79,11 +80,58 @@ def with_precise_alphas(scheduler: SchedulerMixin) -> SchedulerMixin:
     return scheduler
 
 
+def image_tensor(name: str, image, channels: int) -> torch.Tensor:
+    """Images as float32 (batch, channels, height, width) in [0, 1] on their device.
+
+    image: PIL, one or a list; arrays ([batch,] height, width, channels) or tensors ([batch,] channels, height, width),
+    uint8 or floating point in [0, 1]. Raises ValueError, with name in it, for anything else.
+    """
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        image = [image]
+    if isinstance(image, list | tuple) and image and all(isinstance(one, Image.Image) for one in image):
+        image = _stacked(name, image, channels)
+    if isinstance(image, np.ndarray):
+        image = image[None] if image.ndim == 3 else image
+        image = torch.from_numpy(image)
+        image = image.movedim(-1, 1) if image.ndim == 4 else image
+    if not isinstance(image, torch.Tensor):
+        raise ValueError(f"{name} must be a PIL image, a list of them, an array or a tensor, got {type(image)}")
+    image = image[None] if image.ndim == 3 else image
+    if image.ndim != 4 or image.shape[1] != channels or not len(image):
+        raise ValueError(
+            f"{name} must have {channels} channels, (batch, {channels}, height, width) as a tensor or (batch, height,"
+            f" width, {channels}) as an array, got a tensor of shape {tuple(image.shape)}"
+        )
+    if image.dtype == torch.uint8:
+        return image.float() / 255
+    if not image.is_floating_point() or not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError(
+            f"{name} must be uint8 or floating point in [0, 1], got {image.dtype} from {image.min()} to {image.max()}"
+        )
+    return image.float()
+
+
+def _stacked(name: str, pictures: list, channels: int) -> np.ndarray:
+    """PIL images as (batch, height, width, channels) uint8. Raises ValueError for pictures of different sizes."""
+    sizes = {picture.size for picture in pictures}
+    if len(sizes) > 1:
+        raise ValueError(f"{name} holds pictures of different sizes, {sorted(sizes)}; resize them to one")
+    mode = "L" if channels == 1 else "RGB"
+    arrays = [np.asarray(picture.convert(mode)) for picture in pictures]
+    return np.stack([array[..., None] if channels == 1 else array for array in arrays])
+
+
 def to_images(sample: torch.Tensor, output_type: str):
     """A sample (batch, channels, height, width) with values around [-1, 1] as the pipeline's output type."""
     if output_type == "latent":
         return sample
-    images = (sample / 2 + 0.5).clamp(0, 1)
+    return as_output((sample / 2 + 0.5).clamp(0, 1), output_type)
+
+
+def as_output(images: torch.Tensor, output_type: str):
+    """Images (batch, channels, height, width) in [0, 1] as "pt", "np" or "pil"."""
     if output_type == "pt":
         return images
     images = images.float().cpu().permute(0, 2, 3, 1).numpy()

@@ -1,14 +1,19 @@
 """Networks that diffusers does not have, one a file."""
 
 from .adm_unet import ADMUNet2DModel
+from .classifier_guidance import ClassifierGuidance, classifier_gradient
 from .edm2_unet import EDM2_PRESETS, EDM2UNet2DModel, EDM2UNet2DOutput
 from .image_classifier import ImageClassifier, ImageClassifierOutput
+from .noise_aware_classifier import NoiseAwareClassifier
 
 __all__ = [
     "EDM2_PRESETS",
     "ADMUNet2DModel",
+    "ClassifierGuidance",
     "EDM2UNet2DModel",
     "EDM2UNet2DOutput",
     "ImageClassifier",
     "ImageClassifierOutput",
+    "NoiseAwareClassifier",
+    "classifier_gradient",
 ]

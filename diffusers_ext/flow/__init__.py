@@ -1,0 +1,16 @@
+"""Training of flows for FlowPostprocessingPipeline: neighbours, the features that they are sought in, the loss."""
+
+from .features import DINOv2Features, extract_features, pixel_features
+from .neighbours import Neighbours, find_neighbours
+from .training import TrainedFlow, flow_loss, train_postprocessing_flow
+
+__all__ = [
+    "DINOv2Features",
+    "Neighbours",
+    "TrainedFlow",
+    "extract_features",
+    "find_neighbours",
+    "flow_loss",
+    "pixel_features",
+    "train_postprocessing_flow",
+]

@@ -1,0 +1,93 @@
+"""The space that nearest neighbours are sought in: pixels, or tokens of DINOv2, or any function of images."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+POOLINGS = ("patch", "cls")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def pixel_features(images: torch.Tensor) -> torch.Tensor:
+    """The samples themselves, flattened: (n, ...) to (n, d)."""
+    return images.flatten(1)
+
+
+class DINOv2Features:
+    """Tokens of the last layer of a DINOv2 network, after its layer norm.
+
+    checkpoint: folder or Hub id of a DINOv2 model, with or without registers, such as
+        "facebook/dinov2-with-registers-base".
+    pooling: "patch", the mean of the patch tokens, which the paper found best; registers and the class token stay out.
+        "cls", the class token.
+    image_size: side that images are resized to, bicubic; a multiple of the network's patch.
+    device, dtype: of the network.
+
+    Called with images (n, 1 or 3, height, width) in [-1, 1], it returns features (n, dim), float32 on the CPU. Raises
+    ValueError for images of another form and at construction for an unknown pooling, another kind of network, and an
+    image_size that patches do not fill.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        pooling: str = "patch",
+        image_size: int = 224,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        from transformers import AutoModel
+
+        if pooling not in POOLINGS:
+            raise ValueError(f'pooling must be "patch" or "cls", got {pooling!r}')
+        self.model = AutoModel.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+        config = self.model.config
+        if config.model_type not in ("dinov2", "dinov2_with_registers"):
+            raise ValueError(f"checkpoint {checkpoint!r} must be a DINOv2 network, got a {config.model_type}")
+        if image_size < 1 or image_size % config.patch_size:
+            raise ValueError(f"image_size must be a multiple of the patch, {config.patch_size}, got {image_size}")
+        self.pooling, self.image_size = pooling, image_size
+        self.prefix = 1 + getattr(config, "num_register_tokens", 0)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(f"images must have shape (n, 1 or 3, height, width), got {tuple(images.shape)}")
+        images = images.to(self.model.device, torch.float32).expand(-1, 3, -1, -1) / 2 + 0.5
+        size = (self.image_size, self.image_size)
+        images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        tokens = self.model(((images - mean) / std).to(self.model.dtype)).last_hidden_state.float()
+        pooled = tokens[:, 0] if self.pooling == "cls" else tokens[:, self.prefix :].mean(dim=1)
+        return pooled.cpu()
+
+
+def extract_features(
+    images: torch.Tensor,
+    extractor: Callable[[torch.Tensor], torch.Tensor] = pixel_features,
+    batch_size: int = 256,
+    on_batch: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """Features (n, d), float32 on the CPU, of samples (n, ...), a batch at a time.
+
+    images: uint8 in [0, 255], then shown to the extractor in [-1, 1], or floating point as they are. on_batch: called
+    with the number of samples of each finished batch.
+
+    Raises ValueError for an extractor that does not return one row a sample.
+    """
+    features = []
+    for batch in images.split(batch_size):
+        found = extractor(as_unit(batch))
+        if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) != len(batch):
+            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found)
+            raise ValueError(f"features must be a tensor ({len(batch)}, dimensions), one row a sample, got {shape}")
+        features.append(found.detach().float().cpu())
+        if on_batch is not None:
+            on_batch(len(batch))
+    return torch.cat(features)
+
+
+def as_unit(samples: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels as float32 in [-1, 1]; floating point as float32."""
+    return samples.float() / 127.5 - 1 if samples.dtype == torch.uint8 else samples.float()

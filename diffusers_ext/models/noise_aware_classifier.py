@@ -1,0 +1,41 @@
+"""A classifier of noisy samples that also sees the timestep, for classifier guidance: linear, or a small MLP."""
+
+from itertools import pairwise
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+
+class NoiseAwareClassifier(ModelMixin, ConfigMixin):
+    """Logits of p(c | x_t) from the flattened x_t and t / num_train_timesteps.
+
+    in_features: numbers in one sample, channels x height x width. hidden: widths of the hidden layers; none is the
+    linear classifier of arXiv 2503.10638, whose gradient points one way everywhere but for the softmax.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        hidden: tuple[int, ...] = (),
+        num_train_timesteps: int = 1000,
+    ):
+        super().__init__()
+        widths = (in_features + 1, *hidden)
+        layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.SiLU())]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], num_classes))
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, num_classes).
+
+        sample: x_t (batch, ...) of in_features numbers each. timestep: one, or (batch,). Raises ValueError for a
+        sample of another size.
+        """
+        x = sample.flatten(1)
+        if x.shape[1] != self.config.in_features:
+            raise ValueError(f"sample must hold {self.config.in_features} numbers each, got {tuple(sample.shape)}")
+        time = timestep.to(x).expand(len(x))[:, None] / self.config.num_train_timesteps
+        return self.layers(torch.cat([x, time], dim=1))
