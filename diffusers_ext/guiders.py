@@ -29,6 +29,7 @@ class _Limited:
     interval: Interval
     scheduler: SchedulerMixin | None = None
     _start_of_step: StepStart | None = None
+    _steps_begun = 0
     _guided = True
 
     @property
@@ -40,13 +41,18 @@ class _Limited:
         self.__dict__["_enabled"] = value
 
     def set_state(self, step: int, num_inference_steps: int, timestep: torch.Tensor) -> None:
-        """Called at each evaluation; decides at the first one of a step, for all of them."""
-        super().set_state(step, num_inference_steps, timestep)
+        """Called at each evaluation; decides at the first one of a step, for all of them.
+
+        step: of the evaluation. Passed on is that of the step, since `start` and `stop` are fractions of
+        num_inference_steps, of which there are fewer than evaluations with Heun.
+        """
         scheduler = self.scheduler or _scheduler_of(sys._getframe(1))
         if step == 0:
-            self._start_of_step = None
-        self._start_of_step = read_step(scheduler, timestep, self._start_of_step)
-        self._guided = self._start_of_step in self.interval
+            self._start_of_step, self._steps_begun = None, 0
+        start = read_step(scheduler, timestep, self._start_of_step)
+        self._steps_begun += start is not self._start_of_step
+        self._start_of_step, self._guided = start, start in self.interval
+        super().set_state(self._steps_begun - 1, num_inference_steps, timestep)
 
     def __call__(self, data: list) -> Any:
         combined = super().__call__(data)

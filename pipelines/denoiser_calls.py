@@ -479,6 +479,10 @@ def take_rows(name: str, value: Any, rows: Rows, split: Split) -> Any:
         if split.interleaved:
             return torch.stack([value[i :: split.parts] for i in split.run], dim=1).flatten(0, 1)
         return _joined(value.chunk(split.parts, dim), split.run, dim)
+    if isinstance(value, dict) and value and all(isinstance(key, int) for key in value):
+        size = rows.total // split.parts  # by number of the row, like OmniGen's places of images
+        kept = [row for i in split.run for row in range(i * size, (i + 1) * size)]
+        return {new: value[old] for new, old in enumerate(kept) if old in value}
     if isinstance(value, dict):
         return type(value)({key: take_rows(str(key), item, rows, split) for key, item in value.items()})
     if isinstance(value, list | tuple):

@@ -16,6 +16,7 @@ import torch
 from tiny_guided_pipelines import BATCH, CASES, STEPS, TWO, Case
 from tiny_pipelines import tiny_stable_diffusion
 
+from diffusers_ext.pipelines.denoiser_calls import Rows, Split, spread_rows, take_rows
 from diffusers_ext.pipelines.guidance_interval import (
     GuidanceInterval,
     apply_guidance_interval,
@@ -823,3 +824,48 @@ def test_the_support_matrix_lists_every_case():
     """docs/guidance_interval_support.md is written by guidance_interval_matrix.py."""
     page = (Path(__file__).parent.parent / "docs" / "guidance_interval_support.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| \w+ \((\w+)\)", page, flags=re.MULTILINE) == list(CASES)
+
+
+class TestRows:
+    """Which parts of an argument are run, here of a batch of two, the conditional half second."""
+
+    split = Split(2, (1,), (0, 0), False, False, ())
+    rows = Rows(4, False)
+    tensor = torch.arange(12.0).view(4, 3)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "expected"),
+        [
+            ("hidden_states", tensor, tensor[2:]),
+            ("encoder_hidden_states", torch.cat([tensor] * 2), tensor),  # two frames a row
+            ("encoder_hidden_states_llama3", tensor.view(1, 4, 3), tensor[2:].view(1, 2, 3)),
+            ("image_rotary_emb", tensor, tensor),
+            ("timestep", torch.tensor(3.0), torch.tensor(3.0)),
+        ],
+    )
+    def test_tensors(self, name, value, expected):
+        assert torch.equal(take_rows(name, value, self.rows, self.split), expected)
+
+    def test_containers(self):
+        def take(value, name="x"):
+            return take_rows(name, value, self.rows, self.split)
+
+        assert take([[(1, 2)], [(3, 4)], [(5, 6)], [(7, 8)]]) == [[(5, 6)], [(7, 8)]]
+        assert take([1.0, 0.5, 0.2, 0.1]) == [1.0, 0.5, 0.2, 0.1]  # weights of four ControlNets
+        assert take({0: "a", 2: "b", 3: "c"}) == {0: "b", 1: "c"}
+        residuals = take((self.tensor, [self.tensor] * 4), "residuals")
+        assert torch.equal(residuals[0], self.tensor[2:]) and len(residuals[1]) == 4
+        assert take({"scale": 0.5, "image_embeds": [self.tensor]})["image_embeds"][0].shape == (2, 3)
+
+    def test_rows_that_take_turns(self):
+        turns = self.split._replace(interleaved=True)
+        half = take_rows("hidden_states", self.tensor, self.rows, turns)
+        assert torch.equal(half, self.tensor[1::2])
+        assert torch.equal(spread_rows(half, Rows(2, False), turns), half.repeat_interleave(2, dim=0))
+
+    def test_three_parts(self):
+        perturbed = Split(3, (1, 2), (0, 0, 1), True, False, ())
+        batch = torch.arange(6.0)[:, None]
+        kept = take_rows("hidden_states", batch, Rows(6, False), perturbed)
+        assert kept.flatten().tolist() == [2, 3, 4, 5]
+        assert spread_rows(kept, Rows(4, False), perturbed).flatten().tolist() == [2, 3, 2, 3, 4, 5]

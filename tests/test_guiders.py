@@ -77,13 +77,20 @@ def test_equals_the_classic_path_call_after_call(classic, modular, interval):
 
 
 def test_several_evaluations_a_step(classic, modular):
-    """Heun: one decision a step. (diffusers' modular SDXL walks Heun unlike its classic one, so rows are compared.)"""
+    """Heun: one decision a step, as on the classic path."""
     heun = diffusers.HeunDiscreteScheduler.from_config(classic.scheduler.config)
+    stock, classic.scheduler = classic.scheduler, heun
+    try:
+        with GuidanceInterval(classic, guided_steps=(1, 2)) as limited:
+            expected = run_classic(classic)
+    finally:
+        classic.scheduler = stock
     modular.update_components(scheduler=heun, guider=IntervalGuidance(guidance_scale=5.0, guided_steps=(1, 2)))
     with Rows(modular.unet) as rows:
-        run_modular(modular)
-    #      step 0, its second evaluation, steps 1 and 2 with two calls for each evaluation, and Euler's last
+        torch.testing.assert_close(run_modular(modular), expected, rtol=0, atol=1e-4)
+    #      step 0 with its second evaluation, steps 1 and 2 with two calls for each evaluation, and Euler's last
     assert rows == [2, 2] + [2, 2] * 4 + [2]
+    assert sum(rows) == limited.report.rows
 
 
 @pytest.mark.parametrize(
