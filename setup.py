@@ -15,6 +15,8 @@ BASE = [
     "safetensors>=0.5.0",
     "numpy>=1.26.0",
     "pillow>=10.1.0",
+    "huggingface_hub>=1.0.0",
+    "pyyaml>=6.0.0",
     "click>=8.1.0",
     "rich>=13.0.0",
     "psutil",  # any that accelerate takes

@@ -2,6 +2,7 @@
 
 from .adm_upsampler import ADMUpsamplerPipeline
 from .boost_and_skip import BoostAndSkipPipeline
+from .discrete_diffusion import DiscreteDiffusionPipeline, DiscreteDiffusionPipelineOutput
 from .dit_guidance_interval import DiTGuidanceIntervalPipeline
 from .edm2 import EDM2Pipeline
 from .flow_postprocessing import FlowPostprocessingPipeline
@@ -19,6 +20,8 @@ __all__ = [
     "ADMUpsamplerPipeline",
     "BoostAndSkipPipeline",
     "DiTGuidanceIntervalPipeline",
+    "DiscreteDiffusionPipeline",
+    "DiscreteDiffusionPipelineOutput",
     "EDM2Pipeline",
     "FlowPostprocessingPipeline",
     "GuidanceInterval",

@@ -7,6 +7,7 @@ from .scheduling_boost_and_skip import (
     BoostAndSkipEulerDiscreteScheduler,
     boost_and_skip,
 )
+from .scheduling_ctmc import CTMCScheduler, CTMCSchedulerOutput
 from .scheduling_edm_heun import EDMHeunScheduler
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "BoostAndSkipDDPMScheduler",
     "BoostAndSkipDPMSolverMultistepScheduler",
     "BoostAndSkipEulerDiscreteScheduler",
+    "CTMCScheduler",
+    "CTMCSchedulerOutput",
     "EDMHeunScheduler",
     "boost_and_skip",
 ]

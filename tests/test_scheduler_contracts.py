@@ -32,6 +32,11 @@ class TestEDMHeun(SchedulerContract):
     test_every_parameter_reaches_the_parent = test_to_the_parent_and_back = None  # it has none
 
 
+class TestCTMC(SchedulerContract):
+    cls, parent, config = schedulers.CTMCScheduler, None, {"kernel": "uniform", "vocab_size": 9, "sampler": "tweedie"}
+    test_every_parameter_reaches_the_parent = test_to_the_parent_and_back = None  # it has none
+
+
 def exported() -> list[type]:
     values = [getattr(schedulers, name) for name in schedulers.__all__]
     return [value for value in values if inspect.isclass(value) and issubclass(value, SchedulerMixin)]

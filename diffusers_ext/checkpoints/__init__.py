@@ -4,12 +4,19 @@ from .convert import convert_guided_diffusion
 from .edm2 import load_edm2
 from .guided_diffusion import PRESETS, load_guided_diffusion
 from .safe_pickle import UnsafePickleError, safe_load
+from .sedd import load_countdown, load_sedd, sedd_scheduler
+from .tauldr import load_tauldr, tauldr_scheduler
 
 __all__ = [
     "PRESETS",
     "UnsafePickleError",
     "convert_guided_diffusion",
+    "load_countdown",
     "load_edm2",
     "load_guided_diffusion",
+    "load_sedd",
+    "load_tauldr",
     "safe_load",
+    "sedd_scheduler",
+    "tauldr_scheduler",
 ]

@@ -1,6 +1,6 @@
-"""How good a set of samples is: distances between sets of features.
+"""How good a set of samples is: distances between sets of features, and measures of token sequences.
 
-Every metric takes features, not images: arrays or tensors (samples, dimensions) of a network that the caller
+The former take features, not images: arrays or tensors (samples, dimensions) of a network that the caller
 chooses. State the network, the number of samples and k beside every number.
 """
 
@@ -14,16 +14,32 @@ from .neighbours import (
     precision_recall,
     rarity_score,
 )
+from .sequences import (
+    HistogramDistance,
+    countdown_errors,
+    countdown_errors_original,
+    countdown_sequences,
+    generative_perplexity,
+    histogram_distance,
+    unigram_entropy,
+)
 
 __all__ = [
     "FeatureStatistics",
+    "HistogramDistance",
     "PrecisionRecall",
     "RarityScore",
     "average_knn_distance",
+    "countdown_errors",
+    "countdown_errors_original",
+    "countdown_sequences",
     "feature_statistics",
     "frechet_distance",
+    "generative_perplexity",
+    "histogram_distance",
     "local_outlier_factor",
     "nearest_neighbours",
     "precision_recall",
     "rarity_score",
+    "unigram_entropy",
 ]

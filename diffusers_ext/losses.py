@@ -1,0 +1,93 @@
+"""Training losses of discrete diffusion; the mathematics of the chain is the scheduler's."""
+
+import torch
+import torch.nn.functional as F
+
+from .schedulers import CTMCScheduler
+
+
+def score_entropy(
+    scheduler: CTMCScheduler,
+    log_score: torch.Tensor,
+    noisy: torch.Tensor,
+    original: torch.Tensor,
+    timesteps: torch.Tensor,
+) -> torch.Tensor:
+    r"""Denoising score entropy of each position, (batch, length) (Lou et al., 2310.16834, theorem 3.4).
+
+    .. math:: \sum_{y \ne x} Q[y, x] \Big( e^{s_y} - r_y s_y + r_y (\log r_y - 1) \Big), \quad
+              r_y = \frac{P_{0t}[x_0, y]}{P_{0t}[x_0, x]}
+
+    for the current token x; 0 where s is the log of r. log_score: s, (batch, length, vocab), float32 is wise. noisy,
+    original: x and x_0, (batch, length) int64. timesteps: (batch,).
+
+    Raises ValueError for kernels that do not predict scores.
+    """
+    sigma_bar = scheduler.sigma_bar(timesteps).unsqueeze(1)
+    if scheduler.config.kernel == "absorbing":
+        return _absorbing(log_score, noisy, original, sigma_bar, scheduler.mask_token_id)
+    if scheduler.config.kernel == "uniform":
+        return _uniform(log_score, noisy, original, sigma_bar)
+    raise ValueError(f"score entropy is for kernel='absorbing' and 'uniform', this is {scheduler.config.kernel!r}")
+
+
+def score_entropy_loss(
+    scheduler: CTMCScheduler,
+    log_score: torch.Tensor,
+    noisy: torch.Tensor,
+    original: torch.Tensor,
+    timesteps: torch.Tensor,
+    weighting: str = "sigma",
+) -> torch.Tensor:
+    """Score entropy summed over the positions of each sample, (batch,); arguments as of `score_entropy`.
+
+    weighting: "sigma", times sigma(t), which makes it a bound on the likelihood (SEDD); "none", as Jump Your Steps
+    trains its CountDown models.
+    """
+    if weighting not in ("sigma", "none"):
+        raise ValueError(f'weighting must be "sigma" or "none", got {weighting!r}')
+    loss = score_entropy(scheduler, log_score, noisy, original, timesteps).sum(dim=1)
+    return loss * scheduler.sigma(timesteps) if weighting == "sigma" else loss
+
+
+def x0_cross_entropy(
+    scheduler: CTMCScheduler, logits: torch.Tensor, noisy: torch.Tensor, original: torch.Tensor
+) -> torch.Tensor:
+    """Mean -log p(x_0 | x_t) of each sample, (batch,): over all positions, or over the masked ones (absorbing).
+
+    The part of tauLDR's loss (2205.14987, section 3.2) that trains a network of x_0 for any kernel. logits: (batch,
+    length, vocab); the mask's column is left out. A sample without masks has the loss 0.
+    """
+    if scheduler.config.kernel != "absorbing":
+        return F.cross_entropy(logits.transpose(1, 2), original, reduction="none").mean(dim=1)
+    masked = noisy == scheduler.mask_token_id
+    each = F.cross_entropy(logits[..., :-1].transpose(1, 2), original, reduction="none") * masked
+    return each.sum(dim=1) / masked.sum(dim=1).clamp(min=1)
+
+
+def _absorbing(log_score, noisy, original, sigma_bar, mask: int) -> torch.Tensor:
+    """Only x_0 can have become the mask: r is 1 / expm1(sigma_bar) there and 0 elsewhere."""
+    ratio = 1 / torch.expm1(sigma_bar)
+    score = log_score.gather(-1, original.unsqueeze(-1)).squeeze(-1)
+    total = log_score[..., :mask].exp().sum(dim=-1)
+    entropy = total - ratio * score + ratio * (ratio.log() - 1)
+    return torch.where(noisy == mask, entropy, 0.0)
+
+
+def _uniform(log_score, noisy, original, sigma_bar) -> torch.Tensor:
+    """r is (a + b) / b at x_0 if x is another token, b / (a + b) everywhere if it is not, and 1 elsewhere."""
+    size = log_score.shape[-1]
+    away = -torch.expm1(-sigma_bar) / size
+    log_ratio = torch.log(away + torch.exp(-sigma_bar)) - torch.log(away)  # of x_0 to any other token
+
+    def at(tokens):
+        return log_score.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+    positive = log_score.exp().sum(dim=-1) - at(noisy).exp()
+    others = log_score.sum(dim=-1) - at(noisy)  # of all tokens but the current one
+    kept = noisy == original
+    small, large = torch.exp(-log_ratio), torch.exp(log_ratio)
+    negative = torch.where(kept, small * others, others - at(original) + large * at(original))
+    constant_kept = (size - 1) * small * (-log_ratio - 1)
+    constant_moved = large * (log_ratio - 1) - (size - 2)
+    return (positive - negative + torch.where(kept, constant_kept, constant_moved)) / size

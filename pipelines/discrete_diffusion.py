@@ -1,0 +1,278 @@
+"""Text, token sequences and images of integer levels by discrete diffusion in continuous time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class DiscreteDiffusionPipelineOutput(BaseOutput):
+    """tokens: (batch, length) int64. text: a string a sample; images: a PIL image a sample; where asked for."""
+
+    tokens: torch.Tensor
+    text: list[str] | None = None
+    images: list | None = None
+
+
+class DiscreteDiffusionPipeline(DiffusionPipeline):
+    """Sampling from a network on tokens with a `CTMCScheduler`: SEDD, CountDown, tauLDR (2310.16834, 2205.14987).
+
+    model: called as model(tokens, time) with tokens (batch, length) int64 and time (batch,), what the scheduler's
+        `model_time` gives; returns (batch, length, vocab_size) of the scheduler's prediction type. From its config are
+        read, if there: `sequence_length`, and `shape` of images.
+    scheduler: a `CTMCScheduler`.
+    tokenizer: of text models; its tokens come first in the vocabulary, the mask after them.
+    """
+
+    model_cpu_offload_seq = "model"
+    _optional_components = ["tokenizer"]  # noqa: RUF012  diffusers' name and form
+    _callback_tensor_inputs = ["tokens"]  # noqa: RUF012
+
+    def __init__(self, model: ModelMixin, scheduler: SchedulerMixin, tokenizer: PreTrainedTokenizerBase | None = None):
+        super().__init__()
+        self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the current or last call, the final denoising counted, corrector steps not."""
+        return self._num_timesteps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        suffix: str | list[str] | None = None,
+        tokens: torch.Tensor | None = None,
+        given: torch.Tensor | None = None,
+        batch_size: int | None = None,
+        sequence_length: int | None = None,
+        num_inference_steps: int = 128,
+        timesteps: list[float] | None = None,
+        sampler: str | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str | None = None,
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["tokens"],  # noqa: B006  diffusers' signature
+    ) -> DiscreteDiffusionPipelineOutput | tuple:
+        """Sample, around what is given.
+
+        prompt, suffix: text at the start and at the end, a string or one a sample; need a tokenizer.
+        tokens, given: instead, tokens (length,) or (batch, length), and where they are to be kept, a boolean tensor of
+            the same shape. The network sees given tokens in every step and they come out as they went in.
+        batch_size: number of samples; by default one for each prompt or row of tokens.
+        sequence_length: by default that of `tokens`, or what the model's config says.
+        num_inference_steps: steps of the schedule; the network runs once more for the final denoising (not with
+            gillespie), and once for each corrector step. timesteps: instead, all edges, decreasing in (0, 1].
+        sampler: "euler", "tweedie" or "gillespie" for this call.
+        generator: one, or one a sample, which makes a sample independent of its batch.
+        output_type: "text", "pil" or "tokens"; None is "text" with a tokenizer, "pil" for models of images.
+        callback_on_step_end: called as (pipeline, step, timestep, {"tokens": tokens}) after each step; what it returns
+            under "tokens" goes on from there.
+
+        Raises ValueError for inputs that contradict each other or the components.
+        """
+        scheduler = self._scheduler(sampler)
+        output_type = self._output_type(output_type)
+        self._check_callback(callback_on_step_end_tensor_inputs)
+        device = self._execution_device
+        fixed, given = self._given_tokens(prompt, suffix, tokens, given, batch_size, sequence_length, scheduler)
+        fixed, given = fixed.to(device), given.to(device)
+        _check_generator(generator, len(fixed))
+        if timesteps is None:
+            scheduler.set_timesteps(num_inference_steps, device=device)
+        else:
+            scheduler.set_timesteps(timesteps=timesteps, device=device)
+        self._num_timesteps = len(scheduler.timesteps)
+
+        sample = torch.where(given, fixed, scheduler.sample_prior(tuple(fixed.shape), generator, device))
+        clock = scheduler.timesteps[0]
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, t in enumerate(scheduler.timesteps):
+                clock = clock if scheduler.config.sampler == "gillespie" else t
+                sample, clock = self._step(scheduler, i, clock, sample, generator)
+                sample = torch.where(given, fixed, sample)
+                for time, size in self._corrections(scheduler, i):
+                    sample = torch.where(given, fixed, self._correct(scheduler, time, size, sample, generator))
+                if callback_on_step_end is not None:
+                    kwargs = dict.fromkeys(callback_on_step_end_tensor_inputs, sample)
+                    replaced = callback_on_step_end(self, i, t, kwargs).get("tokens", sample)
+                    sample = torch.where(given, fixed, replaced)
+                progress_bar.update()
+
+        output = self._to_output(sample, output_type)
+        self.maybe_free_model_hooks()
+        return (
+            output if return_dict else (getattr(output, {"text": "text", "pil": "images"}.get(output_type, "tokens")),)
+        )
+
+    # One step; the network's output, the largest tensor, lives no longer than these functions
+
+    def _step(self, scheduler, index: int, clock, sample, generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens after step `index` and the time that they are at, (batch,), which gillespie keeps for each sample."""
+        output = self._model_output(scheduler, clock, sample)
+        options = (
+            {"num_decode": scheduler.num_decode(sample, index)} if scheduler.config.sampler == "gillespie" else {}
+        )
+        result = scheduler.step(output, clock, sample, generator, **options)
+        return result.prev_sample, result.prev_timestep
+
+    def _correct(self, scheduler, time: float, size: float, sample, generator) -> torch.Tensor:
+        output = self._model_output(scheduler, time, sample)
+        return scheduler.step_correct(output, time, sample, size, generator).prev_sample
+
+    def _model_output(self, scheduler, time, sample: torch.Tensor) -> torch.Tensor:
+        time = scheduler.model_time(time, len(sample)).to(sample.device)
+        output = self.model(sample, time)
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    @staticmethod
+    def _corrections(scheduler, index: int) -> list[tuple[float, float]]:
+        """(time, step size) of the corrector steps that follow a step of the schedule."""
+        edges, config = scheduler.edges.tolist(), scheduler.config
+        if index + 1 == len(edges) or edges[index] > config.corrector_entry_time:
+            return []
+        size = config.corrector_step_size_multiplier * (edges[index] - edges[index + 1])
+        return [(edges[index + 1], size)] * config.num_corrector_steps
+
+    # Inputs
+
+    def _scheduler(self, sampler: str | None) -> SchedulerMixin:
+        scheduler = self.scheduler
+        missing = [name for name in ("model_time", "step_correct", "sample_prior") if not hasattr(scheduler, name)]
+        if missing:
+            raise ValueError(
+                f"DiscreteDiffusionPipeline needs a CTMCScheduler, got {type(scheduler).__name__} without"
+                f" {', '.join(missing)}"
+            )
+        if sampler is None or sampler == scheduler.config.sampler:
+            return scheduler
+        return type(scheduler).from_config(scheduler.config, sampler=sampler)
+
+    def _output_type(self, output_type: str | None) -> str:
+        has_shape = self._model_config("shape") is not None
+        if output_type is None:
+            return "text" if self.tokenizer is not None else "pil" if has_shape else "tokens"
+        if output_type not in ("text", "tokens", "pil"):
+            raise ValueError(f'output_type must be "text", "tokens" or "pil", got {output_type!r}')
+        if output_type == "text" and self.tokenizer is None:
+            raise ValueError('output_type="text" needs a tokenizer; build the pipeline with one or use "tokens"')
+        if output_type == "pil" and not has_shape:
+            raise ValueError(f'output_type="pil": {type(self.model).__name__} has no image shape; use "tokens"')
+        return output_type
+
+    def _model_config(self, name: str):
+        return getattr(self.model, "config", {}).get(name)
+
+    def _check_callback(self, names: list[str]) -> None:
+        unknown = set(names) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; allowed are {self._callback_tensor_inputs}"
+            )
+
+    def _given_tokens(self, prompt, suffix, tokens, given, batch_size, sequence_length, scheduler):
+        """Tokens (batch, length) int64 and where they are given, (batch, length) bool."""
+        if (tokens is None) != (given is None):
+            raise ValueError("tokens and given belong together: which tokens, and where they are kept; pass both")
+        if tokens is not None:
+            if prompt is not None or suffix is not None:
+                raise ValueError("tokens and prompt or suffix exclude each other; pass one of the two")
+            tokens, given = self._token_rows(tokens, given, sequence_length, scheduler)
+        else:
+            length = self._length(sequence_length)
+            rows = _zip_texts(prompt, suffix)
+            tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+            given = torch.zeros(len(rows), length, dtype=torch.bool)
+            for row, mask, (start, end) in zip(tokens, given, rows, strict=True):
+                self._write_texts(row, mask, start, end)
+        if batch_size is not None:
+            if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+                raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
+            if len(tokens) not in (1, batch_size):
+                raise ValueError(f"batch_size={batch_size}, but {len(tokens)} prompts or rows of tokens are given")
+            tokens, given = tokens.expand(batch_size, -1), given.expand(batch_size, -1)
+        return tokens, given
+
+    def _length(self, sequence_length: int | None) -> int:
+        if sequence_length is None:
+            shape = self._model_config("shape")
+            known = self._model_config("sequence_length") if shape is None else int(torch.tensor(shape).prod())
+            if known is None:
+                raise ValueError("the model's config has no sequence_length; pass sequence_length=")
+            return known
+        if isinstance(sequence_length, bool) or not isinstance(sequence_length, int) or sequence_length < 1:
+            raise ValueError(f"sequence_length must be an integer >= 1, got {sequence_length!r}")
+        return sequence_length
+
+    def _token_rows(self, tokens, given, sequence_length, scheduler):
+        tokens, given = torch.as_tensor(tokens).cpu(), torch.as_tensor(given).cpu()
+        if tokens.ndim not in (1, 2) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise ValueError(f"tokens must be integers (length,) or (batch, length), got {tuple(tokens.shape)}")
+        if given.dtype != torch.bool or given.shape not in (tokens.shape, tokens.shape[-1:]):
+            raise ValueError(
+                f"given must be boolean and of the shape of tokens, got {given.dtype} {tuple(given.shape)}"
+            )
+        if sequence_length not in (None, tokens.shape[-1]):
+            raise ValueError(f"sequence_length={sequence_length}, but tokens have the length {tokens.shape[-1]}")
+        tokens = tokens.reshape(-1, tokens.shape[-1]).long()
+        given = given.expand(tokens.shape)
+        real = scheduler.config.vocab_size - (scheduler.mask_token_id is not None)
+        outside = given & ((tokens < 0) | (tokens >= real))
+        if outside.any():
+            raise ValueError(f"given tokens must be in [0, {real}), got {tokens[outside].unique().tolist()}")
+        return tokens, given
+
+    def _write_texts(self, row: torch.Tensor, mask: torch.Tensor, start: str | None, end: str | None) -> None:
+        """Put the tokens of two texts at the ends of a row (length,) and note where."""
+        if (start or end) and self.tokenizer is None:
+            raise ValueError(
+                "prompt and suffix need a tokenizer; build the pipeline with one, or pass tokens and given"
+            )
+        first, last = (self.tokenizer(text).input_ids if text else [] for text in (start, end))
+        if len(first) + len(last) > len(row):
+            raise ValueError(
+                f"prompt and suffix are {len(first) + len(last)} tokens long, the sequence is {len(row)}; shorten them"
+            )
+        for place, ids in ((slice(0, len(first)), first), (slice(len(row) - len(last), len(row)), last)):
+            row[place] = torch.tensor(ids, dtype=torch.int64)
+            mask[place] = True
+
+    # Output
+
+    def _to_output(self, sample: torch.Tensor, output_type: str) -> DiscreteDiffusionPipelineOutput:
+        if output_type == "text":
+            return DiscreteDiffusionPipelineOutput(tokens=sample, text=self.tokenizer.batch_decode(sample))
+        if output_type == "pil":
+            return DiscreteDiffusionPipelineOutput(tokens=sample, images=self._to_pil(sample))
+        return DiscreteDiffusionPipelineOutput(tokens=sample)
+
+    def _to_pil(self, sample: torch.Tensor) -> list:
+        """Images of levels in channel-first order, the highest level white."""
+        levels = self.scheduler.config.vocab_size - (self.scheduler.mask_token_id is not None)
+        pixels = sample.view(len(sample), *self._model_config("shape")).float() / (levels - 1)
+        return self.numpy_to_pil(pixels.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def _zip_texts(prompt, suffix) -> list[tuple[str | None, str | None]]:
+    """(prompt, suffix) of each sample; a single string serves all."""
+    columns = [[text] if text is None or isinstance(text, str) else list(text) for text in (prompt, suffix)]
+    count = max(map(len, columns))
+    if any(len(column) not in (1, count) or not column for column in columns):
+        raise ValueError(f"prompt and suffix must be strings or lists of one length, got {list(map(len, columns))}")
+    return list(zip(*(column * (count // len(column)) for column in columns), strict=True))
+
+
+def _check_generator(generator, batch_size: int) -> None:
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(
+            f"generator is a list of {len(generator)}, but batch_size is {batch_size}; give one generator, or one a"
+            " sample"
+        )

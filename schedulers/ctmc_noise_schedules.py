@@ -1,0 +1,76 @@
+"""Noise schedules of continuous-time discrete diffusion: the total noise sigma_bar(t) and its derivative sigma(t).
+
+The forward chain has the rate matrix sigma(t) Q with a constant Q, so that its transition over [0, t] is
+exp(sigma_bar(t) Q). Time runs from 0 (data) to 1.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """sigma_bar and sigma as functions of a floating-point tensor of times; both keep its shape and dtype."""
+
+    sigma_bar: Callable[[torch.Tensor], torch.Tensor]
+    sigma: Callable[[torch.Tensor], torch.Tensor]
+
+
+def loglinear(eps: float) -> NoiseSchedule:
+    """sigma_bar = -log(1 - (1 - eps) t): a share (1 - eps) t of the tokens has moved at time t (SEDD, 2310.16834)."""
+    rest = 1 - eps
+    return NoiseSchedule(lambda t: -torch.log1p(-rest * t), lambda t: rest / (1 - rest * t))
+
+
+def cosine(eps: float) -> NoiseSchedule:
+    """A share sin(pi/2 (1 - eps) t) of the tokens has moved at time t."""
+    angle = math.pi / 2
+
+    def moved(t):
+        return torch.cos(angle * (1 - (1 - eps) * t))
+
+    def sigma(t):
+        return angle * (1 - eps) * torch.sin(angle * (1 - (1 - eps) * t)) / (1 - moved(t))
+
+    return NoiseSchedule(lambda t: -torch.log1p(-moved(t)), sigma)
+
+
+def arccos(eps: float) -> NoiseSchedule:
+    """A share 2/pi arccos(1 - (1 - eps) t) of the tokens has moved at time t; sigma is infinite at t = 0."""
+
+    def moved(t):
+        return torch.acos(1 - (1 - eps) * t) * 2 / math.pi
+
+    def sigma(t):
+        slope = 2 * (1 - eps) / (math.pi * torch.sqrt(1 - (1 - (1 - eps) * t) ** 2))
+        return slope / (1 - moved(t))
+
+    return NoiseSchedule(lambda t: -torch.log1p(-moved(t)), sigma)
+
+
+def geometric(sigma_min: float, sigma_max: float) -> NoiseSchedule:
+    """sigma_bar = sigma_min^(1-t) sigma_max^t (SEDD); at t = 0 it is sigma_min, not 0."""
+    growth = math.log(sigma_max / sigma_min)
+
+    def sigma_bar(t):
+        return sigma_min * torch.exp(growth * t)
+
+    return NoiseSchedule(sigma_bar, lambda t: growth * sigma_bar(t))
+
+
+def exponential(time_base: float, time_exponential: float) -> NoiseSchedule:
+    """sigma_bar = time_base (time_exponential^t - 1) (tauLDR, 2205.14987, for its Gaussian rate)."""
+    growth = math.log(time_exponential)
+
+    def sigma(t):
+        return time_base * growth * torch.exp(growth * t)
+
+    return NoiseSchedule(lambda t: time_base * torch.expm1(growth * t), sigma)
+
+
+def constant(rate: float) -> NoiseSchedule:
+    """sigma_bar = rate t."""
+    return NoiseSchedule(lambda t: rate * t, lambda t: torch.full_like(t, rate))

@@ -1,0 +1,184 @@
+"""The networks of discrete diffusion: equal to the authors', and diffusers models in all that users do with them."""
+
+import pytest
+import torch
+from diffusers.models.attention_dispatch import attention_backend
+from discrete_goldens import GOLDENS, golden, tauldr_model
+
+from diffusers_ext import CTMCSequenceTransformer, CTMCUNet, SEDDTransformer
+from diffusers_ext.checkpoints import load_sedd
+
+TINY = {
+    SEDDTransformer: {"vocab_size": 9, "hidden_size": 16, "cond_dim": 8, "num_blocks": 2, "num_heads": 2},
+    CTMCUNet: {
+        "shape": (3, 4, 4),
+        "num_levels": 6,
+        "channels": 8,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "time_embed_dim": 8,
+    },
+    CTMCSequenceTransformer: {
+        "vocab_size": 6,
+        "d_model": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "dim_feedforward": 24,
+        "temb_dim": 8,
+    },
+}
+
+
+def tiny(cls) -> torch.nn.Module:
+    """With random values everywhere, the layers that start at zero included."""
+    torch.manual_seed(0)
+    model = cls(**TINY[cls]).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def inputs(cls) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(6, (2, 48), generator=generator), torch.tensor([0.2, 0.9])
+
+
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+@torch.no_grad()
+def test_sedd_network(graph):
+    g, model = golden(f"sedd_{graph}_net").t, load_sedd(GOLDENS / f"sedd_{graph}_hub")
+    for x in ("x", "x_short"):
+        log_score = model(g[x], g["sigma"])
+        torch.testing.assert_close(log_score, g[x.replace("x", "log_score")], rtol=2e-5, atol=2e-5)
+        assert (log_score.gather(-1, g[x].unsqueeze(-1)) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("expected", "changes"),
+    [("probs", {}), ("probs_fixlogistic", {"fix_logistic": True}), ("probs_norescale", {"skip_rescale": False})],
+)
+@torch.no_grad()
+def test_tauldr_unet(expected, changes, tmp_path):
+    g, model = golden("ctmc_unet_net").t, tauldr_model(tmp_path, "ctmc_unet_net", "ctmc_unet_model", **changes)
+    logits = model(g["x"], g["t"])
+    torch.testing.assert_close(logits.softmax(-1), g[expected], rtol=3e-4, atol=3e-5)
+    if not changes:
+        torch.testing.assert_close(logits, g["logits"], rtol=3e-4, atol=3e-4)
+
+
+@torch.no_grad()
+def test_tauldr_sequence_network(tmp_path):
+    g, model = golden("ctmc_seq_net").t, tauldr_model(tmp_path, "ctmc_seq_net", "ctmc_seq_model")
+    logits = model(g["x"], g["t"])
+    torch.testing.assert_close(logits, g["logits"], rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(logits.softmax(-1), g["probs"], rtol=2e-4, atol=2e-5)
+    same = model(g["x"][:1].expand(3, -1), g["t"])
+    torch.testing.assert_close(same.softmax(-1), g["probs_same_x"], rtol=2e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_continuous_time_reaches_the_sequence_network():
+    model = tiny(CTMCSequenceTransformer)
+    x, _ = inputs(CTMCSequenceTransformer)
+    early, late = (model(x, torch.full((2,), t)) for t in (0.2, 0.7))
+    assert (early - late).abs().max() > 1e-3
+    model.register_to_config(integer_time=True)
+    cut = [model(x, torch.full((2,), t)) for t in (0.2, 0.7, 1.0)]
+    assert torch.equal(cut[0], cut[1]) and not torch.equal(cut[1], cut[2])
+
+
+@torch.no_grad()
+def test_scalar_input_of_the_sequence_network():
+    model = CTMCSequenceTransformer(**TINY[CTMCSequenceTransformer], one_hot_input=False).eval()
+    assert model.embedding.weight.shape == (16, 1)
+    assert model(*inputs(CTMCSequenceTransformer)).shape == (2, 48, 6)
+
+
+@torch.no_grad()
+def test_unet_levels_far_from_the_mean_have_mass():
+    model = CTMCUNet(**TINY[CTMCUNet]).eval()
+    mean, log_scale = torch.tensor([[-1.0, 1.0]]), torch.tensor([[0.0, 0.0]])
+    law = model._logits(mean, log_scale).softmax(-1)[0]
+    torch.testing.assert_close(law[0], law[1].flip(0), rtol=1e-3, atol=1e-5)
+    assert law[0, 0] > 0.5
+    # the mass of a bin is a difference of the logistic distribution function
+    edges = torch.sigmoid((torch.linspace(-1, 1, 7) + 1) * 2.718281828**2)
+    exact = edges.diff() / edges.diff().sum()
+    torch.testing.assert_close(law[0], exact, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", TINY)
+@torch.no_grad()
+def test_saved_models_load(cls, tmp_path):
+    model = tiny(cls)
+    model.save_pretrained(tmp_path)
+    again = cls.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(*inputs(cls)), model(*inputs(cls)))
+
+
+@pytest.mark.parametrize("cls", TINY)
+@torch.no_grad()
+def test_attention_backends(cls):
+    """The dispatcher of diffusers is used: another backend gives the same numbers, an unknown one is refused there."""
+    model = tiny(cls)
+    expected = model(*inputs(cls))
+    with attention_backend("_native_math"):
+        torch.testing.assert_close(model(*inputs(cls)), expected, rtol=1e-4, atol=1e-4)
+    assert model.attn_processors
+    for processor in model.attn_processors.values():
+        processor._attention_backend = "no such backend"
+    with pytest.raises(ValueError, match="no such backend"):
+        model(*inputs(cls))
+
+
+@pytest.mark.parametrize("cls", TINY)
+def test_half_precision_stays_near(cls):
+    with torch.no_grad():
+        exact, rough = tiny(cls)(*inputs(cls)), tiny(cls).to(torch.bfloat16)(*inputs(cls))
+    assert rough.isfinite().all()
+    assert (rough.float().softmax(-1) - exact.softmax(-1)).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("cls", TINY)
+def test_gradients_reach_every_parameter(cls):
+    model = tiny(cls).train()
+    model(*inputs(cls)).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_gradient_checkpointing_changes_nothing():
+    gradients = []
+    for on in (False, True):
+        model = tiny(SEDDTransformer)
+        if on:
+            model.enable_gradient_checkpointing()
+            model.train()
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        model(*inputs(SEDDTransformer)).square().sum().backward()
+        gradients.append(model.embedding.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_fresh_score_network_knows_nothing():
+    """Zero read-out; with the scale of the exact score, so that training starts at a sensible level."""
+    model = SEDDTransformer(**TINY[SEDDTransformer])
+    sigma = torch.tensor([0.5, 2.0])
+    with torch.no_grad():
+        out = model(torch.full((2, 3), 8), sigma)
+    expected = -(torch.expm1(sigma) * 8).log()
+    torch.testing.assert_close(out[..., :8], expected[:, None, None].expand(2, 3, 8))
+
+
+@pytest.mark.parametrize("cls", TINY)
+def test_wrong_shapes_are_refused(cls):
+    with pytest.raises(ValueError, match=r"got \(2, 48\), \(3,\)"):
+        tiny(cls)(inputs(cls)[0], torch.ones(3))
+
+
+def test_wrong_heads_are_refused():
+    with pytest.raises(ValueError, match="hidden_size / num_heads must be even"):
+        SEDDTransformer(hidden_size=18, num_heads=2)
+    with pytest.raises(ValueError, match="d_model must be even"):
+        CTMCSequenceTransformer(d_model=18, num_heads=4)
