@@ -62,10 +62,10 @@ class AbsorbingKernel:
     def sample_prior(self, shape, generator, device) -> torch.Tensor:
         return torch.full(shape, self.mask, device=device)
 
-    def perturb(self, x0, sigma: float, noise, generator) -> torch.Tensor:
-        """noise: uniforms of the shape of x0; a token is masked where they are below 1 - exp(-sigma)."""
+    def perturb(self, x0, sigma: torch.Tensor, noise, generator) -> torch.Tensor:
+        """noise: uniforms of the shape of x0; masked is where they are below 1 - exp(-sigma). sigma: (n, 1)."""
         uniforms = uniform_noise(x0.shape, generator, x0.device) if noise is None else noise
-        return torch.where(uniforms < -math.expm1(-sigma), self.mask, x0)
+        return torch.where(uniforms < -torch.expm1(-sigma), self.mask, x0)
 
     def jumps_from(self, x: torch.Tensor) -> torch.Tensor:
         """Q[x, y], diagonal 0."""
@@ -115,16 +115,19 @@ class UniformKernel:
         source = device if generator is None else generator.device
         return torch.randint(self.vocab_size, shape, generator=generator, device=source).to(device)
 
-    def perturb(self, x0, sigma: float, noise, generator) -> torch.Tensor:
-        """noise: a pair (uniforms, target tokens) of the shape of x0, or uniforms (*x0.shape, vocab) for a race."""
+    def perturb(self, x0, sigma: torch.Tensor, noise, generator) -> torch.Tensor:
+        """noise: a pair (uniforms, target tokens) of the shape of x0, or uniforms (*x0.shape, vocab) for a race.
+
+        sigma: (n, 1).
+        """
         if noise is None:
             noise = uniform_noise(x0.shape, generator, x0.device), self.sample_prior(x0.shape, generator, x0.device)
         if isinstance(noise, tuple):
             uniforms, targets = noise
-            return torch.where(uniforms < -math.expm1(-sigma), targets, x0)
-        weights = torch.full(noise.shape, -math.expm1(-sigma) / self.vocab_size, device=x0.device)
-        weights.scatter_add_(-1, x0.unsqueeze(-1), torch.full_like(weights[..., :1], math.exp(-sigma)))
-        return race(weights, noise, generator)
+            return torch.where(uniforms < -torch.expm1(-sigma), targets, x0)
+        weights = (-torch.expm1(-sigma) / self.vocab_size).unsqueeze(-1).repeat(1, *noise.shape[1:])
+        stay = torch.exp(-sigma).expand(x0.shape).unsqueeze(-1)
+        return race(weights.scatter_add_(-1, x0.unsqueeze(-1), stay), noise, generator)
 
     def jumps_from(self, x: torch.Tensor) -> torch.Tensor:
         """Q[x, y], diagonal 0."""
@@ -208,9 +211,9 @@ class ReversibleKernel:
         law = self._initial.to(source, torch.float32)
         return torch.multinomial(law, math.prod(shape), replacement=True, generator=generator).view(shape).to(device)
 
-    def perturb(self, x0, sigma: float, noise, generator) -> torch.Tensor:
-        """noise: uniforms (*x0.shape, vocab) for a race."""
-        weights = self.transition(sigma).to(x0.device, torch.float32)[x0]
+    def perturb(self, x0, sigma: torch.Tensor, noise, generator) -> torch.Tensor:
+        """One sample, (1, length). noise: uniforms (*x0.shape, vocab) for a race. sigma: (1, 1)."""
+        weights = self.transition(float(sigma)).to(x0.device, torch.float32)[x0]
         flat = None if noise is None else noise.reshape(-1, self.vocab_size)
         return race(weights.reshape(-1, self.vocab_size), flat, generator).view(x0.shape)
 

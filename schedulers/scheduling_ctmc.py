@@ -347,10 +347,19 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         recorded = isinstance(noise, torch.Tensor | tuple)
         if recorded:
             self._check_noise_of_add_noise(noise, x0)
+        elif isinstance(noise, list):
+            _check_generators(noise, len(x0))
+        sigma = self._noise.sigma_bar(torch.tensor(self._times(timesteps, len(x0)), dtype=torch.float64))
+        sigma = sigma[:, None] if self._kernel.ordered else sigma[:, None].to(x0.device, torch.float32)
+        if recorded:
+            noise = tuple(n.to(x0.device) for n in noise) if isinstance(noise, tuple) else noise.to(x0.device)
+        if not isinstance(noise, list) and not self._kernel.ordered:
+            generator, noise = (None, noise) if recorded else (noise, None)
+            return self._kernel.perturb(x0, sigma, noise, generator)
         noisy = torch.empty_like(x0)
-        for rows, time, generator in self._groups(x0, timesteps, None if recorded else noise):
-            part = None if not recorded else tuple(n[rows] for n in noise) if isinstance(noise, tuple) else noise[rows]
-            noisy[rows] = self._kernel.perturb(x0[rows], self._sigma_bar(time), part, generator)
+        for b in range(len(x0)):
+            row, generator = slice(b, b + 1), noise[b] if isinstance(noise, list) else None if recorded else noise
+            noisy[row] = self._kernel.perturb(x0[row], sigma[row], noise[row] if recorded else None, generator)
         return noisy
 
     def add_noise_by_count(

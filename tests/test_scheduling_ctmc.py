@@ -224,6 +224,26 @@ def test_add_noise_has_the_law_of_the_transition_matrix(kernel, recorded):
         torch.testing.assert_close(share.double(), scheduler.transition_matrix(t)[token], rtol=0, atol=0.012)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_noise_of_a_generator_does_not_depend_on_the_times(kernel):
+    """A generator started anew gives two times the same uniforms; a list of them one sample its own."""
+    scheduler = CTMCScheduler(kernel=kernel, **KERNELS[kernel])
+    x0 = torch.randint(3, (3, 50), generator=torch.Generator().manual_seed(1))
+
+    def noisy(times):
+        return scheduler.add_noise(x0, torch.Generator().manual_seed(0), times)
+
+    alike, mixed = noisy(0.5), noisy(torch.tensor([0.5, 0.2, 0.9]))
+    assert torch.equal(alike[0], mixed[0]) and not torch.equal(alike[1:], mixed[1:])
+    if kernel == "absorbing":
+        assert ((alike == 4) >= (noisy(0.4) == 4)).all()
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]
+    last = scheduler.add_noise(x0, generators, 0.5)[2:]
+    assert torch.equal(scheduler.add_noise(x0[2:], [torch.Generator().manual_seed(5)], 0.5), last)
+    with pytest.raises(ValueError, match="a list of 1, the batch has 3"):
+        scheduler.add_noise(x0, [torch.Generator()], 0.5)
+
+
 def test_prior_samples():
     generator = torch.Generator().manual_seed(0)
     assert (CTMCScheduler(**ABSORBING).sample_prior((2, 5)) == 16).all()
