@@ -24,13 +24,13 @@ BASE = [
 METRICS = ["scikit-learn>=1.5.0", "scipy>=1.13.0", "faiss-cpu>=1.9.0.post1"]
 PLOTS = ["matplotlib>=3.8.0"]
 TRAIN = ["tqdm>=4.66.0"]
-ODE = ["torchdiffeq"]
-TEST = ["pytest>=8.0.0", "hypothesis>=6.100.0", "ruff>=0.17.5", "build>=1.2.1", *METRICS, *PLOTS, *TRAIN]
+ODE = ["torchdiffeq>=0.2.5"]
+TEST = ["pytest>=8.0.0", "hypothesis>=6.100.0", "ruff>=0.17.5", "build>=1.2.1", *METRICS, *PLOTS, *TRAIN, *ODE]
 
 setup(
     name="diffusers_ext",
     version="0.1.0.dev0",
-    description="Research methods for Hugging Face diffusers: Boost-and-Skip minority sampling, and more to come",
+    description="Research methods for Hugging Face diffusers: Boost-and-Skip, guidance interval, discrete diffusion, flow postprocessing",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
