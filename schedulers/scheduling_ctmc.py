@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from numbers import Real
 
 import torch
@@ -11,16 +10,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 
-from .ctmc_kernels import (
-    AbsorbingKernel,
-    ReversibleKernel,
-    UniformKernel,
-    birth_death_kernel,
-    gaussian_kernel,
-    race,
-    uniform_noise,
-)
-from .ctmc_noise_schedules import NoiseSchedule, arccos, constant, cosine, exponential, geometric, loglinear
+from .ctmc_config import build_kernel, build_noise_schedule, check_config, check_edges
+from .ctmc_kernels import race, uniform_noise
+from .ctmc_noise_schedules import NoiseSchedule
 
 logger = logging.get_logger(__name__)
 
@@ -31,10 +23,13 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 @dataclass
 class CTMCSchedulerOutput(BaseOutput):
-    """prev_sample: (batch, length) int64, the tokens at the next, smaller time. prev_timestep: (batch,), that time."""
+    """prev_sample: (batch, length) int64, the tokens at the next, smaller time. prev_timestep: (batch,), that time.
+
+    0 is the time of clean tokens.
+    """
 
     prev_sample: torch.Tensor
-    prev_timestep: torch.Tensor | None = None
+    prev_timestep: torch.Tensor | None = None  # accelerate rebuilds outputs from one dict, taken as first field
 
 
 class CTMCScheduler(SchedulerMixin, ConfigMixin):
@@ -107,99 +102,12 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         rate_sigma: float = 6.0,
         Q_sigma: float = 512.0,
     ):
-        self._check_config()
-        self._kernel = self._build_kernel()
-        self._noise = self._build_noise_schedule()
+        check_config(self.config)
+        self._kernel = build_kernel(self.config)
+        self._noise: NoiseSchedule = build_noise_schedule(self.config)
         self._edges: list[float] | None = None
         self.num_inference_steps: int | None = None
         self.timesteps: torch.Tensor | None = None
-
-    # Configuration
-
-    def _check_config(self) -> None:
-        config = self.config
-        choices = {
-            "kernel": ("absorbing", "uniform", "gaussian", "birth_death"),
-            "noise_schedule": ("loglinear", "cosine", "arccos", "geometric", "exponential", "constant"),
-            "sampler": ("euler", "tweedie", "gillespie"),
-            "prediction_type": ("log_score", "x0", "probabilities"),
-            "jumps": (None, "categorical", "poisson"),
-            "time_conditioning": ("sigma_bar", "timestep"),
-            "timestep_spacing": ("uniform", "table"),
-        }
-        for name, allowed in choices.items():
-            if config[name] not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {config[name]!r}")
-        for name in ("vocab_size", "num_corrector_steps"):
-            least = 2 if name == "vocab_size" else 0
-            if isinstance(config[name], bool) or not isinstance(config[name], int) or config[name] < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {config[name]!r}")
-        unit = ("min_timestep", "eps", "corrector_entry_time")
-        positive = ("corrector_step_size_multiplier", "eps_ratio", "sigma_min", "sigma_max", "time_base")
-        positive += ("constant_rate", "rate_sigma", "Q_sigma")
-        for name in (*unit, *positive):
-            value = config[name]
-            inside = isinstance(value, Real) and math.isfinite(value) and value > 0
-            if not inside or (name in unit and not value <= 1) or (name in ("min_timestep", "eps") and value == 1):
-                end = "in (0, 1]" if name == "corrector_entry_time" else "in (0, 1)" if name in unit else "> 0"
-                raise ValueError(f"{name} must be a finite number {end}, got {value!r}")
-        if config.sigma_max <= config.sigma_min:
-            raise ValueError(f"sigma_max must be > sigma_min={config.sigma_min}, got {config.sigma_max}")
-        if not config.time_exponential > 1:
-            raise ValueError(f"time_exponential must be > 1, got {config.time_exponential}")
-        if refusal := self._refusal():
-            raise ValueError(refusal)
-        for name, table in (config.timestep_tables or {}).items():
-            _check_edges(table, f"timestep_tables[{name!r}]", steps=name)
-
-    def _refusal(self) -> str | None:
-        """Why this combination of kernel, sampler, prediction type and jumps has no meaning; None if it has."""
-        config = self.config
-        ordered = config.kernel in ("gaussian", "birth_death")
-        if config.sampler == "gillespie" and config.kernel != "absorbing":
-            return (
-                f"sampler='gillespie' decodes a number of masks a step, and kernel={config.kernel!r} has none; use"
-                " sampler='euler' or 'tweedie', or kernel='absorbing'"
-            )
-        if config.prediction_type == "log_score" and ordered:
-            return (
-                f"prediction_type='log_score' with kernel={config.kernel!r}: clean tokens would need the inverse of an"
-                " ill-conditioned transition matrix; use prediction_type='x0' or 'probabilities'"
-            )
-        if config.jumps == "poisson" and (config.kernel == "absorbing" or config.sampler != "euler"):
-            return (
-                f"jumps='poisson' adds numbers of tokens, with kernel={config.kernel!r} and sampler={config.sampler!r}"
-                " there is nothing to add; use sampler='euler' with kernel='uniform', 'gaussian' or 'birth_death', or"
-                " jumps='categorical'"
-            )
-        if config.sampler == "gillespie" and config.num_corrector_steps:
-            return (
-                f"num_corrector_steps={config.num_corrector_steps}: a corrector step masks tokens again, and"
-                " sampler='gillespie' counts them; use num_corrector_steps=0 or sampler='euler'"
-            )
-        return None
-
-    def _build_kernel(self) -> AbsorbingKernel | UniformKernel | ReversibleKernel:
-        config = self.config
-        if config.kernel == "absorbing":
-            return AbsorbingKernel(config.vocab_size)
-        if config.kernel == "uniform":
-            return UniformKernel(config.vocab_size)
-        if config.kernel == "gaussian":
-            return gaussian_kernel(config.vocab_size, config.rate_sigma, config.Q_sigma)
-        return birth_death_kernel(config.vocab_size)
-
-    def _build_noise_schedule(self) -> NoiseSchedule:
-        config = self.config
-        builders = {
-            "loglinear": lambda: loglinear(config.eps),
-            "cosine": lambda: cosine(config.eps),
-            "arccos": lambda: arccos(config.eps),
-            "geometric": lambda: geometric(config.sigma_min, config.sigma_max),
-            "exponential": lambda: exponential(config.time_base, config.time_exponential),
-            "constant": lambda: constant(config.constant_rate),
-        }
-        return builders[config.noise_schedule]()
 
     @property
     def mask_token_id(self) -> int | None:
@@ -273,7 +181,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
             )
         if timesteps is not None:
             edges = timesteps.tolist() if isinstance(timesteps, torch.Tensor) else [float(t) for t in timesteps]
-            _check_edges(edges, "timesteps")
+            check_edges(edges, "timesteps")
         else:
             edges = self._edges_for(num_inference_steps)
         self._edges = edges
@@ -486,7 +394,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
                 index = self._edge_index(timestep)
                 if index == self.num_inference_steps:
                     denoised = self.denoise(model_output, timestep, sample, generator, noise=noise)
-                    return CTMCSchedulerOutput(prev_sample=denoised) if return_dict else (denoised,)
+                    return self._output(denoised, 0.0, return_dict)
                 timestep, next_timestep = self._edges[index : index + 2]
             self._check_order(timestep, next_timestep)
             if self.jumps == "poisson":
@@ -494,7 +402,12 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
             else:
                 times = self._both_times(timestep, next_timestep, len(sample))
                 sample = self._draw(self._weights, model_output, times, sample, generator, noise)
-            time = torch.as_tensor(next_timestep, dtype=torch.float32, device=sample.device).expand(len(sample))
+            time = next_timestep
+        return self._output(sample, time, return_dict)
+
+    @staticmethod
+    def _output(sample: torch.Tensor, time: float | torch.Tensor, return_dict: bool) -> CTMCSchedulerOutput | tuple:
+        time = torch.as_tensor(time, dtype=torch.float32, device=sample.device).expand(len(sample))
         return CTMCSchedulerOutput(prev_sample=sample, prev_timestep=time) if return_dict else (sample, time)
 
     def step_correct(
@@ -535,7 +448,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
             )
         else:
             corrected = self._draw(weights, model_output, times, sample, generator, noise, everywhere=True)
-        return CTMCSchedulerOutput(prev_sample=corrected) if return_dict else (corrected,)
+        return self._output(corrected, timestep, return_dict)
 
     def denoise(
         self,
@@ -573,7 +486,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         result = sample.clone()
         for rows, (time, next_time), one in self._groups(sample, times, generator):
             x, flat_output = sample[rows].flatten(), output[rows].flatten(0, 1)
-            recorded = None if noise is None else noise[rows].flatten(0, 1)
+            recorded = None if noise is None else noise[rows].flatten(0, 1).to(x.device)
             new = x.clone()
             for chosen in self._chunks(x, everywhere):
                 values = weights(flat_output[chosen].float(), x[chosen], time, next_time)[:, :columns]
@@ -589,7 +502,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         times = self._both_times(timestep, next_timestep, len(sample))
         for rows, (time, next_time), one in self._groups(sample, times, generator):
             x, flat_output = sample[rows].flatten(), output[rows].flatten(0, 1)
-            recorded = None if noise is None else noise[rows].flatten(0, 1)
+            recorded = None if noise is None else noise[rows].flatten(0, 1).to(x.device)
             new = x.clone()
             for chosen in self._chunks(x):
                 if recorded is not None:
@@ -620,7 +533,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
                 recorded = None
                 if noise is not None:
                     batch = torch.arange(len(sample), device=x.device)[rows][part // sample.shape[1]]
-                    recorded = noise[1][batch, ranks[rows].flatten()[part]]
+                    recorded = noise[1].to(x.device)[batch, ranks[rows].flatten()[part]]
                 new[part] = race(weights, recorded, one)
             result[rows] = new.view_as(sample[rows])
         elapsed = holding.masked_fill(~chosen, 0).amax(dim=1)
@@ -634,7 +547,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         holding = torch.full(sample.shape, math.inf, device=sample.device)
         for rows, time, one in self._groups(sample, timestep, generator):
             x, flat_output, times = sample[rows].flatten(), output[rows].flatten(0, 1), holding[rows].flatten()
-            u = uniform_noise(x.shape, one, x.device) if uniforms is None else uniforms[rows].flatten()
+            u = uniform_noise(x.shape, one, x.device) if uniforms is None else uniforms[rows].flatten().to(x.device)
             for part in self._chunks(x):
                 times[part] = -torch.log(u[part]) / self._rates(flat_output[part].float(), x[part], time).sum(dim=1)
             holding[rows] = times.view_as(sample[rows])
@@ -745,12 +658,3 @@ def _check_recorded(noise: torch.Tensor | None, shape: tuple[int, ...]) -> None:
 def _check_generators(generators: list[torch.Generator], batch: int) -> None:
     if len(generators) != batch:
         raise ValueError(f"generator is a list of {len(generators)}, the batch has {batch} samples; give one a sample")
-
-
-def _check_edges(edges: list[float], name: str, steps: str | None = None) -> None:
-    """Raise ValueError unless the edges of a schedule decrease strictly in (0, 1], n + 1 of them for n steps."""
-    numbers = all(isinstance(t, Real) and not isinstance(t, bool) for t in edges)
-    if not numbers or len(edges) < 2 or not all(a > b for a, b in pairwise(edges)) or edges[0] > 1 or edges[-1] <= 0:
-        raise ValueError(f"{name} must be at least two strictly decreasing numbers in (0, 1], got {list(edges)}")
-    if steps is not None and (not str(steps).isdigit() or len(edges) != int(steps) + 1):
-        raise ValueError(f"{name} must be named by its number of steps and hold one edge more, got {len(edges)} edges")

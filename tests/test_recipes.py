@@ -195,12 +195,12 @@ def test_discrete_recipe_on_own_tokens(kernel, objective, tmp_path):
 
 @pytest.mark.parametrize(("kernel", "objective"), [("absorbing", "score"), ("absorbing", "x0"), ("uniform", "x0")])
 def test_discrete_loss_learns(kernel, objective):
-    """On one sequence that repeats, a few steps make the loss fall."""
+    """On one token that repeats, a few steps make the loss fall."""
     module = recipe("train_discrete")
     torch.manual_seed(0)
     model, scheduler = module.build(kernel, objective, 4, 6, 16, 1, 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    original, losses = torch.tensor([[0, 1, 2, 3, 0, 1]]).expand(64, -1), []
+    original, losses = torch.full((64, 6), 2), []
     for _ in range(60):
         loss = module.loss_of(model, scheduler, original, "none")
         optimizer.zero_grad()

@@ -726,6 +726,19 @@ def test_a_list_of_generators_makes_samples_independent_of_their_batch(sampler):
         )
 
 
+def test_outputs_say_where_they_are():
+    scheduler, x = CTMCScheduler(**ABSORBING), torch.full((2, 9), 16)
+    scheduler.set_timesteps(2)
+    output = torch.zeros(2, 9, 17)
+    for t, then in ((scheduler.timesteps[0], scheduler.timesteps[1]), (scheduler.timesteps[2], 0.0)):
+        result = scheduler.step(output, t, x, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(result.prev_timestep, torch.as_tensor(then).expand(2))
+        tokens, time = scheduler.step(output, t, x, torch.Generator().manual_seed(0), return_dict=False)
+        assert torch.equal(tokens, result.prev_sample) and torch.equal(time, result.prev_timestep)
+    corrected = scheduler.step_correct(output, 0.5, x, 0.1)
+    assert corrected.prev_timestep.tolist() == [0.5, 0.5] and corrected.prev_sample.shape == (2, 9)
+
+
 def test_one_generator_repeats():
     scheduler, x = CTMCScheduler(**ABSORBING), torch.full((2, 9), 16)
     scheduler.set_timesteps(2)

@@ -1,0 +1,103 @@
+"""What the configuration of CTMCScheduler may hold, and the kernel and noise schedule that it names."""
+
+import math
+from itertools import pairwise
+from numbers import Real
+
+from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel, birth_death_kernel, gaussian_kernel
+from .ctmc_noise_schedules import NoiseSchedule, arccos, constant, cosine, exponential, geometric, loglinear
+
+
+def check_config(config) -> None:
+    """Raise ValueError for values that are not allowed and for combinations without a meaning."""
+    choices = {
+        "kernel": ("absorbing", "uniform", "gaussian", "birth_death"),
+        "noise_schedule": ("loglinear", "cosine", "arccos", "geometric", "exponential", "constant"),
+        "sampler": ("euler", "tweedie", "gillespie"),
+        "prediction_type": ("log_score", "x0", "probabilities"),
+        "jumps": (None, "categorical", "poisson"),
+        "time_conditioning": ("sigma_bar", "timestep"),
+        "timestep_spacing": ("uniform", "table"),
+    }
+    for name, allowed in choices.items():
+        if config[name] not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {config[name]!r}")
+    for name in ("vocab_size", "num_corrector_steps"):
+        least = 2 if name == "vocab_size" else 0
+        if isinstance(config[name], bool) or not isinstance(config[name], int) or config[name] < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {config[name]!r}")
+    unit = ("min_timestep", "eps", "corrector_entry_time")
+    positive = ("corrector_step_size_multiplier", "eps_ratio", "sigma_min", "sigma_max", "time_base")
+    positive += ("constant_rate", "rate_sigma", "Q_sigma")
+    for name in (*unit, *positive):
+        value = config[name]
+        inside = isinstance(value, Real) and math.isfinite(value) and value > 0
+        if not inside or (name in unit and not value <= 1) or (name in ("min_timestep", "eps") and value == 1):
+            end = "in (0, 1]" if name == "corrector_entry_time" else "in (0, 1)" if name in unit else "> 0"
+            raise ValueError(f"{name} must be a finite number {end}, got {value!r}")
+    if config.sigma_max <= config.sigma_min:
+        raise ValueError(f"sigma_max must be > sigma_min={config.sigma_min}, got {config.sigma_max}")
+    if not config.time_exponential > 1:
+        raise ValueError(f"time_exponential must be > 1, got {config.time_exponential}")
+    if refusal := _refusal(config):
+        raise ValueError(refusal)
+    for name, table in (config.timestep_tables or {}).items():
+        check_edges(table, f"timestep_tables[{name!r}]", steps=name)
+
+
+def _refusal(config) -> str | None:
+    """Why this combination of kernel, sampler, prediction type and jumps has no meaning; None if it has."""
+    ordered = config.kernel in ("gaussian", "birth_death")
+    if config.sampler == "gillespie" and config.kernel != "absorbing":
+        return (
+            f"sampler='gillespie' decodes a number of masks a step, and kernel={config.kernel!r} has none; use"
+            " sampler='euler' or 'tweedie', or kernel='absorbing'"
+        )
+    if config.prediction_type == "log_score" and ordered:
+        return (
+            f"prediction_type='log_score' with kernel={config.kernel!r}: clean tokens would need the inverse of an"
+            " ill-conditioned transition matrix; use prediction_type='x0' or 'probabilities'"
+        )
+    if config.jumps == "poisson" and (config.kernel == "absorbing" or config.sampler != "euler"):
+        return (
+            f"jumps='poisson' adds numbers of tokens, with kernel={config.kernel!r} and sampler={config.sampler!r}"
+            " there is nothing to add; use sampler='euler' with kernel='uniform', 'gaussian' or 'birth_death', or"
+            " jumps='categorical'"
+        )
+    if config.sampler == "gillespie" and config.num_corrector_steps:
+        return (
+            f"num_corrector_steps={config.num_corrector_steps}: a corrector step masks tokens again, and"
+            " sampler='gillespie' counts them; use num_corrector_steps=0 or sampler='euler'"
+        )
+    return None
+
+
+def build_kernel(config) -> AbsorbingKernel | UniformKernel | ReversibleKernel:
+    if config.kernel == "absorbing":
+        return AbsorbingKernel(config.vocab_size)
+    if config.kernel == "uniform":
+        return UniformKernel(config.vocab_size)
+    if config.kernel == "gaussian":
+        return gaussian_kernel(config.vocab_size, config.rate_sigma, config.Q_sigma)
+    return birth_death_kernel(config.vocab_size)
+
+
+def build_noise_schedule(config) -> NoiseSchedule:
+    builders = {
+        "loglinear": lambda: loglinear(config.eps),
+        "cosine": lambda: cosine(config.eps),
+        "arccos": lambda: arccos(config.eps),
+        "geometric": lambda: geometric(config.sigma_min, config.sigma_max),
+        "exponential": lambda: exponential(config.time_base, config.time_exponential),
+        "constant": lambda: constant(config.constant_rate),
+    }
+    return builders[config.noise_schedule]()
+
+
+def check_edges(edges: list[float], name: str, steps: str | None = None) -> None:
+    """Raise ValueError unless the edges of a schedule decrease strictly in (0, 1], n + 1 of them for n steps."""
+    numbers = all(isinstance(t, Real) and not isinstance(t, bool) for t in edges)
+    if not numbers or len(edges) < 2 or not all(a > b for a, b in pairwise(edges)) or edges[0] > 1 or edges[-1] <= 0:
+        raise ValueError(f"{name} must be at least two strictly decreasing numbers in (0, 1], got {list(edges)}")
+    if steps is not None and (not str(steps).isdigit() or len(edges) != int(steps) + 1):
+        raise ValueError(f"{name} must be named by its number of steps and hold one edge more, got {len(edges)} edges")
