@@ -30,7 +30,7 @@ TEST = ["pytest>=8.0.0", "hypothesis>=6.100.0", "ruff>=0.17.5", "build>=1.2.1", 
 setup(
     name="diffusers_ext",
     version="0.1.0.dev0",
-    description="Research methods for Hugging Face diffusers: Boost-and-Skip, guidance interval, discrete diffusion, flow postprocessing",
+    description="Research methods for diffusers: Boost-and-Skip, guidance interval, discrete and flow methods",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
