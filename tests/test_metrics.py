@@ -525,4 +525,5 @@ def test_everything_public_is_listed():
         "lof",
         "neighbours",
         "search",
+        "sequences",
     }
