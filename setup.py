@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 # Each lower bound is the oldest version that the test suite was run on, all of them together, on Python 3.10; but the
-# tests of the guidance interval, discrete diffusion and flow postprocessing have run on those of constraints.txt alone,
+# tests of the guidance interval, discrete diffusion and flow postprocessing have run on constraints.txt alone,
 # and so have huggingface_hub, pyyaml and torchdiffeq.
 BASE = [
     "diffusers>=0.37.0",
