@@ -59,16 +59,23 @@ class Steps(click.ParamType):
         return steps
 
 
-class Integers(click.ParamType):
-    """Integers between commas."""
+class Listed(click.ParamType):
+    """Numbers of one type between commas."""
 
-    name = "0,1,..."
+    def __init__(self, number: type, name: str):
+        self.number, self.name = number, name
 
     def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
         try:
-            return [int(number) for number in value.split(",")]
+            return [self.number(part) for part in value.split(",")]
         except ValueError:
-            self.fail(f"{value!r} is not integers between commas", param, ctx)
+            kind = "integers" if self.number is int else "numbers"
+            self.fail(f"{value!r} is not {kind} between commas", param, ctx)
+
+
+INTEGERS, NUMBERS = Listed(int, "0,1,..."), Listed(float, "1.5,2,...")
 
 
 def _prompts(ctx, param, path: Path | None) -> list[str] | None:
@@ -101,7 +108,7 @@ def _prompts(ctx, param, path: Path | None) -> list[str] | None:
     help='Or a respacing, "10,10,5" or "ddim25", for pipelines that take one.',
 )  # fmt: skip
 @click.option(
-    "--class-labels", type=Integers(), default=None,
+    "--class-labels", type=INTEGERS, default=None,
     help="Labels to go through in turn; by default every class of a conditional model.",
 )  # fmt: skip
 @click.option("--random-labels", is_flag=True, help="A random class for each image, from its seed.")
@@ -183,7 +190,7 @@ def _sample_model(model, pipeline, output, device, dtype, trust_remote_code, **a
 )  # fmt: skip
 @click.option("--format", type=click.Choice(["png", "zip", "npz"]), default="png", show_default=True)
 @click.option(
-    "--class-labels", type=Integers(), default=None,
+    "--class-labels", type=INTEGERS, default=None,
     help="Of the images, gone through in turn; by default those of the npz.",
 )  # fmt: skip
 @click.option(
@@ -351,18 +358,6 @@ def evaluate(
         click.echo(f"wrote {json_file}")
 
 
-class Numbers(click.ParamType):
-    """Numbers between commas."""
-
-    name = "1.5,2,..."
-
-    def convert(self, value, param, ctx):
-        try:
-            return [float(number) for number in value.split(",")]
-        except ValueError:
-            self.fail(f"{value!r} is not numbers between commas", param, ctx)
-
-
 @main.command("tune-interval")
 @click.argument("model")
 @click.option(
@@ -373,7 +368,7 @@ class Numbers(click.ParamType):
     "--reference", type=click.Path(path_type=Path), default=None,
     help="Real images (folder, zip, .npz), or an .npz with mu and sigma; by default the shipped classifier's digits.",
 )  # fmt: skip
-@click.option("--guidance-scales", type=Numbers(), default=[1.5, 2.0, 3.0], show_default="1.5,2,3")
+@click.option("--guidance-scales", type=NUMBERS, default=[1.5, 2.0, 3.0], show_default="1.5,2,3")
 @click.option(
     "--pipeline", type=click.Choice(["boost-and-skip"]), default=None,
     help="Sample the model with this pipeline; by default with its own.",

@@ -175,7 +175,7 @@ def plot_search(found: IntervalSearch, path: Path) -> Path:
     left.legend(frameon=False)
     chosen = found.best_interval.guidance_scale
     finite = [sigma for sigma in sigmas if 0 < sigma < float("inf")]
-    for candidate, distance in found.distances.items():
+    for candidate, distance in reversed(found.distances.items()):  # the best on top
         if candidate.guidance_scale == chosen:
             ends = min(sigmas[candidate.first], max(finite)), max(sigmas[candidate.last + 1], min(finite))
             colour = "C1" if candidate == found.best_interval else "0.6"

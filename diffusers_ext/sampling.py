@@ -108,7 +108,8 @@ def _classes(pipe: DiffusionPipeline) -> list[int] | None:
     """The classes of the pipeline's unet or DiT transformer, without the null class; None for an unconditional one."""
     number = None
     if _takes_labels(pipe) and getattr(pipe, "unet", None) is not None:
-        number = pipe.unet.config.get("num_class_embeds")
+        config = pipe.unet.config
+        number = config.get("num_class_embeds") or config.get("label_dim") or None  # EDM2 has the latter, 0 for none
     elif _takes_labels(pipe) and getattr(pipe, "transformer", None) is not None:
         number = pipe.transformer.config.get("num_embeds_ada_norm")  # the null class comes after these
     if number is None:

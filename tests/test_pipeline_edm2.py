@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from diffusers_ext import EDM2Pipeline, EDM2UNet2DModel, EDMHeunScheduler
 from diffusers_ext.checkpoints import load_edm2
 from diffusers_ext.pipelines import edm2 as module
+from diffusers_ext.sampling import cycled_labels, sample_to_folder
 
 GOLDENS = Path(__file__).parent / "goldens"
 SAMPLERS = sorted(path.stem for path in GOLDENS.glob("edm_sampler_*.json"))
@@ -341,3 +342,16 @@ def test_components_are_checked():
     unconditional = EDM2Pipeline(tiny_unet(0), EDMHeunScheduler())
     with pytest.raises(ValueError, match="the network is unconditional"):
         run(unconditional)
+
+
+def test_in_bulk_every_class_in_turn(tmp_path):
+    """Labels left out are every class; a conditional network is not sampled without a label by mistake."""
+    done = sample_to_folder(pipeline(), tmp_path / "out", 6, format="npz", batch_size=4, num_inference_steps=2)
+    arrays = np.load(done.result)
+    assert arrays["arr_1"].tolist() == [0, 1, 2, 3, 0, 1]
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    images = pipeline()(
+        class_labels=[0, 1, 2, 3], num_inference_steps=2, generator=generators, output_type="np"
+    ).images
+    assert np.abs(arrays["arr_0"][:4] / 255 - images).max() < 1.5 / 255
+    assert cycled_labels(EDM2Pipeline(tiny_unet(0), EDMHeunScheduler()), 3) is None
