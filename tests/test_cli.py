@@ -1,6 +1,7 @@
 """The diffusers-ext command."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,9 +9,13 @@ import torch
 from click.testing import CliRunner
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
+from rich.console import Console
 
 import diffusers_ext
 from diffusers_ext import cli, demo, evaluation, sampling
+from diffusers_ext.demo import boost_and_skip
+from diffusers_ext.demo.boost_and_skip import BoostAndSkipSettings, run_boost_and_skip
+from diffusers_ext.demo.pictures import grid
 from diffusers_ext.info import attention_backends, package_versions
 from diffusers_ext.sampling import cycled_labels, sample_images
 from diffusers_ext.shipped import load_pipeline
@@ -158,20 +163,20 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def small_demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    settings = demo.DemoSettings(gammas=(1.0, 4.0), skip_steps=1, num_inference_steps=12, num_samples=20)
-    return folder, demo.run_demo(folder, "cpu", settings)
+    settings = BoostAndSkipSettings(gammas=(1.0, 4.0), skip_steps=1, num_inference_steps=12, num_samples=20)
+    return folder, demo.run_demo(folder, "cpu", {"boost_and_skip": partial(run_boost_and_skip, settings=settings)})
 
 
 def test_demo_saves_what_it_measured(small_demo):
     folder, result = small_demo
     saved = json.loads((folder / "demo.json").read_text())
     assert saved == json.loads(json.dumps(result))
-    assert saved["settings"]["num_samples"] == 20
-    for row, gamma in zip(saved["boost_and_skip"], (1.0, 4.0), strict=True):
+    assert saved["boost_and_skip"]["settings"]["num_samples"] == 20
+    for row, gamma in zip(saved["boost_and_skip"]["rows"], (1.0, 4.0), strict=True):
         assert row["gamma"] == gamma
         assert 0 <= row["recognised"] <= 1 and 0 <= row["inside"] <= 1
         assert min(row[name] for name in ("knn_distance", "lof", "rarity", "frechet", "seconds_per_image")) > 0
-    plain, boosted = saved["boost_and_skip"]
+    plain, boosted = saved["boost_and_skip"]["rows"]
     assert boosted["knn_distance"] > plain["knn_distance"]
 
 
@@ -184,19 +189,19 @@ def test_demo_draws_a_panel_for_each_gamma(small_demo):
 
 
 def test_demo_without_extras_leaves_out_what_needs_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    monkeypatch.setattr(boost_and_skip, "find_spec", lambda name: None)
     monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
-    settings = demo.DemoSettings(gammas=(2.0,), num_inference_steps=4, num_samples=10)
-    result = demo.run_demo(tmp_path, "cpu", settings)
-    assert "lof" not in result["boost_and_skip"][0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["boost_and_skip.png", "demo.json"]
+    settings = BoostAndSkipSettings(gammas=(2.0,), num_inference_steps=4, num_samples=10)
+    result = run_boost_and_skip(tmp_path, "cpu", Console(), settings)
+    assert "lof" not in result["rows"][0]
+    assert [path.name for path in tmp_path.iterdir()] == ["boost_and_skip.png"] == result["files"]
     assert 'pip install "diffusers_ext[metrics]"' in capsys.readouterr().out
 
 
 def test_grid_is_row_by_row_ink_on_white():
     images = torch.zeros(6, 1, 2, 2)
     images[1] = 1
-    pixels = np.asarray(demo.grid(images, columns=3, scale=1))
+    pixels = np.asarray(grid(images, columns=3, scale=1))
     assert pixels.shape == (4, 6)
     assert (pixels[:2, 2:4] == 0).all() and (pixels == 255).sum() == 20
 

@@ -1,6 +1,5 @@
-"""`diffusers-ext demo`: the shipped MNIST model sampled plainly and with Boost-and-Skip; picture, numbers, plot."""
+"""Boost-and-Skip: the shipped MNIST model sampled at several gammas."""
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -8,17 +7,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from . import __version__
-from .evaluation import NEIGHBOURS, evaluate_digits
-from .info import best_device
-from .sampling import sample_images
-from .shipped import load_pipeline
+from ..evaluation import NEIGHBOURS, evaluate_digits
+from ..sampling import sample_images
+from ..shipped import load_pipeline
+from .pictures import grid, side_by_side
 
 CLASSES = 10
 SHOWN = 100  # images in each panel of the picture
@@ -40,8 +37,8 @@ LEGEND = (
 
 
 @dataclass(frozen=True)
-class DemoSettings:
-    """What the demo samples; gamma 1 is the stock sampler, without skipping."""
+class BoostAndSkipSettings:
+    """What is sampled; gamma 1 is the stock sampler, without skipping."""
 
     gammas: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
     skip_steps: int = 3
@@ -58,15 +55,14 @@ class DemoSettings:
         return "stock sampler" if gamma == 1 else f"gamma {gamma:g}, skip {self.skip_steps}"
 
 
-def run_demo(output: Path, device: str | None = None, settings: DemoSettings | None = None) -> dict:
-    """Sample, measure and print; write boost_and_skip.png, demo.json and, with matplotlib, a plot into a folder.
+def run_boost_and_skip(
+    output: Path, device: str, console: Console, settings: BoostAndSkipSettings | None = None
+) -> dict:
+    """Sample, measure and print; write boost_and_skip.png and, with matplotlib, a plot into the folder.
 
-    Every gamma has the same seeds and labels. Returns what demo.json holds.
+    Every gamma has the same seeds and labels. Returns the settings, a row of numbers for each gamma and the files.
     """
-    settings = settings or DemoSettings()
-    device = device or best_device()
-    console = Console()
-    output.mkdir(parents=True, exist_ok=True)
+    settings = settings or BoostAndSkipSettings()
     pipe = load_pipeline("mnist-unet", "boost-and-skip").to(device)
     pipe.set_progress_bar_config(disable=True)
     labels = torch.arange(settings.num_samples) % CLASSES
@@ -83,47 +79,15 @@ def run_demo(output: Path, device: str | None = None, settings: DemoSettings | N
             rows.append({"gamma": gamma, **evaluate_digits(images, labels), "seconds_per_image": seconds})
             panels[settings.title(gamma)] = grid(images[:SHOWN], columns=CLASSES)
 
-    result = {
-        "version": __version__,
-        "device": device,
-        "torch_threads": torch.get_num_threads(),
-        "settings": asdict(settings),
-        "boost_and_skip": rows,
-    }
-    written = [output / "boost_and_skip.png", output / "demo.json"]
+    written = [output / "boost_and_skip.png"]
     side_by_side(panels).save(written[0])
-    written[1].write_text(json.dumps(result, indent=2) + "\n")
     if find_spec("matplotlib") is not None:
         written.append(plot(rows, settings, output / "boost_and_skip_metrics.png"))
     print_table(console, rows, settings)
-    console.print("wrote " + ", ".join(str(path) for path in written))
-    return result
+    return {"settings": asdict(settings), "rows": rows, "files": [path.name for path in written]}
 
 
-def grid(images: torch.Tensor, columns: int, scale: int = 2) -> Image.Image:
-    """A sheet of grey images (count, 1, height, width) in [0, 1], ink on white, row by row."""
-    count, _, height, width = images.shape
-    rows = count // columns
-    sheet = images[: rows * columns].reshape(rows, columns, height, width).permute(0, 2, 1, 3)
-    pixels = (1 - sheet.reshape(rows * height, columns * width)).mul(255).round().byte().numpy()
-    return Image.fromarray(pixels).resize((columns * width * scale, rows * height * scale), Image.Resampling.BICUBIC)
-
-
-def side_by_side(panels: dict[str, Image.Image], margin: int = 24) -> Image.Image:
-    """Sheets beside each other, each under its title."""
-    font = ImageFont.load_default(size=22)
-    width = sum(panel.width + margin for panel in panels.values()) + margin
-    height = max(panel.height for panel in panels.values()) + 3 * margin
-    canvas = Image.new("L", (width, height), 255)
-    draw, left = ImageDraw.Draw(canvas), margin
-    for title, panel in panels.items():
-        draw.text((left, margin // 2), title, fill=0, font=font)
-        canvas.paste(panel, (left, 2 * margin))
-        left += panel.width + margin
-    return canvas
-
-
-def plot(rows: list[dict], settings: DemoSettings, path: Path) -> Path:
+def plot(rows: list[dict], settings: BoostAndSkipSettings, path: Path) -> Path:
     """Each metric over gamma, one small chart a metric."""
     from matplotlib.figure import Figure
 
@@ -147,7 +111,7 @@ def format_number(name: str, value: float | None) -> str:
     return f"{value:.1%}" if name in ("recognised", "inside") else f"{value:.3f}"
 
 
-def print_table(console: Console, rows: list[dict], settings: DemoSettings) -> None:
+def print_table(console: Console, rows: list[dict], settings: BoostAndSkipSettings) -> None:
     """The rows of the sweep; what was not measured says what to install."""
     names = [name for name in COLUMNS if name in rows[0]]
     title = (

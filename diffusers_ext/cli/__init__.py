@@ -1,0 +1,33 @@
+"""The `diffusers-ext` command, one file each. Each imports what it needs when it runs."""
+
+import click
+
+from .. import __version__
+from .convert import convert
+from .demo import demo
+from .evaluate import evaluate
+from .export import export
+from .info import info
+from .sample import sample
+from .tune_interval import tune_interval
+from .upsample import upsample
+
+
+class FriendlyGroup(click.Group):
+    """Shows bad input, missing files and missing optional packages as one line; the rest keeps its traceback."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except (ValueError, ImportError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=FriendlyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="diffusers-ext")
+def main():
+    """Research methods for diffusers, on shipped models and on yours."""
+
+
+for command in (convert, demo, evaluate, export, info, sample, tune_interval, upsample):
+    main.add_command(command)

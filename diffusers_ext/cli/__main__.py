@@ -1,0 +1,5 @@
+"""`python -m diffusers_ext.cli`, for torchrun."""
+
+from . import main
+
+main()

@@ -1,0 +1,42 @@
+"""`diffusers-ext convert`: original checkpoints."""
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def convert():
+    """Turn original checkpoints into folders that diffusers loads."""
+
+
+@convert.command(
+    "guided-diffusion", context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("output", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+@click.option("--preset", default=None, help="Flags of a published checkpoint; an unknown name lists them.")
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True, help="Of the weights."
+)
+@click.option(
+    "--check-steps", type=click.IntRange(min=0), default=3, show_default=True,
+    help="Steps to sample with the checkpoint's own tensors and with the result; 0 checks nothing.",
+)  # fmt: skip
+def convert_guided_diffusion_command(checkpoint, output, flags, preset, dtype, check_steps):
+    """Write CHECKPOINT, a guided-diffusion .pt file, to the new folder OUTPUT.
+
+    FLAGS are those of the original command line, as they stand there: --image_size 64 --num_channels 192 ... What the
+    tensors show may be left out.
+    """
+    import torch
+
+    from ..checkpoints import convert_guided_diffusion
+    from ..checkpoints.guided_diffusion import parse_flags
+
+    weights = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    pipeline, error = convert_guided_diffusion(checkpoint, output, preset, weights, check_steps, **parse_flags(flags))
+    if error is not None:
+        click.echo(f"largest difference to the checkpoint over {check_steps} steps in float32: {error:.1e}")
+    click.echo(f"wrote {type(pipeline).__name__} with {type(pipeline.unet).__name__} to {output}")

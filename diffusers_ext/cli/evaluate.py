@@ -1,0 +1,92 @@
+"""`diffusers-ext evaluate`."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("generated", type=click.Path(path_type=Path))
+@click.option(
+    "--reference", type=click.Path(path_type=Path), required=True,
+    help="The real images, or an .npz with mu and sigma for the Fréchet distance alone.",
+)  # fmt: skip
+@click.option(
+    "--metric", "metrics", multiple=True,
+    type=click.Choice(["frechet", "precision_recall", "knn_distance", "lof", "rarity"]),
+    help="Compute this one; repeat it for more. By default all that the reference allows.",
+)  # fmt: skip
+@click.option(
+    "--k", "neighbours", multiple=True, metavar="METRIC=K",
+    help="Neighbours of a metric; by default 5 for knn_distance, 20 for lof, 3 for rarity and precision_recall.",
+)  # fmt: skip
+@click.option(
+    "--features", default="classifier", show_default=True, metavar="NAME",
+    help="classifier (MNIST digits), dinov2, inception, or module:function, which imports and runs that code.",
+)  # fmt: skip
+@click.option(
+    "--features-model", default=None, metavar="MODEL",
+    help="dinov2: folder or Hub id, by default facebook/dinov2-large; inception: file of weights.",
+)  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path, file_okay=False), default=None,
+    help="Folder for computed features; by default below DIFFUSERS_EXT_CACHE or the user's cache folder.",
+)  # fmt: skip
+@click.option("--no-cache", is_flag=True, help="Compute all features anew and keep none.")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), default=None,
+    help="File for the numbers and what they stand for.",
+)  # fmt: skip
+def evaluate(
+    generated, reference, metrics, neighbours, features, features_model, batch_size, device, cache, no_cache,
+    json_file,
+):  # fmt: skip
+    """Compare GENERATED images with real ones.
+
+    GENERATED and the reference are each a folder of images, a zip of images or an .npz with arr_0.
+    """
+    import json
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..evaluation import evaluate_images, print_evaluation
+    from ..feature_cache import default_cache
+    from ..info import package_versions
+
+    if no_cache and cache is not None:
+        raise click.UsageError("--cache and --no-cache exclude each other")
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)  # before the networks run
+    console = Console()
+    with Progress(console=console, transient=True) as progress:
+        tasks = {}
+
+        def on_progress(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(f"features of {name}", total=total)
+            progress.update(tasks[name], completed=done)
+
+        result = evaluate_images(
+            generated, reference, features, list(metrics) or None, _neighbours(neighbours), features_model, device,
+            batch_size, None if no_cache else cache or default_cache(), on_progress,
+        )  # fmt: skip
+    print_evaluation(result, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps({**result, "versions": package_versions()}, indent=2) + "\n")
+        click.echo(f"wrote {json_file}")
+
+
+def _neighbours(settings: tuple[str, ...]) -> dict[str, int]:
+    """ "lof=10" and others as a dictionary."""
+    k = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if not value.isdecimal() or name in k:
+            raise click.BadParameter(
+                f"{setting!r} must be METRIC=K with a whole number, once a metric", param_hint="--k"
+            )
+        k[name] = int(value)
+    return k

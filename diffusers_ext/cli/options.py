@@ -1,0 +1,37 @@
+"""Types of options that several commands share."""
+
+import click
+
+
+class Steps(click.ParamType):
+    """A number of steps >= 1, or a respacing such as "10,10,5" or "ddim25", which goes to the pipeline as it is."""
+
+    name = "N|RESPACING"
+
+    def convert(self, value, param, ctx):
+        try:
+            steps = int(value)
+        except ValueError:
+            return value
+        if steps < 1:
+            self.fail(f"{steps} is not >= 1", param, ctx)
+        return steps
+
+
+class Listed(click.ParamType):
+    """Numbers of one type between commas."""
+
+    def __init__(self, number: type, name: str):
+        self.number, self.name = number, name
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
+        try:
+            return [self.number(part) for part in value.split(",")]
+        except ValueError:
+            kind = "integers" if self.number is int else "numbers"
+            self.fail(f"{value!r} is not {kind} between commas", param, ctx)
+
+
+INTEGERS, NUMBERS = Listed(int, "0,1,..."), Listed(float, "1.5,2,...")

@@ -1,0 +1,110 @@
+"""`diffusers-ext sample`, and how a model is sampled into a folder."""
+
+from pathlib import Path
+
+import click
+
+from .options import INTEGERS, Steps
+
+
+def _prompts(ctx, param, path: Path | None) -> list[str] | None:
+    """The lines of a file that hold anything."""
+    if path is None:
+        return None
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise click.BadParameter(f"{path} holds no prompt")
+    return lines
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--output", type=click.Path(path_type=Path, file_okay=False), required=True,
+    help="Folder for the images and manifest.json; new, or one to go on in.",
+)  # fmt: skip
+@click.option("--format", type=click.Choice(["png", "zip", "npz"]), default="png", show_default=True)
+@click.option(
+    "--pipeline", type=click.Choice(["boost-and-skip"]), default=None,
+    help="Sample the model with this pipeline; by default with its own.",
+)  # fmt: skip
+@click.option("--gamma", type=float, default=None, help="Boost-and-Skip: factor on the initial noise.")
+@click.option("--skip-steps", type=int, default=None, help="Boost-and-Skip: first steps to drop.")
+@click.option("--num-samples", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option(
+    "--num-inference-steps", type=Steps(), default=50, show_default=True,
+    help='Or a respacing, "10,10,5" or "ddim25", for pipelines that take one.',
+)  # fmt: skip
+@click.option(
+    "--class-labels", type=INTEGERS, default=None,
+    help="Labels to go through in turn; by default every class of a conditional model.",
+)  # fmt: skip
+@click.option("--random-labels", is_flag=True, help="A random class for each image, from its seed.")
+@click.option("--prompt", default=None, metavar="TEXT", help="For text-to-image models.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None, callback=_prompts,
+    help="File of prompts to go through in turn, one a line.",
+)  # fmt: skip
+@click.option("--guidance-scale", type=float, default=None, help="1 is off.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Image i is drawn with seed + i.")
+@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
+@click.option(
+    "--cpu-threads", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Of each process on a CPU; round-off depends on it. Many processes use many cores better.",
+)  # fmt: skip
+@click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
+def sample(
+    model, output, format, pipeline, gamma, skip_steps, num_samples, num_inference_steps, class_labels, random_labels,
+    prompt, prompts, guidance_scale, batch_size, seed, device, dtype, cpu_threads, trust_remote_code,
+):  # fmt: skip
+    """Draw images from MODEL into a folder.
+
+    MODEL is the name of a shipped model, a folder or a Hub id. The same command goes on after an interruption. On many
+    processes: torchrun --nproc_per_node N -m diffusers_ext.cli sample MODEL ...
+    """
+    if class_labels is not None and random_labels:
+        raise click.UsageError("give --class-labels or --random-labels, not both")
+    if prompt is not None and prompts is not None:
+        raise click.UsageError("give --prompt or --prompts, not both")
+    call = {"gamma": gamma, "skip_steps": skip_steps, "guidance_scale": guidance_scale}
+    call = {name: value for name, value in call.items() if value is not None}
+    sample_model(
+        model, pipeline, output, device, dtype, trust_remote_code, count=num_samples,
+        labels="random" if random_labels else class_labels, prompts=[prompt] if prompt is not None else prompts,
+        seed=seed, batch_size=batch_size, format=format, cpu_threads=cpu_threads,
+        num_inference_steps=num_inference_steps, **call,
+    )  # fmt: skip
+
+
+def sample_model(model, pipeline, output, device, dtype, trust_remote_code, **arguments) -> None:
+    """Load a pipeline on every process that was started, sample it into a folder and say what was done."""
+    from contextlib import nullcontext
+
+    import torch
+
+    from ..info import best_device
+    from ..processes import start_processes
+    from ..sampling import sample_to_folder
+    from ..shards import check_folder
+    from ..shipped import load_pipeline
+
+    check_folder(output)  # before a large model is loaded
+    device = device or best_device()
+    accelerator = start_processes(device)
+    if accelerator is not None and accelerator.num_processes > 1:
+        device = accelerator.device
+    # one after the other, since the first may download the model and copy its code
+    with nullcontext() if accelerator is None else accelerator.main_process_first():
+        pipe = load_pipeline(model, pipeline, trust_remote_code=trust_remote_code)
+    pipe.to(device, getattr(torch, dtype))
+    done = sample_to_folder(pipe, output, accelerator=accelerator, **arguments)
+    if accelerator is None or accelerator.is_main_process:
+        if done.was_finished:
+            click.echo(f"{done.result} was finished before: {done.count} images, nothing to do")
+        else:
+            click.echo(f"wrote {done.count} images to {done.result}, {done.drawn} of them drawn by this start")
+    if accelerator is not None:
+        accelerator.end_training()

@@ -1,0 +1,72 @@
+"""`diffusers-ext tune-interval`."""
+
+from pathlib import Path
+
+import click
+
+from .options import NUMBERS
+
+
+@click.command("tune-interval")
+@click.argument("model")
+@click.option(
+    "--output", type=click.Path(path_type=Path, file_okay=False), required=True,
+    help="Folder for what is found; one that was begun with the same settings goes on.",
+)  # fmt: skip
+@click.option(
+    "--reference", type=click.Path(path_type=Path), default=None,
+    help="Real images (folder, zip, .npz), or an .npz with mu and sigma; by default the shipped classifier's digits.",
+)  # fmt: skip
+@click.option("--guidance-scales", type=NUMBERS, default=[1.5, 2.0, 3.0], show_default="1.5,2,3")
+@click.option(
+    "--pipeline", type=click.Choice(["boost-and-skip"]), default=None,
+    help="Sample the model with this pipeline; by default with its own.",
+)  # fmt: skip
+@click.option("--num-samples", type=click.IntRange(min=2), default=2000, show_default=True, help="Of each candidate.")
+@click.option("--num-inference-steps", type=click.IntRange(min=2), default=30, show_default=True)
+@click.option("--features", default="classifier", show_default=True, help="As for evaluate.")
+@click.option("--features-model", default=None, help="As for evaluate.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Image i of each candidate is drawn with seed + i.")
+@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
+@click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
+def tune_interval(
+    model, output, reference, guidance_scales, pipeline, num_samples, num_inference_steps, features, features_model,
+    batch_size, seed, device, dtype, trust_remote_code,
+):  # fmt: skip
+    """Search the guidance interval and weight of MODEL, class-conditional, with the least Fréchet distance.
+
+    For each weight: guided everywhere; then where guidance should begin, then where it should end. Every distance is
+    kept, and the same command goes on after an interruption.
+    """
+    import torch
+    from rich.progress import Progress
+
+    from ..features import load_extractor
+    from ..info import best_device
+    from ..interval_tuning import plot_search, print_search, reference_statistics
+    from ..interval_tuning import tune_interval as tune
+    from ..sampling import cycled_labels
+    from ..shipped import load_pipeline
+
+    device = device or best_device()
+    extractor = load_extractor(features, features_model, device)
+    real = reference_statistics(reference, extractor, batch_size)
+    pipe = load_pipeline(model, pipeline, trust_remote_code=trust_remote_code).to(device, getattr(torch, dtype))
+    labels = cycled_labels(pipe, num_samples)
+    if labels is None:
+        raise click.UsageError(f"{model} takes no class labels; tune text-to-image models through the Python function")
+    with Progress() as progress:
+        tasks = {}
+
+        def note(candidate, done):
+            if candidate not in tasks:
+                tasks[candidate] = progress.add_task(candidate.key, total=num_samples)
+            progress.update(tasks[candidate], completed=done, visible=done < num_samples)
+
+        found = tune(
+            pipe, extractor, real, guidance_scales, labels, output, num_inference_steps, seed, batch_size, note
+        )
+    print_search(found, output)
+    plot_search(found, output / "interval.png")
