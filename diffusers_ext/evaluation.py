@@ -134,7 +134,8 @@ def evaluate_digits(images: torch.Tensor, labels: torch.Tensor) -> dict[str, flo
     Returns recognised (share classified as its label), knn_distance (mean distance to the 5 nearest training
     images), knn_distance_recognised (the same over the recognised ones alone, None if there are none), lof (local
     outlier factor, k 20; left out where scikit-learn is not installed), rarity (rarity score, k 3, mean over the
-    samples inside the real manifold; None if none is), inside (their share) and frechet.
+    samples inside the real manifold; None if none is), inside (their share) and frechet; precision and recall (k 3)
+    against as many training images as there are samples.
     """
     classifier, reference = load_shipped_classifier()
     outputs = [classifier(batch * 2 - 1) for batch in images.split(500)]
@@ -143,12 +144,14 @@ def evaluate_digits(images: torch.Tensor, labels: torch.Tensor) -> dict[str, flo
     metrics = [name for name in _available() if name != "precision_recall"]
     statistics = (reference.mean, reference.covariance)
     alone = features[recognised]
+    equal = reference.features[: len(features)]
     return {
         "recognised": recognised.double().mean().item(),
         "knn_distance_recognised": average_knn_distance(alone, reference.features, NEIGHBOURS["knn_distance"])
         if len(alone)
         else None,
         **_numbers(features, reference.features, statistics, metrics, NEIGHBOURS),
+        **_numbers(features, equal, None, ["precision_recall"], NEIGHBOURS),
     }
 
 

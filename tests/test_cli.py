@@ -1,7 +1,6 @@
 """The diffusers-ext command."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -9,13 +8,9 @@ import torch
 from click.testing import CliRunner
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
-from rich.console import Console
 
 import diffusers_ext
-from diffusers_ext import cli, demo, evaluation, sampling
-from diffusers_ext.demo import boost_and_skip
-from diffusers_ext.demo.boost_and_skip import BoostAndSkipSettings, run_boost_and_skip
-from diffusers_ext.demo.pictures import grid
+from diffusers_ext import cli, demo, sampling
 from diffusers_ext.info import attention_backends, package_versions
 from diffusers_ext.sampling import cycled_labels, sample_images
 from diffusers_ext.shipped import load_pipeline
@@ -158,52 +153,6 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "run_demo", fail)
     result = invoke("demo", "--output", tmp_path)
     assert result.exit_code == 1 and 'pip install "diffusers_ext[metrics]"' in result.output
-
-
-@pytest.fixture(scope="module")
-def small_demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    settings = BoostAndSkipSettings(gammas=(1.0, 4.0), skip_steps=1, num_inference_steps=12, num_samples=20)
-    return folder, demo.run_demo(folder, "cpu", {"boost_and_skip": partial(run_boost_and_skip, settings=settings)})
-
-
-def test_demo_saves_what_it_measured(small_demo):
-    folder, result = small_demo
-    saved = json.loads((folder / "demo.json").read_text())
-    assert saved == json.loads(json.dumps(result))
-    assert saved["boost_and_skip"]["settings"]["num_samples"] == 20
-    for row, gamma in zip(saved["boost_and_skip"]["rows"], (1.0, 4.0), strict=True):
-        assert row["gamma"] == gamma
-        assert 0 <= row["recognised"] <= 1 and 0 <= row["inside"] <= 1
-        assert min(row[name] for name in ("knn_distance", "lof", "rarity", "frechet", "seconds_per_image")) > 0
-    plain, boosted = saved["boost_and_skip"]["rows"]
-    assert boosted["knn_distance"] > plain["knn_distance"]
-
-
-def test_demo_draws_a_panel_for_each_gamma(small_demo):
-    picture = np.asarray(Image.open(small_demo[0] / "boost_and_skip.png"))
-    half = picture.shape[1] // 2
-    for panel in (picture[48:, :half], picture[48:, half:]):
-        assert (panel < 128).mean() > 0.02  # ink of digits
-    assert Image.open(small_demo[0] / "boost_and_skip_metrics.png").width > 500
-
-
-def test_demo_without_extras_leaves_out_what_needs_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(boost_and_skip, "find_spec", lambda name: None)
-    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
-    settings = BoostAndSkipSettings(gammas=(2.0,), num_inference_steps=4, num_samples=10)
-    result = run_boost_and_skip(tmp_path, "cpu", Console(), settings)
-    assert "lof" not in result["rows"][0]
-    assert [path.name for path in tmp_path.iterdir()] == ["boost_and_skip.png"] == result["files"]
-    assert 'pip install "diffusers_ext[metrics]"' in capsys.readouterr().out
-
-
-def test_grid_is_row_by_row_ink_on_white():
-    images = torch.zeros(6, 1, 2, 2)
-    images[1] = 1
-    pixels = np.asarray(grid(images, columns=3, scale=1))
-    assert pixels.shape == (4, 6)
-    assert (pixels[:2, 2:4] == 0).all() and (pixels == 255).sum() == 20
 
 
 def test_images_depend_on_seed_and_position_alone():

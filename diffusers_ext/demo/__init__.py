@@ -10,9 +10,13 @@ from rich.console import Console
 from .. import __version__
 from ..info import best_device
 from .boost_and_skip import run_boost_and_skip
+from .guidance_interval import run_guidance_interval
 
 Section = Callable[[Path, str, Console], dict]
-SECTIONS: dict[str, Section] = {"boost_and_skip": run_boost_and_skip}
+SECTIONS: dict[str, Section] = {
+    "boost_and_skip": run_boost_and_skip,
+    "guidance_interval": run_guidance_interval,
+}
 
 
 def run_demo(output: Path, device: str | None = None, sections: dict[str, Section] | None = None) -> dict:
