@@ -9,6 +9,7 @@ from .evaluate import evaluate
 from .export import export
 from .info import info
 from .sample import sample
+from .train_postprocessing import train_postprocessing
 from .tune_interval import tune_interval
 from .upsample import upsample
 
@@ -29,5 +30,5 @@ def main():
     """Research methods for diffusers, on shipped models and on yours."""
 
 
-for command in (convert, demo, evaluate, export, info, sample, tune_interval, upsample):
+for command in (convert, demo, evaluate, export, info, sample, train_postprocessing, tune_interval, upsample):
     main.add_command(command)

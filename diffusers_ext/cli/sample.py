@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from .options import INTEGERS, Steps
+from .options import INTEGERS, ListsCommand, Steps
 
 
-def _prompts(ctx, param, path: Path | None) -> list[str] | None:
-    """The lines of a file that hold anything."""
+def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
+    """The lines of a file that hold anything, for an option's callback."""
     if path is None:
         return None
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -18,7 +18,7 @@ def _prompts(ctx, param, path: Path | None) -> list[str] | None:
     return lines
 
 
-@click.command()
+@click.command(cls=ListsCommand)
 @click.argument("model")
 @click.option(
     "--output", type=click.Path(path_type=Path, file_okay=False), required=True,
@@ -43,7 +43,7 @@ def _prompts(ctx, param, path: Path | None) -> list[str] | None:
 @click.option("--random-labels", is_flag=True, help="A random class for each image, from its seed.")
 @click.option("--prompt", default=None, metavar="TEXT", help="For text-to-image models.")
 @click.option(
-    "--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None, callback=_prompts,
+    "--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None, callback=prompts_of_file,
     help="File of prompts to go through in turn, one a line.",
 )  # fmt: skip
 @click.option("--guidance-scale", type=float, default=None, help="1 is off.")

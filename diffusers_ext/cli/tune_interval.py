@@ -4,10 +4,10 @@ from pathlib import Path
 
 import click
 
-from .options import NUMBERS
+from .options import NUMBERS, ListsCommand
 
 
-@click.command("tune-interval")
+@click.command("tune-interval", cls=ListsCommand)
 @click.argument("model")
 @click.option(
     "--output", type=click.Path(path_type=Path, file_okay=False), required=True,

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from .options import INTEGERS, Steps
+from .options import INTEGERS, ListsCommand, Steps
 from .sample import sample_model
 
 
-@click.command()
+@click.command(cls=ListsCommand)
 @click.argument("model")
 @click.argument("images", type=click.Path(path_type=Path, exists=True))
 @click.option(

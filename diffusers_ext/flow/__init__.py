@@ -1,5 +1,6 @@
 """Training of flows for FlowPostprocessingPipeline: neighbours, the features that they are sought in, the loss."""
 
+from .base_samples import channels_first, draw_base_samples, velocity_network
 from .features import DINOv2Features, extract_features, pixel_features
 from .neighbours import Neighbours, find_neighbours
 from .training import TrainedFlow, flow_loss, train_postprocessing_flow
@@ -8,9 +9,12 @@ __all__ = [
     "DINOv2Features",
     "Neighbours",
     "TrainedFlow",
+    "channels_first",
+    "draw_base_samples",
     "extract_features",
     "find_neighbours",
     "flow_loss",
     "pixel_features",
     "train_postprocessing_flow",
+    "velocity_network",
 ]

@@ -1,0 +1,142 @@
+"""`diffusers-ext train-postprocessing`."""
+
+from pathlib import Path
+
+import click
+
+from .options import INTEGERS, NUMBERS, ListsCommand, Steps
+from .sample import prompts_of_file
+
+
+@click.command("train-postprocessing", cls=ListsCommand)
+@click.option("--base", required=True, help="The pipeline to repair: a shipped model, a folder or a Hub id.")
+@click.option(
+    "--real", type=click.Path(path_type=Path, exists=True), required=True,
+    help="Real images of the base's size: a folder, a zip or an .npz with arr_0 and, for --within-class, arr_1.",
+)  # fmt: skip
+@click.option(
+    "--output", type=click.Path(path_type=Path, file_okay=False), required=True,
+    help="Folder for samples, checkpoints, curves and pipeline/; one that was begun with the same settings goes on.",
+)  # fmt: skip
+@click.option(
+    "--pipeline", type=click.Choice(["boost-and-skip"]), default=None,
+    help="Sample the base with this pipeline; by default with its own.",
+)  # fmt: skip
+@click.option(
+    "--guidance-scales", type=NUMBERS, default=[1.0, 2.0, 3.0], show_default="1 2 3",
+    help="Of the samples; the flow learns to repair all of them.",
+)  # fmt: skip
+@click.option(
+    "--num-samples", type=click.IntRange(min=2), default=10_000, show_default=True, help="Of each guidance scale."
+)
+@click.option(
+    "--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None, callback=prompts_of_file,
+    help="File of prompts to go through in turn, one a line, for text-to-image models.",
+)  # fmt: skip
+@click.option("--num-inference-steps", type=Steps(), default=50, show_default=True, help="Of the base.")
+@click.option(
+    "--features", type=click.Choice(["pixel", "cls", "patch", "classifier"]), default="patch", show_default=True,
+    help="Where neighbours are sought: pixels, DINOv2's class token or mean of patches, the shipped classifier.",
+)  # fmt: skip
+@click.option(
+    "--features-model", default="facebook/dinov2-with-registers-base", show_default=True,
+    help="DINOv2 network for cls and patch: a folder or a Hub id.",
+)  # fmt: skip
+@click.option(
+    "--k", type=click.IntRange(min=1), default=20, show_default=True, help="Nearest neighbours to draw from."
+)
+@click.option("--within-class", is_flag=True, help="Seek neighbours among the real images of the sample's class.")
+@click.option(
+    "--block-out-channels", type=INTEGERS, default=[24, 64, 96], show_default="24,64,96",
+    help="Of the flow's network, one a resolution.",
+)  # fmt: skip
+@click.option("--steps", type=click.IntRange(min=1), default=10_000, show_default=True, help="Of training, in all.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Of each process.")
+@click.option("--sample-batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Of the base.")
+@click.option("--learning-rate", type=float, default=2e-4, show_default=True)
+@click.option("--ema-decay", type=float, default=0.999, show_default=True, help="Of the average of the weights.")
+@click.option("--mixed-precision", type=click.Choice(["no", "fp16", "bf16"]), default="no", show_default=True)
+@click.option(
+    "--checkpoint-every", type=click.IntRange(min=1), default=1000, show_default=True, help="Training steps."
+)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the .py files of the base's repository while loading it.")
+def train_postprocessing(
+    base, real, output, pipeline, guidance_scales, num_samples, prompts, num_inference_steps, features, features_model,
+    k, within_class, block_out_channels, steps, batch_size, sample_batch_size, learning_rate, ema_decay,
+    mixed_precision, checkpoint_every, seed, device, trust_remote_code,
+):  # fmt: skip
+    """Train a flow that repairs the samples of a base pipeline.
+
+    Samples the base at each guidance scale, finds their nearest real neighbours, trains, and writes OUTPUT/pipeline, a
+    FlowPostprocessingPipeline. The same command goes on after an interruption. On many processes: torchrun
+    --nproc_per_node N -m diffusers_ext.cli train-postprocessing ...
+    """
+    import os
+
+    import torch
+
+    from ..flow import channels_first, draw_base_samples, train_postprocessing_flow, velocity_network
+    from ..image_sets import read_images
+    from ..info import best_device
+    from ..processes import start_processes
+    from ..shipped import load_pipeline
+
+    device = device or best_device()
+    os.environ["ACCELERATE_MIXED_PRECISION"] = mixed_precision  # of every Accelerator; the first one fixes it
+    accelerator = start_processes(device)
+    device = device if accelerator is None else accelerator.device
+    images, real_labels = read_images(real)
+    if within_class and real_labels is None:
+        raise click.UsageError(f"--within-class needs the classes of the real images; {real} has none (arr_1)")
+    extractor = _neighbour_features(features, features_model, device)
+
+    pipe = load_pipeline(base, pipeline, trust_remote_code=trust_remote_code).to(device)
+    samples, labels = draw_base_samples(
+        pipe, output / "samples", guidance_scales, num_samples, prompts, num_inference_steps, seed, sample_batch_size,
+        accelerator,
+    )  # fmt: skip
+    del pipe
+    torch.manual_seed(seed)
+    network = velocity_network(samples, None if labels is None else int(labels.max()) + 1, block_out_channels)
+    trained = train_postprocessing_flow(
+        samples, channels_first(images), k, model=network, steps=steps, output=output / "training",
+        sample_labels=labels, real_labels=torch.from_numpy(real_labels) if within_class else None,
+        features=extractor, batch_size=batch_size, learning_rate=learning_rate, ema_decay=ema_decay,
+        checkpoint_every=checkpoint_every, seed=seed,
+    )  # fmt: skip
+    if accelerator is None or accelerator.is_main_process:
+        save_flow(trained.model, output / "pipeline")
+        click.echo(f"wrote {output / 'pipeline'}; the loss is in {output / 'training' / 'loss.png'}")
+    if accelerator is not None:
+        accelerator.end_training()
+
+
+def save_flow(model, folder: Path) -> None:
+    """A FlowPostprocessingPipeline in fp16, solved by Euler steps."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from ..pipelines import FlowPostprocessingPipeline
+
+    FlowPostprocessingPipeline(model.half(), FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
+
+
+def _neighbour_features(name: str, model: str, device):
+    """ "pixel", or a function of images in [-1, 1], as train_postprocessing_flow takes them."""
+    import torch
+
+    from ..features import load_extractor
+    from ..flow import DINOv2Features
+
+    if name == "pixel":
+        return name
+    if name in ("cls", "patch"):
+        return DINOv2Features(model, pooling=name, device=device)
+    extractor = load_extractor(name, device=device)
+
+    def features(images):
+        pixels = images.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)
+        return torch.as_tensor(extractor(pixels.cpu().numpy()))
+
+    return features

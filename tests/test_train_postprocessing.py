@@ -1,0 +1,113 @@
+"""diffusers-ext train-postprocessing: from a base pipeline to a flow that repairs its images."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import Attention
+
+from diffusers_ext.cli import main
+from diffusers_ext.cli.options import INTEGERS, NUMBERS, ListsCommand
+from diffusers_ext.flow import draw_base_samples, velocity_network
+from diffusers_ext.shipped import load_pipeline
+
+SMALL = [
+    "--base", "mnist-unet", "--guidance-scales", "1", "3", "--num-samples", "12", "--num-inference-steps", "2",
+    "--k", "3", "--block-out-channels", "8", "8", "--steps", "3", "--batch-size", "4", "--device", "cpu",
+]  # fmt: skip
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, ["train-postprocessing", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    path = tmp_path_factory.mktemp("real") / "real.npz"
+    digits = np.random.default_rng(0).integers(0, 256, (40, 28, 28, 1), np.uint8)
+    np.savez(path, arr_0=digits, arr_1=np.arange(40) % 10)
+    return path
+
+
+def test_trains_a_pipeline_and_goes_on_after_an_interruption(real, tmp_path):
+    common = ("--real", real, "--features", "classifier", *SMALL, "--output", tmp_path / "out")
+    result = invoke(*common)
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "out/training/settings.json").read_text())
+    assert settings["samples"][:4] == [24, 1, 28, 28] and settings["real"][:4] == [40, 1, 28, 28]
+    for scale in (1, 3):
+        manifest = json.loads((tmp_path / f"out/samples/guidance-{scale}/manifest.json").read_text())
+        assert manifest["settings"]["call"]["guidance_scale"] == scale
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out/pipeline")
+    assert pipe.model.config.num_class_embeds == 10 and pipe.model.config.block_out_channels == [8, 8]
+    images = torch.rand(2, 1, 28, 28)
+    repaired = pipe(images, class_labels=[1, 2], num_inference_steps=1, output_type="pt").images
+    assert repaired.shape == images.shape and not torch.equal(repaired, images)
+
+    longer = [*common]
+    longer[longer.index("--steps") + 1] = "5"
+    assert invoke(*longer).exit_code == 0
+    history = json.loads((tmp_path / "out/training/history.json").read_text())
+    assert [row["step"] for row in history] == [3, 5]
+
+
+def test_neighbours_within_the_class(real, tmp_path):
+    result = invoke("--real", real, "--features", "pixel", *SMALL, "--within-class", "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    from diffusers_ext.flow import Neighbours
+
+    found = Neighbours.load(tmp_path / "training/neighbours.safetensors")
+    labels = json.loads((tmp_path / "samples/guidance-1/manifest.json").read_text())["labels"]
+    assert (found.indices[:12] % 10 == torch.tensor(labels)[:, None]).all()
+
+
+def test_what_does_not_fit_is_refused(real, tmp_path):
+    np.savez(tmp_path / "plain.npz", arr_0=np.zeros((40, 28, 28, 1), np.uint8))
+    result = invoke("--real", tmp_path / "plain.npz", *SMALL, "--within-class", "--output", tmp_path / "a")
+    assert result.exit_code == 2 and "arr_1" in result.output and not (tmp_path / "a").exists()
+    np.savez(tmp_path / "small.npz", arr_0=np.zeros((40, 14, 14, 1), np.uint8))
+    result = invoke("--real", tmp_path / "small.npz", "--features", "pixel", *SMALL, "--output", tmp_path / "b")
+    assert result.exit_code == 1 and "one shape" in result.output
+    result = invoke("--real", real, "--features", "pixel", *SMALL, "--k", 41, "--output", tmp_path / "b")
+    assert result.exit_code == 1 and "got k=41" in result.output
+    with pytest.raises(ValueError, match="different numbers"):
+        draw_base_samples(load_pipeline("mnist-unet"), tmp_path / "c", [2, 2.0], 4)
+    for shape, channels, message in (((1, 1, 28, 24), (8,), "square"), ((1, 1, 6, 6), (8, 8, 8), "multiple of 4"),
+                                     ((1, 1, 8, 8), (4,), "multiples of 8")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            velocity_network(torch.zeros(shape), block_out_channels=channels)
+
+
+def test_the_network_starts_without_attention_and_takes_classes():
+    model = velocity_network(torch.zeros(2, 3, 8, 8), num_classes=4, block_out_channels=(8, 16))
+    out = model(torch.zeros(2, 3, 8, 8), 0, class_labels=torch.tensor([0, 3])).sample
+    assert out.shape == (2, 3, 8, 8)
+    assert not any(isinstance(module, Attention) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--scales", "1", "2.5", "3", "name"], ([1.0, 2.5, 3.0], [], "name")),
+        (["--scales", "1,2", "--labels", "4", "5", "--", "name"], ([1.0, 2.0], [4, 5], "name")),
+        (["name", "--scales=1,2"], ([1.0, 2.0], [], "name")),
+    ],
+)
+def test_lists_with_commas_or_spaces(words, expected):
+    import click
+
+    @click.command(cls=ListsCommand)
+    @click.option("--scales", type=NUMBERS)
+    @click.option("--labels", type=INTEGERS, default=[])
+    @click.argument("model")
+    def command(scales, labels, model):
+        got.append((scales, labels, model))
+
+    got = []
+    result = CliRunner().invoke(command, words)
+    assert result.exit_code == 0, result.output
+    assert got == [expected]
+    assert CliRunner().invoke(command, ["--scales", "name"]).exit_code == 2
