@@ -12,6 +12,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from .checkpoints.safe_pickle import safe_load
 from .feature_cache import cache_path, load_features, save_features
 from .features import FeatureExtractor, load_extractor
 from .image_sets import ImageSet, open_images
@@ -27,6 +28,8 @@ from .shipped import load_shipped_classifier
 
 LABELS = {
     "frechet": "Fréchet distance",
+    "fid": "FID",
+    "fd_dinov2": "FD_DINOv2",
     "precision": "precision",
     "recall": "recall",
     "knn_distance": "AvgkNN",
@@ -36,6 +39,8 @@ LABELS = {
 }
 MEANINGS = {
     "frechet": "lower is nearer",
+    "fid": "lower is nearer",
+    "fd_dinov2": "lower is nearer",
     "precision": "samples within the real manifold",
     "recall": "real images within the samples' own",
     "knn_distance": "to the nearest real images; higher is rarer",
@@ -45,13 +50,15 @@ MEANINGS = {
 }
 CAPTION = "Compare equal numbers of images only: the Fréchet distance falls as samples are added."
 METRICS = ("frechet", "precision_recall", "knn_distance", "lof", "rarity")
+PUBLISHED = {"fid": "inception", "fd_dinov2": "dinov2"}  # Fréchet distances that are named after their features
+FRECHET = ("frechet", *PUBLISHED)
 NEIGHBOURS = {"knn_distance": 5, "lof": 20, "rarity": 3, "precision_recall": 3}  # k of each metric
 
 
 def evaluate_images(
     generated: str | Path,
     reference: str | Path,
-    features: str | Callable | FeatureExtractor = "classifier",
+    features: str | Callable | FeatureExtractor | None = None,
     metrics: Sequence[str] | None = None,
     k: Mapping[str, int] | None = None,
     features_model: str | Path | None = None,
@@ -62,11 +69,14 @@ def evaluate_images(
 ) -> dict:
     """How a set of generated images compares with a set of real ones, in a feature space.
 
-    generated, reference: folders, zips or .npz files, see open_images; the reference may also be an .npz of
-    statistics, mu (dim,) and sigma (dim, dim), for the Fréchet distance alone. They must be of the same features;
-    nothing in such a file says so. A file with both arr_0 and mu is read as images.
-    features, features_model, device: see load_extractor.
+    generated, reference: folders, zips or .npz files, see open_images; the reference may also be statistics, for the
+    Fréchet distance alone: an .npz with mu (dim,) and sigma (dim, dim), or one of NVIDIA's .pkl files, see
+    read_statistics. They must be of the same features; nothing in an .npz says so. A file with both arr_0 and mu is
+    read as images.
+    features, features_model, device: see load_extractor. By default the features of fid or fd_dinov2 where that is
+    asked for, else the classifier's.
     metrics: of METRICS; by default all that the reference allows, without lof where scikit-learn is not installed.
+    Further "fid", the Fréchet distance of "inception" features, or "fd_dinov2", that of "dinov2" features.
     k: neighbours of a metric where they shall differ from NEIGHBOURS, {"lof": 10}.
     cache: folder in which features are kept and found again by the content of the set, the weights of the extractor
     and its version; None keeps none. Features of a callable are never kept.
@@ -85,7 +95,8 @@ def evaluate_images(
     without scikit-learn. Sizes and names are checked before any network runs.
     """
     samples = open_images(generated)
-    real = read_statistics(Path(reference)) or open_images(reference)
+    features = _chosen_features(features, metrics)
+    real = read_statistics(Path(reference), _space(features)) or open_images(reference)
     given = isinstance(real, tuple)
     metrics = _chosen_metrics(metrics, given)
     k = _chosen_k(k, metrics, [len(samples)] if given else [len(samples), len(real)])
@@ -124,35 +135,39 @@ def print_evaluation(result: dict, console: Console) -> None:
 
 
 @torch.no_grad()
-def evaluate_digits(images: torch.Tensor, labels: torch.Tensor) -> dict[str, float | None]:
+def evaluate_digits(
+    images: torch.Tensor, labels: torch.Tensor, metrics: Sequence[str] | None = None
+) -> dict[str, float | None]:
     """How rare, how faithful and how recognisable generated digits are.
 
-    images: (count, 1, 28, 28) in [0, 1]. labels: (count,), the digits asked for. Features are the 64 penultimate
-    activations of the shipped classifier; neighbours are sought among those of 10,000 training images, and the
-    Fréchet distance is to all 60,000. It falls with the number of samples, so compare equal numbers only.
+    images: (count, 1, 28, 28) in [0, 1]. labels: (count,), the digits asked for. metrics: of METRICS; by default all.
+    Features are the 64 penultimate activations of the shipped classifier; neighbours are sought among those of 10,000
+    training images, and the Fréchet distance is to all 60,000. It falls with the number of samples, so compare equal
+    numbers only.
 
-    Returns recognised (share classified as its label), knn_distance (mean distance to the 5 nearest training
-    images), knn_distance_recognised (the same over the recognised ones alone, None if there are none), lof (local
-    outlier factor, k 20; left out where scikit-learn is not installed), rarity (rarity score, k 3, mean over the
-    samples inside the real manifold; None if none is), inside (their share) and frechet; precision and recall (k 3)
+    Returns recognised (share classified as its label) and of the metrics: knn_distance (mean distance to the 5 nearest
+    training images), knn_distance_recognised (the same over the recognised ones alone, None if there are none), lof
+    (local outlier factor, k 20; left out where scikit-learn is not installed), rarity (rarity score, k 3, mean over
+    the samples inside the real manifold; None if none is), inside (their share), frechet; precision and recall (k 3)
     against as many training images as there are samples.
+
+    Raises ValueError for unknown or repeated metrics.
     """
     classifier, reference = load_shipped_classifier()
     outputs = [classifier(batch * 2 - 1) for batch in images.split(500)]
     features = torch.cat([output.features for output in outputs])
     recognised = torch.cat([output.logits for output in outputs]).argmax(1) == labels
-    metrics = [name for name in _available() if name != "precision_recall"]
+    _chosen_features("classifier", metrics)  # refuses fid and fd_dinov2
+    metrics = _chosen_metrics(metrics, statistics_only=False)
+    numbers: dict[str, float | None] = {"recognised": recognised.double().mean().item()}
+    if "knn_distance" in metrics:
+        alone, k = features[recognised], NEIGHBOURS["knn_distance"]
+        numbers["knn_distance_recognised"] = average_knn_distance(alone, reference.features, k) if len(alone) else None
     statistics = (reference.mean, reference.covariance)
-    alone = features[recognised]
-    equal = reference.features[: len(features)]
-    return {
-        "recognised": recognised.double().mean().item(),
-        "knn_distance_recognised": average_knn_distance(alone, reference.features, NEIGHBOURS["knn_distance"])
-        if len(alone)
-        else None,
-        **_numbers(features, reference.features, statistics, metrics, NEIGHBOURS),
-        **_numbers(features, equal, None, ["precision_recall"], NEIGHBOURS),
-    }
+    for name in metrics:
+        real = reference.features[: len(features)] if name == "precision_recall" else reference.features
+        numbers.update(_numbers(features, real, statistics, [name], NEIGHBOURS))
+    return numbers
 
 
 def _numbers(features, reference, statistics, metrics: Sequence[str], k: Mapping[str, int]) -> dict[str, float | None]:
@@ -162,7 +177,7 @@ def _numbers(features, reference, statistics, metrics: Sequence[str], k: Mapping
     """
     numbers: dict[str, float | None] = {}
     for name in metrics:
-        if name == "frechet":
+        if name in FRECHET:
             ours = feature_statistics(features)
             if statistics is None:
                 real = feature_statistics(reference)
@@ -172,7 +187,7 @@ def _numbers(features, reference, statistics, metrics: Sequence[str], k: Mapping
                     f"the reference's mu has {len(statistics[0])} dimensions, the features have {len(ours.mean)}; "
                     "statistics must be of the same features"
                 )
-            numbers["frechet"] = frechet_distance(ours.mean, ours.covariance, *statistics)
+            numbers[name] = frechet_distance(ours.mean, ours.covariance, *statistics)
         elif name == "precision_recall":
             numbers.update(precision_recall(features, reference, k[name])._asdict())
         elif name == "knn_distance":
@@ -194,13 +209,34 @@ def _chosen_metrics(metrics: Sequence[str] | None, statistics_only: bool) -> lis
     """The metrics to compute, checked against what is there to compute them."""
     if metrics is None:
         return ["frechet"] if statistics_only else _available()
-    if not metrics or isinstance(metrics, str) or set(metrics) - set(METRICS) or len(set(metrics)) < len(metrics):
-        raise ValueError(f"metrics must be some of {', '.join(METRICS)}, each once, got {metrics!r}")
-    if statistics_only and (others := [name for name in metrics if name != "frechet"]):
+    known = (*METRICS, *PUBLISHED)
+    if not metrics or isinstance(metrics, str) or set(metrics) - set(known) or len(set(metrics)) < len(metrics):
+        raise ValueError(f"metrics must be some of {', '.join(known)}, each once, got {metrics!r}")
+    if statistics_only and (others := [name for name in metrics if name not in FRECHET]):
         raise ValueError(f"{', '.join(others)} need the reference's images, got its statistics; choose frechet alone")
     if "lof" in metrics and "lof" not in _available():
         raise ImportError('lof needs scikit-learn: pip install "diffusers_ext[metrics]"')
     return list(metrics)
+
+
+def _chosen_features(features, metrics: Sequence[str] | None) -> str | Callable | FeatureExtractor:
+    """The features given, those that a metric is named after, or the classifier's."""
+    named = {} if isinstance(metrics, str) else {name: PUBLISHED[name] for name in metrics or () if name in PUBLISHED}
+    if not named:
+        return "classifier" if features is None else features
+    if len(named) > 1 or (features is not None and _space(features) not in named.values()):
+        raise ValueError(
+            "fid is the Fréchet distance of inception features and fd_dinov2 that of dinov2 features: ask for one of"
+            f" them at a time, without other features; got metrics={list(metrics)} and features={features!r}"
+        )
+    return next(iter(named.values())) if features is None else features
+
+
+def _space(features: str | Callable | FeatureExtractor) -> str | None:
+    """The name of a feature space; None for a function's."""
+    if isinstance(features, FeatureExtractor):
+        return features.name
+    return features if isinstance(features, str) else None
 
 
 def _chosen_k(k: Mapping[str, int] | None, metrics: list[str], counts: list[int]) -> dict[str, int]:
@@ -208,8 +244,8 @@ def _chosen_k(k: Mapping[str, int] | None, metrics: list[str], counts: list[int]
     k = {} if k is None else dict(k)
     if needless := sorted(set(k) - (set(metrics) & set(NEIGHBOURS))):
         raise ValueError(f"k is for those of {', '.join(NEIGHBOURS)} that are computed, got {', '.join(needless)}")
-    if "frechet" in metrics and min(counts) < 2:
-        raise ValueError(f"frechet needs at least 2 images in each set, got {min(counts)}; choose other metrics")
+    if (frechet := [name for name in metrics if name in FRECHET]) and min(counts) < 2:
+        raise ValueError(f"{frechet[0]} needs at least 2 images in each set, got {min(counts)}; choose other metrics")
     k = {name: k.get(name, NEIGHBOURS[name]) for name in metrics if name in NEIGHBOURS}
     for name, value in k.items():
         most = {"knn_distance": counts[1], "precision_recall": min(counts) - 1}.get(name, counts[1] - 1)
@@ -221,8 +257,16 @@ def _chosen_k(k: Mapping[str, int] | None, metrics: list[str], counts: list[int]
     return k
 
 
-def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """mu and sigma of an .npz that holds them and no images; None for anything else."""
+def read_statistics(path: Path, features: str | None = None) -> tuple[np.ndarray, np.ndarray] | None:
+    """mu (dim,) and sigma (dim, dim) of a file that holds them; None for anything else.
+
+    path: an .npz without images, or a .pkl as NVIDIA's EDM2 writes it, {"fid": {"mu", "sigma"}, "fd_dinov2": {...}},
+    of which nothing is executed. features: the name of the feature space, which says what to take from a .pkl.
+
+    Raises ValueError for files that cannot be read, or that hold nothing of these features.
+    """
+    if path.suffix.lower() == ".pkl" and path.is_file():
+        return _pickled_statistics(path, features)
     if path.suffix.lower() != ".npz" or not path.is_file():
         return None
     try:
@@ -232,6 +276,24 @@ def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
             return data["mu"], data["sigma"]
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         raise ValueError(f"'{path}' cannot be read as .npz: {error}") from error
+
+
+def _pickled_statistics(path: Path, features: str | None) -> tuple[np.ndarray, np.ndarray]:
+    data = safe_load(path)
+    held = data if isinstance(data, dict) else {}
+    name = next((name for name, space in PUBLISHED.items() if space == features), None)
+    if not isinstance(held.get(name), dict):
+        there = ", ".join(f"{n} (of {PUBLISHED[n]} features)" for n in PUBLISHED if n in held) or "no statistics"
+        raise ValueError(
+            f"'{path}' holds {there}, the features are {features or 'those of a function'}; choose others"
+        )
+    mu, sigma = (np.asarray(held[name].get(key)) for key in ("mu", "sigma"))
+    if not (mu.dtype.kind == sigma.dtype.kind == "f" and mu.ndim == 1 and sigma.shape == (len(mu), len(mu))):
+        raise ValueError(
+            f"'{path}': mu and sigma of {name} must be arrays of numbers (dim,) and (dim, dim), got {mu.dtype}"
+            f" {mu.shape} and {sigma.dtype} {sigma.shape}"
+        )
+    return mu, sigma
 
 
 def _features(

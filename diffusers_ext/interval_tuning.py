@@ -1,7 +1,9 @@
 """Tune a guidance interval on a model: draw images for each candidate, compare their features with real ones."""
 
+import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,26 +83,41 @@ class Objective:
     on_batch: Callable[[GuidedSteps, int], None] | None = None
 
     def __call__(self, candidate: GuidedSteps) -> float:
-        if (candidate.first, candidate.last) == (0, self.num_inference_steps - 1):
-            return self._distance(candidate)
-        with GuidanceInterval(self.pipe, guided_steps=(candidate.first, candidate.last)):
-            return self._distance(candidate)
-
-    def _distance(self, candidate: GuidedSteps) -> float:
         statistics, done = FeatureStatistics(), 0
-        call = {"guidance_scale": candidate.guidance_scale, "num_inference_steps": self.num_inference_steps}
-        for batch in sample_batches(
-            self.pipe, len(self.labels), self.labels, self.seed, self.batch_size, output_type="pt", **call
-        ):
-            statistics.update(self.extractor(to_uint8(batch, range(done, done + len(batch)))))
-            done += len(batch)
-            if self.on_batch is not None:
-                self.on_batch(candidate, done)
+        with guided_call(self.pipe, candidate, self.num_inference_steps) as call:
+            for batch in sample_batches(
+                self.pipe, len(self.labels), self.labels, self.seed, self.batch_size, output_type="pt", **call
+            ):
+                statistics.update(self.extractor(to_uint8(batch, range(done, done + len(batch)))))
+                done += len(batch)
+                if self.on_batch is not None:
+                    self.on_batch(candidate, done)
         return frechet_distance(statistics.mean, statistics.covariance, *self.reference)
+
+
+@contextmanager
+def guided_call(pipe: DiffusionPipeline, candidate: GuidedSteps, num_inference_steps: int) -> Iterator[dict]:
+    """Arguments of the pipeline's call that guide as the candidate says, within the block.
+
+    A pipeline that takes guided_steps is given them; to any other a `GuidanceInterval` is applied. Neither happens to
+    one that is guided in all of its steps.
+    """
+    call = {"guidance_scale": candidate.guidance_scale, "num_inference_steps": num_inference_steps}
+    steps = (candidate.first, candidate.last)
+    if steps == (0, num_inference_steps - 1):
+        yield call
+    elif "guided_steps" in inspect.signature(pipe.__call__).parameters:
+        yield {**call, "guided_steps": steps}
+    else:
+        with GuidanceInterval(pipe, guided_steps=steps):
+            yield call
 
 
 def step_sigmas(pipe: DiffusionPipeline, labels: torch.Tensor, num_inference_steps: int) -> list[float]:
     """The noise level (EDM's ratio) at which each step starts, and 0 after the last, as a call shows."""
+    if hasattr(pipe.scheduler, "churn"):  # of EDM2, whose schedule is these levels
+        pipe.scheduler.set_timesteps(num_inference_steps)
+        return pipe.scheduler.sigmas.tolist()
     with GuidanceInterval(pipe, guided_steps=(0, 0)) as interval:
         call = {"guidance_scale": 2.0, "num_inference_steps": num_inference_steps}
         next(sample_batches(pipe, 1, labels, 0, 1, output_type="pt", **call))
@@ -114,7 +131,7 @@ def _plain(config: dict) -> dict:
 def reference_statistics(
     path: str | Path | None, extractor: FeatureExtractor, batch_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and covariance of real images in a feature space: of a set, of an .npz with mu and sigma, or of MNIST.
+    """Mean and covariance of real images in a feature space: of a set, of a file with mu and sigma, or of MNIST.
 
     path: None takes the training set of the shipped classifier, for its features alone.
 
@@ -125,7 +142,7 @@ def reference_statistics(
             raise ValueError(f"a reference is needed for {extractor.name} features: real images, or an .npz of them")
         reference = load_shipped_classifier()[1]
         return reference.mean, reference.covariance
-    if (given := read_statistics(Path(path))) is not None:
+    if (given := read_statistics(Path(path), extractor.name)) is not None:
         return given
     statistics = FeatureStatistics()
     for batch in open_images(path).batches(batch_size):

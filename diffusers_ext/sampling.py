@@ -7,7 +7,7 @@ the batch that it is drawn in.
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from rich.progress import Progress
 
 from .image_files import FORMATS, image_names, write_images
+from .pipelines import GuidanceInterval
 from .processes import Processes, start_processes
 from .provenance import describe_pipeline, drawing_versions
 from .shards import Shards, check_folder, finish_folder, lock, open_folder
@@ -165,7 +166,8 @@ def sample_to_folder(
     cpu_threads: torch threads of each process while it draws on a CPU, where round-off depends on their number; more
         processes are the better use of many cores.
     accelerator: of a program that has one. By default what a launcher started, or this process alone.
-    call: further arguments of the pipeline's call, JSON-able.
+    call: further arguments of the pipeline's call, JSON-able. guidance_interval=(sigma_lo, sigma_hi) is for every
+        pipeline that guides: where its call does not take it, a `GuidanceInterval` is applied.
 
     Every process calls this function, with the same arguments, and returns when the result is complete.
 
@@ -175,7 +177,8 @@ def sample_to_folder(
     """
     _check_sizes(count, batch_size)
     inputs = _inputs(pipe, count, labels, prompts, images, seed)
-    _check_call(pipe, inputs, call)
+    limited, its_call = _limited(pipe, call)
+    _check_call(pipe, inputs, its_call)
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
     device = pipe._execution_device.type
@@ -198,10 +201,23 @@ def sample_to_folder(
         folder, manifest = processes.agreed(lambda: _opened(held, folder, plan))
         if manifest["result"] is not None:
             return Sampled(folder / manifest["result"], count, drawn=0, was_finished=True)
-        with _cpu_threads(threads):
-            drawn = _draw_shards(pipe, folder, count, batch_size, seed, inputs, call, processes)
+        with limited, _cpu_threads(threads):
+            drawn = _draw_shards(pipe, folder, count, batch_size, seed, inputs, its_call, processes)
         result = processes.agreed(lambda: _assembled(folder, manifest))
     return Sampled(folder / result, count, drawn, was_finished=False)
+
+
+def _limited(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextManager, dict]:
+    """What to draw in, and the arguments of the call; an interval that the call does not take is applied."""
+    interval = call.get("guidance_interval")
+    if interval is None:
+        return nullcontext(), call
+    if len(interval) != 2:
+        raise ValueError(f"guidance_interval must be two noise levels, (sigma_lo, sigma_hi), got {interval!r}")
+    if "guidance_interval" in inspect.signature(pipe.__call__).parameters:
+        return nullcontext(), call
+    others = {name: value for name, value in call.items() if name != "guidance_interval"}
+    return GuidanceInterval(pipe, sigma_lo=interval[0], sigma_hi=interval[1]), others
 
 
 def _inputs(pipe, count: int, labels, prompts, images, seed: int) -> dict[str, list | np.ndarray]:

@@ -92,6 +92,7 @@ class EDM2Pipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
+        decode_batch_size: int | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[["EDM2Pipeline", int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ("latents",),
@@ -112,6 +113,8 @@ class EDM2Pipeline(DiffusionPipeline):
             generator: one for all images, or a list of one an image, whose result then does not depend on the batch.
             output_type: "pil", "np" (batch, height, width, channels) in [0, 1], "pt" (batch, channels, height, width)
                 in [0, 1], or "latent": the sample itself, float32.
+            decode_batch_size: how many latents the VAE decodes at once; by default all of them. 512 x 512 pixels take
+                far more memory in the VAE than in the network.
             return_dict: whether to return an `ImagePipelineOutput` or a tuple of the images.
             callback_on_step_end: called as callback(pipeline, step, sigma, tensors) after each step, with the level
                 at which the step started; what the returned dict holds under "latents" replaces the sample.
@@ -122,6 +125,7 @@ class EDM2Pipeline(DiffusionPipeline):
         """
         self._guidance_scale = guidance_scale
         self._check_inputs(batch_size, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
+        _check_count("decode_batch_size", decode_batch_size)
         device = self._execution_device
         labels = self._label_tensor(class_labels)
         batch_size = _batch_size(batch_size, labels, latents)
@@ -150,7 +154,7 @@ class EDM2Pipeline(DiffusionPipeline):
                 progress_bar.update()
 
         x = x.to(torch.float32)
-        images = x if output_type == "latent" else self._to_output(self.decode(x), output_type)
+        images = x if output_type == "latent" else self._to_output(self.decode(x, decode_batch_size), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -205,14 +209,16 @@ class EDM2Pipeline(DiffusionPipeline):
         return latents.to(device).to(self.scheduler.state_dtype(device)) * self.scheduler.init_noise_sigma
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
         """Images (batch, channels, height, width) float32 in [0, 1] of samples as `output_type="latent"` gives them.
 
         Latents are taken back to the VAE's own scale, (latents - latent_bias) / latent_scale, and the VAE's output is
-        in [0, 1] already. Without a VAE the sample is an image in [-1, 1].
+        in [0, 1] already. Without a VAE the sample is an image in [-1, 1]. batch_size: how many go through the VAE at
+        once; None for all.
 
-        Raises ValueError for latents without a VAE, and for numbers of channels that do not fit.
+        Raises ValueError for latents without a VAE, numbers of channels that do not fit, and a batch size below 1.
         """
+        _check_count("batch_size", batch_size)
         if self.vae is None:
             self._check_decodable()
             return (latents.to(torch.float32) / 2 + 0.5).clamp(0, 1)
@@ -225,8 +231,9 @@ class EDM2Pipeline(DiffusionPipeline):
                 f"latent_scale={self.config.latent_scale} and latent_bias={self.config.latent_bias} must have one"
                 f" number for each of the {latents.shape[1]} channels: build the pipeline with the ones of training."
             )
-        raw = (latents.to(torch.float32) - bias) / scale
-        return self.vae.decode(raw.to(self.vae.dtype)).sample.to(torch.float32).clamp(0, 1)
+        raw = ((latents.to(torch.float32) - bias) / scale).to(self.vae.dtype)
+        parts = [self.vae.decode(part).sample.to(torch.float32) for part in raw.split(batch_size or len(raw))]
+        return torch.cat(parts).clamp(0, 1)
 
     def _check_decodable(self) -> None:
         channels = self.unet.config.img_channels
@@ -249,8 +256,7 @@ class EDM2Pipeline(DiffusionPipeline):
                 " EDMHeunScheduler."
             )
         check_call(self, output_type, callback_tensors)
-        if batch_size is not None and not (is_integer(batch_size) and batch_size >= 1):
-            raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
+        _check_count("batch_size", batch_size)
         if output_type != "latent":
             self._check_decodable()
         if not (_is_number(guidance_scale) and math.isfinite(guidance_scale)):
@@ -293,6 +299,11 @@ class EDM2Pipeline(DiffusionPipeline):
 
 def _is_number(value) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_count(name: str, count) -> None:
+    if count is not None and not (is_integer(count) and count >= 1):
+        raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
 
 
 def _checked_interval(interval) -> tuple[float, float]:

@@ -9,9 +9,6 @@ All rows cost about the same: guidance evaluates the network twice a step and ge
 Measured: see docs/boost_and_skip.md.
 """
 
-import json
-import os
-import statistics
 import time
 from functools import partial
 from pathlib import Path
@@ -24,6 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from diffusers_ext.evaluation import evaluate_digits
+from diffusers_ext.result_rows import ResultRows, summary
 from diffusers_ext.sampling import sample_images
 from diffusers_ext.shipped import load_pipeline
 
@@ -69,23 +67,6 @@ def run_row(pipe, autocast, settings: dict, steps: int, samples: int, seed: int,
     return {"settings": settings, "steps": steps, **evaluate_digits(images, labels), "seconds_per_image": seconds}
 
 
-def save(rows: dict, path: Path) -> None:
-    """Write beside the file, then replace it, so that an interruption leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(rows, indent=2) + "\n")
-    os.replace(fresh, path)
-
-
-def summary(rows: list[dict], metric: str) -> str:
-    """Mean over the seeds, and the standard error of that mean where there are several."""
-    values = [row[metric] for row in rows if row.get(metric) is not None]
-    if not values:
-        return "-"
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{error}"
-
-
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), default=Path("out/boost_and_skip_mnist.json"))
 @click.option("--samples", default=2000, show_default=True, help="Images of a row.")
@@ -99,22 +80,21 @@ def main(output, samples, seeds, steps, only, mixed_precision):
     console = Console()
     pipe = load_pipeline("mnist-unet", "boost-and-skip").to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
-    rows = json.loads(output.read_text()) if output.exists() else {}
+    results = ResultRows(output)
     names = only or list(SETTINGS)
     with Progress(console=console) as progress:
         for seed in range(seeds):
             for name in names:
                 key = row_key(name, steps, samples, seed)
                 task = progress.add_task(key, total=samples)
-                if key not in rows:
-                    advance = partial(progress.advance, task)
-                    rows[key] = run_row(pipe, accelerator.autocast, SETTINGS[name], steps, samples, seed, advance)
-                    save(rows, output)
+                advance = partial(progress.advance, task)
+                measure = partial(run_row, pipe, accelerator.autocast, SETTINGS[name], steps, samples, seed, advance)
+                results.row(key, measure)
                 progress.update(task, completed=samples)
 
     table = Table("setting", *METRICS, title=f"{samples} samples, {seeds} seeds, {steps} steps")
     for name in names:
-        mine = [rows[row_key(name, steps, samples, seed)] for seed in range(seeds)]
+        mine = [results.rows[row_key(name, steps, samples, seed)] for seed in range(seeds)]
         table.add_row(name, *(summary(mine, metric) for metric in METRICS))
     console.print(table)
 

@@ -1,7 +1,9 @@
 """The numbers are those of the metrics: of digits in the shipped feature space, and of sets on disk in any."""
 
 import json
+import pickle
 from importlib.metadata import version
+from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
@@ -12,8 +14,9 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
 from diffusers_ext import cli, evaluation
-from diffusers_ext.evaluation import METRICS, NEIGHBOURS, evaluate_digits, evaluate_images
+from diffusers_ext.evaluation import METRICS, NEIGHBOURS, PUBLISHED, evaluate_digits, evaluate_images
 from diffusers_ext.features import FeatureExtractor
+from diffusers_ext.interval_tuning import reference_statistics
 from diffusers_ext.metrics import (
     average_knn_distance,
     frechet_distance,
@@ -180,6 +183,59 @@ def test_statistics_are_a_reference_for_the_frechet_distance(sets, tmp_path):
         evaluate_images(tmp_path / "statistics.npz", sets / "real.npz", Counted().extractor)
 
 
+def nvidia_file(path, **features):
+    """Reference statistics as NVIDIA's calculate_metrics.py writes them, of features (count, dim) by metric."""
+    statistics = {"num_images": 40}
+    for name, rows in features.items():
+        rows = rows.astype(np.float64)
+        statistics[name] = {"mu": rows.mean(0), "sigma": np.cov(rows, rowvar=False)}
+    path.write_bytes(pickle.dumps(statistics, protocol=4))
+    return path
+
+
+@pytest.mark.parametrize(("metric", "space"), PUBLISHED.items())
+def test_nvidias_statistics_are_read_by_the_name_of_the_metric(sets, tmp_path, metric, space):
+    other = {"fid": "fd_dinov2", "fd_dinov2": "fid"}[metric]
+    path = nvidia_file(tmp_path / "img.pkl", **{metric: features_of(REAL), other: np.eye(5)})
+    extractor = FeatureExtractor(space, None, Counted().extractor.compute)
+    expected = evaluate_images(sets / "made", sets / "real.npz", extractor, ["frechet"])["metrics"]["frechet"]
+    assert evaluate_images(sets / "made", path, extractor, [metric])["metrics"] == {metric: pytest.approx(expected)}
+    assert evaluate_images(sets / "made", path, extractor)["metrics"] == {"frechet": pytest.approx(expected)}
+    both = evaluate_images(sets / "made", sets / "real.npz", extractor, [metric, "knn_distance"])["metrics"]
+    assert both[metric] == pytest.approx(expected) and set(both) == {metric, "knn_distance"}
+    with pytest.raises(ValueError, match="knn_distance need the reference's images"):
+        evaluate_images(sets / "made", path, extractor, [metric, "knn_distance"])
+    mean, _ = reference_statistics(path, extractor)
+    np.testing.assert_allclose(mean, features_of(REAL).mean(0), rtol=1e-6)
+
+
+def test_pickles_without_the_statistics_are_refused(sets, tmp_path):
+    path = nvidia_file(tmp_path / "img.pkl", fid=features_of(REAL))
+    call = (sets / "made", path)
+    with pytest.raises(ValueError, match=r"holds fid \(of inception features\), the features are dinov2; choose"):
+        evaluate_images(*call, "dinov2")
+    with pytest.raises(ValueError, match="the features are those of a function"):
+        evaluate_images(*call, features_of)
+    with pytest.raises(ValueError, match="the features are classifier"):
+        evaluate_images(*call)
+    for wrong in ({"mu": np.zeros(3), "sigma": np.eye(2)}, {"mu": "text", "sigma": np.eye(2)}, {"sigma": np.eye(2)}):
+        path.write_bytes(pickle.dumps({"fid": wrong}))
+        with pytest.raises(ValueError, match="mu and sigma of fid must be arrays of numbers"):
+            evaluate_images(*call, "inception")
+    path.write_bytes(pickle.dumps([1, 2]))
+    with pytest.raises(ValueError, match="holds no statistics"):
+        evaluate_images(*call, "inception")
+
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    path.write_bytes(pickle.dumps({"fid": Hostile()}))
+    with pytest.raises(ValueError, match="not on the allow-list"):
+        evaluate_images(*call, "inception")
+    assert not (tmp_path / "executed").exists()
+
+
 def test_a_file_with_images_and_statistics_is_read_as_images(sets, tmp_path):
     np.savez(tmp_path / "both.npz", REAL, mu=np.zeros(3), sigma=np.eye(3))
     expected = evaluate_images(sets / "made", sets / "real.npz", Counted().extractor)["metrics"]
@@ -296,7 +352,8 @@ def test_sizes_that_change_within_a_set_are_named_where_they_matter(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"metrics": ["fid"]}, "metrics must be some of frechet, precision_recall, .*, each once, got"),
+        ({"metrics": ["is"]}, "metrics must be some of frechet, precision_recall, .*fd_dinov2, each once, got"),
+        ({"metrics": ["fid"]}, "fid is the Fréchet distance of inception features .* ask for one of them at a time"),
         ({"metrics": ["lof", "lof"]}, "each once"),
         ({"metrics": []}, "metrics must be some of"),
         ({"metrics": "lof"}, "metrics must be some of"),
@@ -397,10 +454,42 @@ def test_the_command_takes_a_dinov2_folder(sets, tmp_path):
     assert saved["metrics"]["frechet"] < 1e-9 and saved["features"]["dimensions"] == 8
 
 
+def test_the_command_measures_fd_dinov2_against_nvidias_file(sets, tmp_path):
+    """The features need not be named; the picture goes the authors' way, through Pillow and ImageNet's moments."""
+    config = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14)
+    model = Dinov2Model(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    rows = []
+    for image in np.repeat(REAL[..., None], 3, axis=-1):
+        resized = Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)
+        pixels = (np.asarray(resized) / 255 - mean) / std
+        with torch.no_grad():
+            sample = torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None]
+            rows.append(model(pixel_values=sample).last_hidden_state[0, 0].numpy())
+    path = nvidia_file(tmp_path / "img.pkl", fd_dinov2=np.stack(rows))
+    result = invoke(
+        sets / "real.npz", "--reference", path, "--metric", "fd_dinov2", "--features-model", tmp_path / "model",
+        "--no-cache", "--device", "cpu", "--json", tmp_path / "numbers.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "reference statistics; dinov2 features" in " ".join(result.output.split()) and "FD_DINOv2" in result.output
+    assert json.loads((tmp_path / "numbers.json").read_text())["metrics"]["fd_dinov2"] < 1e-6
+    (tmp_path / "img.pkl").write_bytes(pickle.dumps({"fd_dinov2": print}))
+    refused = invoke(sets / "made", "--reference", path, "--metric", "fd_dinov2")
+    assert refused.exit_code == 1 and "wants builtins.print" in refused.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--metric", "fid"), 2, "'fid' is not one of"),
+        (("--metric", "is"), 2, "'is' is not one of"),
+        (("--metric", "fid", "--metric", "fd_dinov2"), 1, "ask for one of them at a time"),
+        (
+            ("--metric", "fid", "--features", "dinov2"),
+            1,
+            "without other features; got metrics=['fid'] and features='di",
+        ),
         (("--k", "lof"), 2, "'lof' must be METRIC=K with a whole number"),
         (("--k", "lof=-3"), 2, "must be METRIC=K"),
         (("--k", "lof=3", "--k", "lof=4"), 2, "once a metric"),
@@ -418,7 +507,7 @@ def test_wrong_arguments_are_one_line(sets, arguments, code, message):
 
 def test_the_command_offers_every_metric():
     (option,) = [option for option in cli.main.commands["evaluate"].params if option.name == "metrics"]
-    assert tuple(option.type.choices) == METRICS
+    assert tuple(option.type.choices) == (*METRICS, *PUBLISHED)
     help_text = invoke("--help").output
     assert " ".join(help_text.split()).count("5 for knn_distance, 20 for lof, 3 for rarity and precision_recall") == 1
     assert NEIGHBOURS == {"knn_distance": 5, "lof": 20, "rarity": 3, "precision_recall": 3}

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from contracts import PipelineContract, newer_torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from diffusers_ext import EDM2Pipeline, EDM2UNet2DModel, EDMHeunScheduler
 from diffusers_ext.checkpoints import load_edm2
+from diffusers_ext.cli import main
+from diffusers_ext.image_sets import read_images
 from diffusers_ext.pipelines import edm2 as module
 from diffusers_ext.sampling import cycled_labels, sample_to_folder
 
@@ -265,6 +268,14 @@ def test_decoding():
     torch.testing.assert_close(run(pipe, output_type="pt"), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(pipe.decode(latents[:1]), expected[:1], atol=1e-5, rtol=1e-5)
     assert expected.shape == (2, 3, 16, 16)
+    sizes = []
+    vae.post_quant_conv.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    parts = run(pipe, class_labels=[0, 1, 2], output_type="pt", decode_batch_size=2)
+    assert sizes == [2, 1]
+    whole = run(pipe, class_labels=[0, 1, 2], output_type="pt")
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="decode_batch_size must be an integer >= 1, got 0"):
+        run(pipe, output_type="pt", decode_batch_size=0)
     pictures = run(pipe, output_type="pil")
     assert pictures[0].size == (16, 16)
     wrong = pipeline(channels=4, vae=vae, latent_scale=(1.0,), latent_bias=(0.0,))
@@ -355,3 +366,39 @@ def test_in_bulk_every_class_in_turn(tmp_path):
     ).images
     assert np.abs(arrays["arr_0"][:4] / 255 - images).max() < 1.5 / 255
     assert cycled_labels(EDM2Pipeline(tiny_unet(0), EDMHeunScheduler()), 3) is None
+
+
+def test_in_bulk_with_a_decoder_and_an_interval(tmp_path):
+    """The command: latents in batches of 3, decoded two at a time, guided in an interval, PNG files in a zip."""
+    pipe = pipeline(channels=4, vae=tiny_vae())
+    pipe.save_pretrained(tmp_path / "model")
+    command = ["sample", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--format", "zip"]
+    command += [
+        "--num-samples",
+        "5",
+        "--batch-size",
+        "3",
+        "--decode-batch-size",
+        "2",
+        "--seed",
+        "7",
+        "--device",
+        "cpu",
+    ]
+    command += ["--num-inference-steps", "4", "--guidance-scale", "2.5", "--guidance-interval", "0.1,10"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    images, _ = read_images(tmp_path / "out/images.zip")
+    settings = json.loads((tmp_path / "out/manifest.json").read_text())["settings"]
+    assert settings["call"]["guidance_interval"] == [0.1, 10.0] and settings["call"]["decode_batch_size"] == 2
+
+    generator = [torch.Generator().manual_seed(7 + i) for i in range(5)]
+    call = {"num_inference_steps": 4, "generator": generator, "output_type": "np"}
+    expected = pipe([0, 1, 2, 3, 0], guidance_scale=2.5, guidance_interval=(0.1, 10), **call).images
+    assert pipe.guided_steps == [1, 2] and pipe.num_evaluations == {"unet": 7, "guidance_unet": 4}
+    assert np.abs(images / 255 - expected).max() < 1.5 / 255
+    generator[:] = [torch.Generator().manual_seed(7 + i) for i in range(5)]
+    plain = pipe([0, 1, 2, 3, 0], **call).images
+    assert np.abs(images / 255 - plain).max() > 5 / 255, "the interval shows"
+    wrong = CliRunner().invoke(main, [*command[:-1], "0.1"])
+    assert wrong.exit_code == 1 and "guidance_interval must be two noise levels" in wrong.output

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, DiTPipeline, D
 from PIL import Image
 from tiny_pipelines import tiny_stable_diffusion
 
-from diffusers_ext import boost_and_skip, processes, sampling, shards
+from diffusers_ext import GuidanceInterval, boost_and_skip, processes, sampling, shards
 from diffusers_ext.sampling import cycled_labels, random_labels, sample_to_folder
 from diffusers_ext.shipped import load_pipeline
 
@@ -364,6 +364,24 @@ def test_batch_sizes_agree_within_a_grey_level(tmp_path, digits):
     two, five = pixels(tmp_path / "two").astype(int), pixels(tmp_path / "five").astype(int)
     assert abs(two - five).max() <= 1
     assert len({picture.tobytes() for picture in two}) == 5
+
+
+def test_an_interval_is_applied_where_the_call_does_not_take_one(tmp_path, digits):
+    """The files are those of the pipeline with the interval, and it is gone afterwards."""
+    call = {"guidance_scale": 30.0, "format": "npz"}
+    done = draw(digits, tmp_path / "limited", count=3, batch_size=3, guidance_interval=(0.001, 0.5), **call)
+    kind = type(digits)
+    with GuidanceInterval(digits, guided_steps=(1, 1)):
+        by_hand = draw(digits, tmp_path / "by_hand", count=3, batch_size=3, **call)
+    assert type(digits) is kind
+    plain = draw(digits, tmp_path / "plain", count=3, batch_size=3, **call)
+    free = draw(digits, tmp_path / "free", count=3, batch_size=3, **{**call, "guidance_scale": 1.0})
+    limited, by_hand, plain, free = (np.load(each.result)["arr_0"] for each in (done, by_hand, plain, free))
+    np.testing.assert_array_equal(limited, by_hand)
+    assert (limited != plain).any() and (limited != free).any()
+    with pytest.raises(ValueError, match=r"guidance_interval must be two noise levels, .* got \(1.0,\)"):
+        draw(digits, tmp_path / "other", guidance_interval=(1.0,))
+    assert not (tmp_path / "other").exists()
 
 
 def test_random_labels_depend_on_the_image_s_seed_alone(digits):

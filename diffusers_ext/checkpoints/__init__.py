@@ -1,6 +1,6 @@
 """Readers of the authors' own checkpoint files, one a format; none of them executes anything."""
 
-from .convert import convert_guided_diffusion
+from .convert import convert_edm2, convert_guided_diffusion
 from .edm2 import load_edm2
 from .guided_diffusion import PRESETS, load_guided_diffusion
 from .safe_pickle import UnsafePickleError, safe_load
@@ -10,6 +10,7 @@ from .tauldr import load_tauldr, tauldr_scheduler
 __all__ = [
     "PRESETS",
     "UnsafePickleError",
+    "convert_edm2",
     "convert_guided_diffusion",
     "load_countdown",
     "load_edm2",

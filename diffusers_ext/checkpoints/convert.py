@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
+from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
 from ..hub import new_folder
-from ..pipelines import ADMUpsamplerPipeline, BoostAndSkipPipeline
+from ..models import EDM2UNet2DModel
+from ..pipelines import ADMUpsamplerPipeline, BoostAndSkipPipeline, EDM2Pipeline
+from ..schedulers import EDMHeunScheduler
+from .edm2 import read_edm2
+from .edm2_check import EDM2SourceNetwork, sampling_error
 from .guided_diffusion import read_network
 from .guided_diffusion_check import SourceNetwork, conversion_error
 
@@ -49,3 +53,54 @@ def convert_guided_diffusion(
         pipeline = BoostAndSkipPipeline(unet, scheduler)
     pipeline.to(dtype).save_pretrained(folder)
     return pipeline, error
+
+
+def convert_edm2(
+    path: str | Path,
+    folder: str | Path,
+    uncond: str | Path | None = None,
+    vae: str | Path | None = None,
+    check_steps: int = 3,
+) -> tuple[EDM2Pipeline, float | None]:
+    """Write network pickles of EDM2 as an `EDM2Pipeline` folder; returns the pipeline and the error of the check.
+
+    The weights keep the dtype of the files, which is float16 for published networks: load the folder with
+    `torch_dtype=torch.float16` for the networks as their authors evaluate them. The scale and bias of the latents are
+    those in the file.
+
+    path: the conditional network. uncond: the network that guides, an unconditional one or, for autoguidance, a weaker
+    conditional one. vae: folder or Hub id of the decoder, an `AutoencoderKL`; None writes a folder without one, which
+    samples latents. check_steps: steps that are sampled, guided by 2, with the files' own tensors and with the result;
+    the error is the largest difference of the latents, None for 0 steps, which check nothing.
+
+    Raises ValueError for what `load_edm2` refuses, networks that do not belong together, a decoder of other channels,
+    a folder that is not empty, and an error above 1e-3; nothing is written then.
+    """
+    folder = new_folder(folder)
+    checkpoints = [read_edm2(file) for file in (path, uncond) if file is not None]
+    unet, *guide = (EDM2UNet2DModel.from_edm2_state_dict(file.state_dict, **file.config) for file in checkpoints)
+    decoder = None if vae is None else _decoder(vae, unet.config.img_channels)
+    scaling = {"latent_scale": checkpoints[0].latent_scale, "latent_bias": checkpoints[0].latent_bias}
+    scaling = {name: values for name, values in scaling.items() if values is not None}
+    pipeline = EDM2Pipeline(unet, EDMHeunScheduler(), decoder, guide[0] if guide else None, **scaling)
+    error = None
+    if check_steps:
+        sources = [EDM2SourceNetwork(file.state_dict, file.config) for file in checkpoints]
+        error = sampling_error(pipeline, sources, check_steps)
+        if not error < 1e-3:
+            raise ValueError(
+                f"checkpoint {str(path)!r}: samples of the converted networks differ by {error:.2g} after"
+                f" {check_steps} steps; the file must be of another kind of network, or this is a bug"
+            )
+    pipeline.save_pretrained(folder)
+    return pipeline, error
+
+
+def _decoder(vae: str | Path, channels: int) -> AutoencoderKL:
+    decoder = AutoencoderKL.from_pretrained(vae)
+    if decoder.config.latent_channels != channels:
+        raise ValueError(
+            f"vae {str(vae)!r} decodes latents of {decoder.config.latent_channels} channels, the network makes"
+            f" {channels}; choose another one, or none for a network of pixels"
+        )
+    return decoder

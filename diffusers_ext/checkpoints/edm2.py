@@ -1,8 +1,10 @@
 """EDM2 networks from NVIDIA's pickles (github.com/NVlabs/edm2), without executing anything in them."""
 
 import inspect
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..models.edm2_unet import EDM2UNet2DModel
@@ -11,6 +13,20 @@ from .safe_pickle import PickledObject, safe_load
 _LARGEST = 64  # blocks of a resolution, resolutions, taps; the published networks have 3, 4 and 2
 _CONFIG_NAMES = frozenset(inspect.signature(EDM2UNet2DModel.__init__).parameters) - {"self"}
 _CONFIG_ATTRIBUTES = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_data")
+
+
+@dataclass(frozen=True)
+class EDM2Checkpoint:
+    """What a network pickle of EDM2 holds.
+
+    state_dict: of the averaged network, under the authors' names. config: the authors' arguments. latent_scale,
+    latent_bias: with which the training latents were made, one number a channel; None for a network of pixels.
+    """
+
+    state_dict: dict[str, torch.Tensor]
+    config: dict
+    latent_scale: list[float] | None = None
+    latent_bias: list[float] | None = None
 
 
 def load_edm2(path: str | Path, torch_dtype: torch.dtype | None = None) -> EDM2UNet2DModel:
@@ -25,6 +41,13 @@ def load_edm2(path: str | Path, torch_dtype: torch.dtype | None = None) -> EDM2U
         UnsafePickleError: (a ValueError) if the file wants anything but known data.
         ValueError: if it holds no EDM2 network.
     """
+    checkpoint = read_edm2(path)
+    model = EDM2UNet2DModel.from_edm2_state_dict(checkpoint.state_dict, **checkpoint.config)
+    return model if torch_dtype is None else model.to(torch_dtype)
+
+
+def read_edm2(path: str | Path) -> EDM2Checkpoint:
+    """The content of an EDM2 checkpoint, before a network is built; raises as `load_edm2`."""
     data = safe_load(path)
     network = data.get("ema") if isinstance(data, dict) else None
     if not isinstance(network, PickledObject) or network.class_name != "Precond":
@@ -36,10 +59,23 @@ def load_edm2(path: str | Path, torch_dtype: torch.dtype | None = None) -> EDM2U
     config = {**attributes, **_plain_dict(network.state.get("_init_kwargs", {}))}
     try:
         _check_config(config)
+        scale, bias = _latent_statistics(data.get("encoder"), config.get("img_channels"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    model = EDM2UNet2DModel.from_edm2_state_dict(module_state_dict(network), **config)
-    return model if torch_dtype is None else model.to(torch_dtype)
+    return EDM2Checkpoint(module_state_dict(network), config, scale, bias)
+
+
+def _latent_statistics(encoder, channels) -> tuple[list[float] | None, list[float] | None]:
+    """scale and bias of a pickled StabilityVAEEncoder; (None, None) for the encoder of pixels and for none."""
+    if not isinstance(encoder, PickledObject) or encoder.class_name != "StabilityVAEEncoder":
+        return None, None
+    found = []
+    for name in ("scale", "bias"):
+        value = np.asarray(encoder.state.get(name))
+        if value.dtype.kind != "f" or value.shape != (channels,) or not np.isfinite(value).all():
+            raise ValueError(f"{name} of the encoder must be a finite number for each of the {channels} channels.")
+        found.append(value.tolist())
+    return tuple(found)
 
 
 def _check_config(config: dict) -> None:

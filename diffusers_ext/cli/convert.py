@@ -40,3 +40,31 @@ def convert_guided_diffusion_command(checkpoint, output, flags, preset, dtype, c
     if error is not None:
         click.echo(f"largest difference to the checkpoint over {check_steps} steps in float32: {error:.1e}")
     click.echo(f"wrote {type(pipeline).__name__} with {type(pipeline.unet).__name__} to {output}")
+
+
+@convert.command("edm2")
+@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("output", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--uncond", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None,
+    help="The network that guides: an unconditional one, or a weaker conditional one for autoguidance.",
+)  # fmt: skip
+@click.option(
+    "--vae", default=None, metavar="MODEL",
+    help="Folder or Hub id of the decoder, such as stabilityai/sd-vae-ft-mse; without it the folder gives latents.",
+)  # fmt: skip
+@click.option(
+    "--check-steps", type=click.IntRange(min=0), default=3, show_default=True,
+    help="Steps to sample with the files' own tensors and with the result; 0 checks nothing.",
+)  # fmt: skip
+def convert_edm2_command(checkpoint, output, uncond, vae, check_steps):
+    """Write CHECKPOINT, a network pickle of EDM2, to the new folder OUTPUT.
+
+    Nothing in the pickle is executed. The weights keep their dtype, float16 in published files.
+    """
+    from ..checkpoints import convert_edm2
+
+    pipeline, error = convert_edm2(checkpoint, output, uncond, vae, check_steps)
+    if error is not None:
+        click.echo(f"largest difference to the checkpoint after {check_steps} steps: {error:.1e}")
+    click.echo(f"wrote {type(pipeline).__name__} in {str(pipeline.unet.dtype).removeprefix('torch.')} to {output}")

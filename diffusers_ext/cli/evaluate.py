@@ -9,20 +9,21 @@ import click
 @click.argument("generated", type=click.Path(path_type=Path))
 @click.option(
     "--reference", type=click.Path(path_type=Path), required=True,
-    help="The real images, or an .npz with mu and sigma for the Fréchet distance alone.",
+    help="The real images; or statistics for the Fréchet distance alone: .npz with mu and sigma, NVIDIA's .pkl.",
 )  # fmt: skip
 @click.option(
     "--metric", "metrics", multiple=True,
-    type=click.Choice(["frechet", "precision_recall", "knn_distance", "lof", "rarity"]),
-    help="Compute this one; repeat it for more. By default all that the reference allows.",
+    type=click.Choice(["frechet", "precision_recall", "knn_distance", "lof", "rarity", "fid", "fd_dinov2"]),
+    help="Compute this one; repeat it for more. By default all that the reference allows, of the first five.",
 )  # fmt: skip
 @click.option(
     "--k", "neighbours", multiple=True, metavar="METRIC=K",
     help="Neighbours of a metric; by default 5 for knn_distance, 20 for lof, 3 for rarity and precision_recall.",
 )  # fmt: skip
 @click.option(
-    "--features", default="classifier", show_default=True, metavar="NAME",
-    help="classifier (MNIST digits), dinov2, inception, or module:function, which imports and runs that code.",
+    "--features", default=None, metavar="NAME",
+    help="classifier (MNIST digits), dinov2, inception, or module:function, which imports and runs that code. By"
+    " default those of fid or fd_dinov2, else classifier.",
 )  # fmt: skip
 @click.option(
     "--features-model", default=None, metavar="MODEL",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import INTEGERS, ListsCommand, Steps
+from .options import INTEGERS, NUMBERS, ListsCommand, Steps
 
 
 def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
@@ -47,7 +47,15 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
     help="File of prompts to go through in turn, one a line.",
 )  # fmt: skip
 @click.option("--guidance-scale", type=float, default=None, help="1 is off.")
+@click.option(
+    "--guidance-interval", type=NUMBERS, default=None, metavar="LO,HI",
+    help="Guide in steps that start at noise levels sigma (of EDM) in (LO, HI]; by default in all.",
+)  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--decode-batch-size", type=click.IntRange(min=1), default=None,
+    help="EDM2: images that its VAE decodes at once; by default the batch size.",
+)  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Image i is drawn with seed + i.")
 @click.option("--device", default=None, help="torch device; by default the fastest one here.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
@@ -58,7 +66,8 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
 def sample(
     model, output, format, pipeline, gamma, skip_steps, num_samples, num_inference_steps, class_labels, random_labels,
-    prompt, prompts, guidance_scale, batch_size, seed, device, dtype, cpu_threads, trust_remote_code,
+    prompt, prompts, guidance_scale, guidance_interval, batch_size, decode_batch_size, seed, device, dtype,
+    cpu_threads, trust_remote_code,
 ):  # fmt: skip
     """Draw images from MODEL into a folder.
 
@@ -69,7 +78,13 @@ def sample(
         raise click.UsageError("give --class-labels or --random-labels, not both")
     if prompt is not None and prompts is not None:
         raise click.UsageError("give --prompt or --prompts, not both")
-    call = {"gamma": gamma, "skip_steps": skip_steps, "guidance_scale": guidance_scale}
+    call = {
+        "gamma": gamma,
+        "skip_steps": skip_steps,
+        "guidance_scale": guidance_scale,
+        "guidance_interval": guidance_interval,
+        "decode_batch_size": decode_batch_size,
+    }
     call = {name: value for name, value in call.items() if value is not None}
     sample_model(
         model, pipeline, output, device, dtype, trust_remote_code, count=num_samples,

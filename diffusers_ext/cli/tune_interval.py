@@ -15,7 +15,7 @@ from .options import NUMBERS, ListsCommand
 )  # fmt: skip
 @click.option(
     "--reference", type=click.Path(path_type=Path), default=None,
-    help="Real images (folder, zip, .npz), or an .npz with mu and sigma; by default the shipped classifier's digits.",
+    help="Real images (folder, zip, .npz), or .npz or .pkl statistics; by default the shipped classifier's digits.",
 )  # fmt: skip
 @click.option("--guidance-scales", type=NUMBERS, default=[1.5, 2.0, 3.0], show_default="1.5,2,3")
 @click.option(

@@ -78,7 +78,7 @@ def run_guidance_interval(
             with nullcontext() if bounds is None else GuidanceInterval(pipe, **bounds), counted_rows(pipe) as count:
                 images = sample_images(pipe, labels, settings.seed, on_batch=advance, **call)
             seconds = time.perf_counter() - started
-            numbers = evaluate_digits(images, labels)
+            numbers = evaluate_digits(images, labels, ("frechet", "precision_recall"))
             numbers["rows_per_image"] = sum(count) / len(labels)
             numbers["seconds_per_image"] = seconds / len(labels)
             rows.append({"title": title, **{name: numbers[name] for name in COLUMNS}})

@@ -128,6 +128,9 @@ class MPLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, in_channels) or (batch, in_channels, height, width) -> the same with out_channels."""
+        if self.full_precision and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x.to(torch.float32))
         weight = self.current_weight().to(x.dtype)
         return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
