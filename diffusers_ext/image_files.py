@@ -30,10 +30,26 @@ def write_images(
     return writer(_checked(batches, count, format), count, labels, folder)
 
 
-def image_names(count: int) -> list[str]:
+def file_names(count: int, suffix: str) -> list[str]:
     """000000.png and so on, with as many digits as the last one needs."""
     digits = max(6, len(str(count - 1)))
-    return [f"{i:0{digits}d}.png" for i in range(count)]
+    return [f"{i:0{digits}d}.{suffix}" for i in range(count)]
+
+
+def write_npz(
+    path: Path, name: str, first: np.ndarray, batches: Iterator[np.ndarray], count: int, **more: np.ndarray
+) -> None:
+    """An .npz with one array of `count` rows, those of the first batch and of the others, and with more arrays."""
+    header = {"descr": first.dtype.str, "fortran_order": False, "shape": (count, *first.shape[1:])}
+    with replacing(path) as file, ZipFile(file, "w", ZIP_STORED) as archive:
+        with archive.open(ZipInfo(f"{name}.npy"), "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, header)
+            array.write(first.tobytes())
+            for batch in batches:
+                array.write(batch.tobytes())
+        for key, value in more.items():
+            with archive.open(ZipInfo(f"{key}.npy"), "w") as array:
+                np.lib.format.write_array(array, value, allow_pickle=False)
 
 
 def _checked(batches: Iterator[np.ndarray], count: int, format: str) -> Iterator[np.ndarray]:
@@ -53,7 +69,7 @@ def _checked(batches: Iterator[np.ndarray], count: int, format: str) -> Iterator
 
 def _pngs(batches: Iterator[np.ndarray], count: int) -> Iterator[tuple[str, bytes]]:
     pictures = (picture for batch in batches for picture in batch)
-    for name, picture in zip(image_names(count), pictures, strict=True):
+    for name, picture in zip(file_names(count, "png"), pictures, strict=True):
         buffer = BytesIO()
         Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, "PNG")
         yield name, buffer.getvalue()
@@ -77,14 +93,6 @@ def _write_npz(batches: Iterator[np.ndarray], count: int, labels: Sequence[int] 
     first = next(batches)
     shape = (count, *first.shape[1:])
     name = f"samples_{'x'.join(str(size) for size in shape)}.npz"
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with replacing(folder / name) as file, ZipFile(file, "w", ZIP_STORED) as archive:
-        with archive.open(ZipInfo("arr_0.npy"), "w", force_zip64=True) as array:
-            np.lib.format.write_array_header_1_0(array, header)
-            array.write(first.tobytes())
-            for batch in batches:
-                array.write(batch.tobytes())
-        if labels is not None:
-            with archive.open(ZipInfo("arr_1.npy"), "w") as array:
-                np.lib.format.write_array(array, np.array(labels, dtype=np.int64), allow_pickle=False)
+    more = {} if labels is None else {"arr_1": np.array(labels, dtype=np.int64)}
+    write_npz(folder / name, "arr_0", first, batches, count, **more)
     return name

@@ -1,6 +1,6 @@
-"""Many images from one pipeline, each with a seed of its own, on any number of processes.
+"""Many images or sequences from one pipeline, each with a seed of its own, on any number of processes.
 
-Image i is drawn with a CPU generator seeded by seed + i, so it depends on nothing but that and, up to round-off, on
+Sample i is drawn with a CPU generator seeded by seed + i, so it depends on nothing but that and, up to round-off, on
 the batch that it is drawn in.
 """
 
@@ -18,22 +18,27 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from rich.progress import Progress
 
-from .image_files import FORMATS, image_names, write_images
+from . import image_files, sequence_files
+from .discrete_sampling import check_discrete, draws_sequences, given_tokens, is_discrete, to_integers
+from .image_files import file_names, write_images
 from .pipelines import GuidanceInterval
 from .processes import Processes, start_processes
 from .provenance import describe_pipeline, drawing_versions
+from .sequence_files import write_sequences
 from .shards import Shards, check_folder, finish_folder, lock, open_folder
 
-GIVEN_HERE = ("generator", "output_type", "return_dict", "class_labels", "prompt")
+GIVEN_HERE = ("generator", "output_type", "return_dict", "class_labels", "prompt", "tokens", "given")
+FORMATS = {"images": image_files.FORMATS, "sequences": sequence_files.FORMATS}
 
 
 def sample_batches(
     pipe: DiffusionPipeline, count: int, labels: torch.Tensor | None, seed: int, batch_size: int, **call
 ) -> Iterator:
-    """The `images` of one pipeline call after the other; image i has the generator of seed + i and labels[i].
+    """The `images`, or with output_type="tokens" the `tokens`, of one pipeline call after the other.
 
-    An image does not depend on how many others are drawn, nor, up to round-off, on the batch. labels: (count,), for
-    pipelines that take class_labels, or None for those that take batch_size. call: further arguments of the call.
+    Image i has the generator of seed + i and labels[i]; it does not depend on how many others are drawn, nor, up to
+    round-off, on the batch. labels: (count,), for pipelines that take class_labels, or None for those that take
+    batch_size. call: further arguments of the call.
 
     Raises ValueError for a count or batch size below 1, or labels of another number.
     """
@@ -122,14 +127,16 @@ def _classes(pipe: DiffusionPipeline) -> list[int] | None:
 class Sampled:
     """What `sample_to_folder` did.
 
-    result: the zip or npz file, or the folder of PNG files. count: images in it. drawn: how many of them this start
-    drew, in all of its processes. was_finished: whether an earlier start had already done everything.
+    result: the file, or the folder of PNG or txt files. count: samples in it. drawn: how many of them this start
+    drew, in all of its processes. was_finished: whether an earlier start had already done everything. kind: "images"
+    or "sequences".
     """
 
     result: Path
     count: int
     drawn: int
     was_finished: bool
+    kind: str = "images"
 
 
 def sample_to_folder(
@@ -139,30 +146,36 @@ def sample_to_folder(
     labels: Sequence[int] | torch.Tensor | str | None = None,
     prompts: Sequence[str] | None = None,
     images: np.ndarray | None = None,
+    tokens: np.ndarray | None = None,
+    given: np.ndarray | None = None,
     seed: int = 0,
     batch_size: int = 32,
-    format: str = "png",
+    format: str | None = None,
     cpu_threads: int = 1,
     accelerator: Accelerator | None = None,
     **call,
 ) -> Sampled:
-    """Draw images 0 to count - 1 into a folder; started again after an interruption, go on with the same call.
+    """Draw samples 0 to count - 1 into a folder; started again after an interruption, go on with the same call.
 
-    The work is cut into batches of consecutive images; of n processes, process p draws the batches b with b % n == p.
-    Each finished batch is kept at once, with its hash, and at the end all become PNG files or one archive (see
-    `image_files.write_images`). Image i has the generator of seed + i: the files have the same bytes for any number of
-    processes and interruptions, and are within one grey level for any batch size. manifest.json says what was drawn,
-    with which versions, and the label of each image.
+    The work is cut into batches of consecutive samples; of n processes, process p draws the batches b with b % n == p.
+    Each finished batch is kept at once, with its hash, and at the end all become files (see `write_images` and
+    `write_sequences`). Sample i has the generator of seed + i: the files have the same bytes for any number of
+    processes and interruptions, and images are within one grey level for any batch size; a sequence may then leave
+    its path at a token that round-off decides. manifest.json says what was drawn, with which versions, and the label
+    of each image.
 
     Global random numbers, which pipelines draw that do not pass their generator on, are seeded by the batch. For those
     pipelines (stock `DiTPipeline` with a stochastic scheduler) all of this holds but for other batch sizes.
 
     pipe: unconditional (takes batch_size), class-conditional (takes class_labels), text-to-image (takes prompt) or
-        image-to-image, such as an upsampler (takes image).
+        image-to-image, such as an upsampler (takes image); or a `DiscreteDiffusionPipeline`.
     labels: gone through in turn; None for every class in turn, "random" for `random_labels`.
     prompts: gone through in turn.
     images: the input image of each, uint8 (count, height, width, channels).
-    format: "png", "zip" or "npz".
+    tokens, given: of a discrete pipeline, tokens of each, integers (count, length), and where they are kept, boolean
+        (count, length) or (length,).
+    format: "png", "zip" or "npz" for images; "txt", "jsonl" or "npz" for sequences. None is "png"; for sequences "txt"
+        with a tokenizer, "npz" without.
     cpu_threads: torch threads of each process while it draws on a CPU, where round-off depends on their number; more
         processes are the better use of many cores.
     accelerator: of a program that has one. By default what a launcher started, or this process alone.
@@ -176,11 +189,15 @@ def sample_to_folder(
     and while drawing for images that are not finite. OSError for a full disk; no finished batch is lost.
     """
     _check_sizes(count, batch_size)
-    inputs = _inputs(pipe, count, labels, prompts, images, seed)
+    inputs = given_tokens(tokens, given, count)
+    if not inputs:
+        inputs = _inputs(pipe, count, labels, prompts, images, seed)
+    elif any(value is not None for value in (labels, prompts, images)):
+        raise ValueError("tokens exclude labels, prompts and images; give one of them")
     limited, its_call = _limited(pipe, call)
     _check_call(pipe, inputs, its_call)
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
+    kind = "sequences" if draws_sequences(pipe) else "images"
+    format = _format(pipe, kind, format)
     device = pipe._execution_device.type
     processes = Processes(accelerator or start_processes(device))
     threads = cpu_threads if device == "cpu" else None
@@ -191,6 +208,7 @@ def sample_to_folder(
         "class_labels": labels if labels is None or isinstance(labels, str) else torch.as_tensor(labels).tolist(),
         "prompts": None if prompts is None else list(prompts),
         "images": None if images is None else sha256(np.ascontiguousarray(images)).hexdigest(),
+        **{name: sha256(inputs[name]).hexdigest() for name in ("tokens", "given") if name in inputs},
         "format": format,
         "call": call,
         "cpu_threads": threads,
@@ -200,11 +218,23 @@ def sample_to_folder(
     with ExitStack() as held:
         folder, manifest = processes.agreed(lambda: _opened(held, folder, plan))
         if manifest["result"] is not None:
-            return Sampled(folder / manifest["result"], count, drawn=0, was_finished=True)
+            return Sampled(folder / manifest["result"], count, drawn=0, was_finished=True, kind=kind)
         with limited, _cpu_threads(threads):
             drawn = _draw_shards(pipe, folder, count, batch_size, seed, inputs, its_call, processes)
-        result = processes.agreed(lambda: _assembled(folder, manifest))
-    return Sampled(folder / result, count, drawn, was_finished=False)
+        result = processes.agreed(lambda: _assembled(pipe, folder, manifest))
+    return Sampled(folder / result, count, drawn, was_finished=False, kind=kind)
+
+
+def _format(pipe: DiffusionPipeline, kind: str, format: str | None) -> str:
+    """The format, or the one that goes without saying."""
+    has_tokenizer = getattr(pipe, "tokenizer", None) is not None
+    if format is None:
+        return "png" if kind == "images" else "txt" if has_tokenizer else "npz"
+    if format not in FORMATS[kind]:
+        raise ValueError(f"format must be one of {FORMATS[kind]} for {kind}, got {format!r}")
+    if format in ("txt", "jsonl") and not has_tokenizer:
+        raise ValueError(f"format {format!r} needs a tokenizer, which this pipeline has not; use npz")
+    return format
 
 
 def _limited(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextManager, dict]:
@@ -254,7 +284,7 @@ def _check_call(pipe: DiffusionPipeline, inputs: dict, call: dict) -> None:
     reserved = sorted(set(call) & set(GIVEN_HERE))
     if reserved:
         raise ValueError(f"{', '.join(reserved)}: set by the sampling itself; leave it out")
-    if not inputs and "prompt" in known:
+    if not inputs and "prompt" in known and "batch_size" not in known:
         raise ValueError(f"{name} needs a prompt; give prompts (--prompt or --prompts)")
     if not inputs and "batch_size" not in known:
         raise ValueError(
@@ -276,6 +306,8 @@ def _check_call(pipe: DiffusionPipeline, inputs: dict, call: dict) -> None:
         json.dumps(call)
     except TypeError as error:
         raise ValueError(f"arguments of the call must be JSON-able to be kept in the manifest: {error}") from error
+    if is_discrete(pipe):
+        check_discrete(pipe, inputs, call)
 
 
 def _opened(held: ExitStack, folder: str | Path, plan: dict) -> tuple[Path, dict]:
@@ -292,7 +324,7 @@ def _opened(held: ExitStack, folder: str | Path, plan: dict) -> tuple[Path, dict
 def _check_result(folder: Path, manifest: dict) -> None:
     """Raises ValueError where files of a finished folder are gone."""
     settings = manifest["settings"]
-    names = image_names(settings["count"]) if settings["format"] == "png" else [manifest["result"]]
+    names = [manifest["result"]] if manifest["result"] != "." else file_names(settings["count"], settings["format"])
     missing = sorted(set(names) - {path.name for path in folder.iterdir()})
     if missing:
         raise ValueError(
@@ -302,8 +334,9 @@ def _check_result(folder: Path, manifest: dict) -> None:
 
 
 def _draw_shards(pipe, folder: Path, count, batch_size, seed, inputs, call, processes: Processes) -> int:
-    """Draw the batches of this process that are not there yet; returns how many images all processes drew."""
+    """Draw the batches of this process that are not there yet; returns how many samples all processes drew."""
     pipe.set_progress_bar_config(disable=True)
+    call = {**call, "output_type": "tokens" if draws_sequences(pipe) else "pt"}
     shards, drawn = Shards(folder), 0
     with Progress(disable=not processes.is_main) as progress:
         task = progress.add_task("sampling", total=count)
@@ -311,7 +344,7 @@ def _draw_shards(pipe, folder: Path, count, batch_size, seed, inputs, call, proc
             if number % processes.count != processes.index:
                 continue
             if not shards.holds(number):
-                shards.write(number, to_uint8(_draw(pipe, rows, seed, inputs, {**call, "output_type": "pt"}), rows))
+                shards.write(number, _to_array(pipe, _draw(pipe, rows, seed, inputs, call), rows))
                 drawn += len(rows)
             progress.update(task, completed=min(count, len(shards) * batch_size))
         drawn = processes.total(drawn)
@@ -319,30 +352,35 @@ def _draw_shards(pipe, folder: Path, count, batch_size, seed, inputs, call, proc
     return drawn
 
 
-def _assembled(folder: Path, manifest: dict) -> str:
+def _assembled(pipe: DiffusionPipeline, folder: Path, manifest: dict) -> str:
     """Turn the finished batches into the result; returns its name in the folder."""
     settings, shards = manifest["settings"], Shards(folder)
     numbers = range(len(_batches(settings["count"], settings["batch_size"])))
     batches = (shards.read(number) for number in numbers)
-    result = write_images(batches, settings["count"], manifest["labels"], folder, settings["format"])
+    count, format = settings["count"], settings["format"]
+    if draws_sequences(pipe):
+        result = write_sequences(batches, count, folder, format, pipe.tokenizer)
+    else:
+        result = write_images(batches, count, manifest["labels"], folder, format)
     finish_folder(folder, manifest, result)
     return result
 
 
 def _batches(count: int, batch_size: int) -> list[range]:
-    """The images of each batch."""
+    """The samples of each batch."""
     return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
 def _draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict, call: dict):
-    """The images of one call; global random numbers are seeded by the batch and left as they were."""
+    """The images or tokens of one call; global random numbers are seeded by the batch and left as they were."""
     generators = [torch.Generator().manual_seed(seed + i) for i in rows]
     given = {name: values[rows.start : rows.stop] for name, values in inputs.items()} or {"batch_size": len(rows)}
     device = pipe._execution_device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_hashed("batch", seed + rows.start))  # not the seed of an image, whose noise it would repeat
         try:
-            return pipe(generator=generators, **given, **call).images
+            output = pipe(generator=generators, **given, **call)
+            return output.tokens if call.get("output_type") == "tokens" else output.images
         except TypeError as error:
             steps = call.get("num_inference_steps")
             if isinstance(steps, str):
@@ -350,6 +388,12 @@ def _draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict, call: d
                     f"{type(pipe).__name__} failed with num_inference_steps={steps!r} ({error}); give it a number"
                 ) from error
             raise
+
+
+def _to_array(pipe: DiffusionPipeline, batch, rows: range) -> np.ndarray:
+    if draws_sequences(pipe):
+        return to_integers(batch, rows, pipe.scheduler.config.vocab_size)
+    return to_uint8(batch, rows)
 
 
 def to_uint8(images: torch.Tensor | np.ndarray, rows: range) -> np.ndarray:

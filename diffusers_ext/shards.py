@@ -55,15 +55,15 @@ def sync_folder(folder: Path) -> None:
 
 
 class Shards:
-    """The finished batches of images in `folder`/shards; any number of processes may write different ones."""
+    """The finished batches of samples in `folder`/shards; any number of processes may write different ones."""
 
     def __init__(self, folder: Path):
         self.folder = folder / SHARDS
 
-    def write(self, number: int, images: np.ndarray) -> None:
-        """Keep a batch, uint8 (count, height, width, channels)."""
+    def write(self, number: int, samples: np.ndarray) -> None:
+        """Keep a batch, an array of one row a sample."""
         buffer = BytesIO()
-        np.save(buffer, images, allow_pickle=False)
+        np.save(buffer, samples, allow_pickle=False)
         data = buffer.getvalue()
         with replacing(self.folder / f"{number:06d}.{sha256(data).hexdigest()}.npy") as file:
             file.write(data)
@@ -78,7 +78,7 @@ class Shards:
         return False
 
     def read(self, number: int) -> np.ndarray:
-        """A batch (count, height, width, channels). Raises ValueError where it is missing or damaged."""
+        """A batch as it was written. Raises ValueError where it is missing or damaged."""
         for path in self._paths(number):
             data = path.read_bytes()
             if sha256(data).hexdigest() == _recorded(path):

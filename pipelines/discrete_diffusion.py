@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
@@ -11,14 +12,16 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
 
+IMAGE_TYPES = ("pil", "np", "pt")
+
 
 @dataclass
 class DiscreteDiffusionPipelineOutput(BaseOutput):
-    """tokens: (batch, length) int64. text: a string a sample; images: a PIL image a sample; where asked for."""
+    """tokens: (batch, length) int64. text: a string a sample. images: PIL images or an array; where asked for."""
 
     tokens: torch.Tensor
     text: list[str] | None = None
-    images: list | None = None
+    images: list | np.ndarray | torch.Tensor | None = None
 
 
 class DiscreteDiffusionPipeline(DiffusionPipeline):
@@ -73,7 +76,8 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             gillespie), and once for each corrector step. timesteps: instead, all edges, decreasing in (0, 1].
         sampler: "euler", "tweedie" or "gillespie" for this call.
         generator: one, or one a sample, which makes a sample independent of its batch.
-        output_type: "text", "pil" or "tokens"; None is "text" with a tokenizer, "pil" for models of images.
+        output_type: "text", "tokens", or for models of images "pil", "np" (batch, height, width, channels) or "pt"
+            (batch, channels, height, width), both in [0, 1]; None is "text" with a tokenizer, "pil" for images.
         callback_on_step_end: called as (pipeline, step, timestep, {"tokens": tokens}) after each step; what it returns
             under "tokens" goes on from there.
 
@@ -109,9 +113,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
 
         output = self._to_output(sample, output_type)
         self.maybe_free_model_hooks()
-        return (
-            output if return_dict else (getattr(output, {"text": "text", "pil": "images"}.get(output_type, "tokens")),)
-        )
+        return output if return_dict else (getattr(output, "images" if output_type in IMAGE_TYPES else output_type),)
 
     # One step; the network's output, the largest tensor, lives no longer than these functions
 
@@ -160,12 +162,14 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         has_shape = self._model_config("shape") is not None
         if output_type is None:
             return "text" if self.tokenizer is not None else "pil" if has_shape else "tokens"
-        if output_type not in ("text", "tokens", "pil"):
-            raise ValueError(f'output_type must be "text", "tokens" or "pil", got {output_type!r}')
+        if output_type not in ("text", "tokens", *IMAGE_TYPES):
+            raise ValueError(f'output_type must be "text", "tokens", "pil", "np" or "pt", got {output_type!r}')
         if output_type == "text" and self.tokenizer is None:
             raise ValueError('output_type="text" needs a tokenizer; build the pipeline with one or use "tokens"')
-        if output_type == "pil" and not has_shape:
-            raise ValueError(f'output_type="pil": {type(self.model).__name__} has no image shape; use "tokens"')
+        if output_type in IMAGE_TYPES and not has_shape:
+            raise ValueError(
+                f'output_type="{output_type}": {type(self.model).__name__} has no image shape; use "tokens"'
+            )
         return output_type
 
     def _model_config(self, name: str):
@@ -250,15 +254,18 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
     def _to_output(self, sample: torch.Tensor, output_type: str) -> DiscreteDiffusionPipelineOutput:
         if output_type == "text":
             return DiscreteDiffusionPipelineOutput(tokens=sample, text=self.tokenizer.batch_decode(sample))
-        if output_type == "pil":
-            return DiscreteDiffusionPipelineOutput(tokens=sample, images=self._to_pil(sample))
+        if output_type in IMAGE_TYPES:
+            return DiscreteDiffusionPipelineOutput(tokens=sample, images=self._to_images(sample, output_type))
         return DiscreteDiffusionPipelineOutput(tokens=sample)
 
-    def _to_pil(self, sample: torch.Tensor) -> list:
-        """Images of levels in channel-first order, the highest level white."""
+    def _to_images(self, sample: torch.Tensor, output_type: str) -> list | np.ndarray | torch.Tensor:
+        """Images of levels in channel-first order, the highest level 1."""
         levels = self.scheduler.config.vocab_size - (self.scheduler.mask_token_id is not None)
         pixels = sample.view(len(sample), *self._model_config("shape")).float() / (levels - 1)
-        return self.numpy_to_pil(pixels.permute(0, 2, 3, 1).cpu().numpy())
+        if output_type == "pt":
+            return pixels
+        pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        return pixels if output_type == "np" else self.numpy_to_pil(pixels)
 
 
 def _zip_texts(prompt, suffix) -> list[tuple[str | None, str | None]]:

@@ -5,9 +5,10 @@
 
 A `SEDDTransformer` and a `CTMCScheduler`, saved together as a DiscreteDiffusionPipeline in fp16; the weights are an
 exponential moving average. The objective is the score entropy (`--objective score`), or for networks of x_0 the cross
-entropy (`--objective x0`). `--data` is an .npz with `tokens`, (count, length) integers from 0. Without it CountDown
-sequences (2410.07761) are drawn anew at every step, and the strict error rate of samples is printed at the end. An
-interrupted run goes on from its last checkpoint.
+entropy (`--objective x0`). `--data` is an .npz with `tokens`, (count, length) integers from 0, and perhaps `valid`,
+others of the same length, whose likelihood is measured at the end; recipes/jsb_chorales.py makes one. Without it
+CountDown sequences (2410.07761) are drawn anew at every step, and the strict error rate of samples is printed at the
+end. An interrupted run goes on from its last checkpoint; a finished one measures again.
 
 The defaults of the sizes are those of the paper's CountDown model: 32 tokens, length 256, 4 blocks of width 128. Its
 training there: Adam, learning rate 1e-3 after 5000 warm-up steps, clipping at 1, batch 2048, `--weighting none`, times
@@ -31,19 +32,25 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, SEDDTransformer
-from diffusers_ext.losses import score_entropy_loss, x0_cross_entropy
+from diffusers_ext.losses import likelihood_bound, score_entropy_loss, x0_cross_entropy
 from diffusers_ext.metrics import countdown_errors, countdown_errors_original, countdown_sequences
 
 FIRST_TIME = 1e-3  # training times are uniform in [FIRST_TIME, 1]
 
 
-def load_tokens(path: Path) -> torch.Tensor:
-    """(count, length) int64 of an .npz with `tokens`."""
+def load_tokens(path: Path, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`tokens` and, if there, `valid` of an .npz, (count, length) integers of the file's type."""
     with np.load(path) as data:
-        tokens = torch.from_numpy(data["tokens"].astype(np.int64))
-    if tokens.ndim != 2 or tokens.min() < 0:
-        raise click.BadParameter(f"tokens must be (count, length) integers >= 0, got {tuple(tokens.shape)}")
-    return tokens
+        arrays = [data["tokens"], *([data["valid"]] if "valid" in data else [])]
+    for array in arrays:
+        fits = array.ndim == 2 and array.shape[1:] == arrays[0].shape[1:]
+        if not fits or array.dtype.kind not in "iu" or array.min() < 0:
+            got = [f"{array.dtype} {array.shape}" for array in arrays]
+            raise click.BadParameter(f"tokens and valid must be (count, length) integers >= 0, got {got}")
+        if array.max() >= num_tokens:
+            raise click.BadParameter(f"--num-tokens is {num_tokens}, the data has token {array.max()}")
+    tokens, *valid = map(torch.from_numpy, arrays)
+    return tokens, valid[0] if valid else None
 
 
 def build(kernel, objective, num_tokens, length, hidden_size, num_blocks, num_heads):
@@ -102,6 +109,14 @@ def report_countdown(pipe: DiscreteDiffusionPipeline, samples: int, steps: int) 
     return f"strict error {strict.mean():.4f}, original {original.mean():.4f} ({samples} samples, {steps} steps)"
 
 
+def report_validation(pipe: DiscreteDiffusionPipeline, valid: torch.Tensor, batch_size: int) -> str:
+    """Mean bound on the negative log likelihood of validation sequences."""
+    generator = torch.Generator(pipe.device).manual_seed(0)
+    bound = likelihood_bound(pipe.model, pipe.scheduler, valid, batch_size=batch_size, generator=generator)
+    error = bound.std() / len(bound) ** 0.5
+    return f"validation bound {bound.mean():.4f} ± {error:.4f} nats a token ({len(bound)} sequences)"
+
+
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path, exists=True), help="tokens.npz; default: CountDown.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
@@ -148,9 +163,7 @@ def main(
     """Train a discrete diffusion model."""
     accelerator = Accelerator(mixed_precision=mixed_precision)
     set_seed(seed, device_specific=True)
-    tokens = None if data is None else load_tokens(data)
-    if tokens is not None and tokens.max() >= num_tokens:
-        raise click.BadParameter(f"--num-tokens is {num_tokens}, the data has token {int(tokens.max())}")
+    tokens, valid = (None, None) if data is None else load_tokens(data, num_tokens)
     length = length if tokens is None else tokens.shape[1]
     model, scheduler = build(kernel, objective, num_tokens, length, hidden_size, num_blocks, num_heads)
     ema = EMAModel(model.parameters(), decay=ema_decay, model_cls=SEDDTransformer, model_config=model.config)
@@ -171,7 +184,7 @@ def main(
         if tokens is None:
             batch = countdown_sequences(batch_size, length, num_tokens)
         else:
-            batch = tokens[torch.randint(0, len(tokens), (batch_size,))]
+            batch = tokens[torch.randint(0, len(tokens), (batch_size,))].long()
         loss = loss_of(model, scheduler, batch.to(accelerator.device), weighting)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -183,9 +196,11 @@ def main(
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
             save_checkpoint(accelerator, checkpoint, step + 1)
     if accelerator.is_main_process:
-        pipe = save_pipeline(accelerator.unwrap_model(model), ema, scheduler, output)
+        pipe = save_pipeline(accelerator.unwrap_model(model), ema, scheduler, output).to(accelerator.device)
+        if valid is not None:
+            accelerator.print(report_validation(pipe, valid, batch_size))
         if tokens is None and eval_samples:
-            accelerator.print(report_countdown(pipe.to(accelerator.device), eval_samples, eval_steps))
+            accelerator.print(report_countdown(pipe, eval_samples, eval_steps))
     accelerator.print(f"{steps - first} steps, running loss {running}")
     accelerator.end_training()
 

@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from diffusers_ext import demo, evaluation
+from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, SEDDTransformer, demo, evaluation
 from diffusers_ext.demo import boost_and_skip
 from diffusers_ext.demo.boost_and_skip import BoostAndSkipSettings, run_boost_and_skip
+from diffusers_ext.demo.discrete import DiscreteSettings, run_discrete
 from diffusers_ext.demo.guidance_interval import GuidanceIntervalSettings, run_guidance_interval
-from diffusers_ext.demo.pictures import grid
+from diffusers_ext.demo.pictures import grid, sequences_picture, stacked
+from diffusers_ext.music import NUM_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +78,42 @@ def test_guidance_section_counts_rows_and_draws_three_panels(tmp_path, capsys):
     for panel in np.array_split(picture[48:], 3, axis=1):
         assert (panel < 128).mean() > 0.02  # ink of digits
     assert "weight 2 in (0, 1]" in capsys.readouterr().out
+
+
+@pytest.fixture
+def sequence_models(tmp_path):
+    """Folders of untrained models of CountDown and of chorales."""
+    folders, sizes = {}, {"hidden_size": 8, "cond_dim": 8, "num_blocks": 1, "num_heads": 2}
+    for name, vocab_size in (("countdown_model", 33), ("chorale_model", NUM_TOKENS + 1)):
+        model = SEDDTransformer(vocab_size=vocab_size, sequence_length=32, **sizes)
+        DiscreteDiffusionPipeline(model, CTMCScheduler(vocab_size=vocab_size)).save_pretrained(tmp_path / name)
+        folders[name] = str(tmp_path / name)
+    return folders
+
+
+def test_discrete_section_measures_and_writes_music(tmp_path, sequence_models, capsys):
+    (tmp_path / "out").mkdir()
+    settings = DiscreteSettings(**sequence_models, countdown_steps=(2, 3), num_countdowns=20, num_chorales=3)
+    result = run_discrete(tmp_path / "out", "cpu", Console(width=120), settings)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(result["files"])
+    assert [row["steps"] for row in result["rows"]] == [2, 3]
+    for row in result["rows"]:
+        assert 0.8 < row["strict"] < 1 and row["original"] < 0.6 and row["seconds_per_sequence"] > 0  # of noise
+    assert json.loads(json.dumps(result))["rows"] == result["rows"]
+    picture = np.asarray(Image.open(tmp_path / "out/countdown.png"))
+    assert (picture == (220, 30, 30)).all(-1).mean() > 0.1
+    assert Image.open(tmp_path / "out/chorales.png").height > 4 * 3 * 12
+    midi = (tmp_path / "out/chorales.mid").read_bytes()
+    assert midi[:4] == b"MThd" and midi.count(b"MTrk") == 5
+    printed = capsys.readouterr().out
+    assert "20 sequences a row" in printed and "chorales: 3 of 64 steps" in printed
+
+
+def test_cells_of_sequences():
+    tokens, marked = torch.tensor([[0, 31], [31, 0]]), torch.tensor([[False, True], [False, False]])
+    pixels = np.asarray(sequences_picture(tokens, 32, marked, width=4, height=2))
+    assert pixels.shape == (4, 8, 3)
+    assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[0, 7].tolist() == [13, 44, 92]
+    assert pixels[1, 4].tolist() == pixels[1, 5].tolist() == [220, 30, 30] and (pixels == 220).sum() == 4
+    canvas = stacked({"one": Image.new("RGB", (30, 10), "red"), "two": Image.new("RGB", (20, 5), "blue")}, margin=10)
+    assert canvas.size == (50, 95) and canvas.getpixel((10, 30)) == (255, 0, 0) and canvas.getpixel((10, 80))[2] == 255

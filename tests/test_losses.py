@@ -5,7 +5,7 @@ import torch
 from discrete_goldens import golden
 
 from diffusers_ext import CTMCScheduler
-from diffusers_ext.losses import score_entropy, score_entropy_loss, x0_cross_entropy
+from diffusers_ext.losses import likelihood_bound, score_entropy, score_entropy_loss, x0_cross_entropy
 
 SEDD = {
     "absorb": {"kernel": "absorbing", "vocab_size": 18},
@@ -71,6 +71,42 @@ def test_cross_entropy_of_the_clean_tokens():
     torch.testing.assert_close(absorbing, torch.stack([expected, torch.zeros(())]))
     uniform = x0_cross_entropy(CTMCScheduler(kernel="uniform", vocab_size=5), logits, x, x0)
     torch.testing.assert_close(uniform, -logits.log_softmax(-1).gather(-1, x0[..., None])[..., 0].mean(1))
+
+
+class Independent(torch.nn.Module):
+    """The exact network of tokens that are drawn independently from one law."""
+
+    def __init__(self, scheduler, law):
+        super().__init__()
+        self.scheduler, self.law = scheduler, torch.nn.Parameter(law.float())
+
+    def forward(self, tokens, sigma_bar):
+        stay, size = torch.exp(-sigma_bar)[:, None, None], len(self.law)
+        absorbing = self.scheduler.config.kernel == "absorbing"
+        if self.scheduler.config.prediction_type == "log_score":
+            parts = [self.law * stay, 1 - stay] if absorbing else [self.law * stay + (1 - stay) / size]
+            marginal = torch.cat(parts, dim=-1).expand(*tokens.shape, -1).log()
+            return marginal - marginal.gather(-1, tokens[..., None])
+        if absorbing:
+            return torch.cat([self.law, self.law.new_zeros(1)]).expand(*tokens.shape, -1)
+        joint = self.law * (torch.nn.functional.one_hot(tokens, size) * stay + (1 - stay) / size)
+        return joint / joint.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("prediction", ["log_score", "probabilities"])
+@pytest.mark.parametrize("kernel", ["absorbing", "uniform"])
+def test_the_bound_of_an_exact_network_is_the_likelihood(kernel, prediction):
+    law = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    scheduler = CTMCScheduler(kernel=kernel, vocab_size=4 + (kernel == "absorbing"), prediction_type=prediction)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.multinomial(law, 40 * 50, replacement=True, generator=generator).view(40, 50)
+    options = {"num_times": 128, "batch_size": 16, "generator": generator}
+    bound = likelihood_bound(Independent(scheduler, law), scheduler, tokens, **options)
+    assert bound.shape == (40,) and bound.dtype == torch.float64
+    torch.testing.assert_close(bound.mean().float(), -law[tokens].log().mean(), rtol=0.02, atol=0)
+    # another law has a larger bound
+    wrong = likelihood_bound(Independent(scheduler, law.flip(0)), scheduler, tokens, num_times=8)
+    assert wrong.mean() > bound.mean() + 0.5
 
 
 def test_refusals():

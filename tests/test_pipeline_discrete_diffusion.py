@@ -10,56 +10,12 @@ import torch
 from contracts import run_fresh
 from diffusers import DDPMScheduler
 from peak_memory import peak_bytes
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_discrete import LETTERS, build
 
-from diffusers_ext import (
-    CTMCScheduler,
-    CTMCSequenceTransformer,
-    CTMCUNet,
-    DiscreteDiffusionPipeline,
-    SEDDTransformer,
-)
+from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, SEDDTransformer
 from diffusers_ext.hub import export_pipeline
 
 FILE = Path(__file__).parent.parent / "pipelines/discrete_diffusion.py"
-LETTERS = "abcdefgh"
-
-
-def letter_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a letter."""
-    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="a"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def build(variant: str) -> DiscreteDiffusionPipeline:
-    torch.manual_seed(0)
-    tokenizer = None
-    if variant == "text":
-        sizes = {"hidden_size": 16, "cond_dim": 8, "num_blocks": 1, "num_heads": 2}
-        model = SEDDTransformer(vocab_size=9, sequence_length=12, **sizes)
-        scheduler, tokenizer = CTMCScheduler(vocab_size=9), letter_tokenizer()
-    elif variant == "sequence":
-        model = CTMCSequenceTransformer(
-            vocab_size=6, d_model=16, num_layers=1, num_heads=2, dim_feedforward=16, temb_dim=8, sequence_length=10
-        )
-        settings = {"noise_schedule": "constant", "prediction_type": "x0", "time_conditioning": "timestep"}
-        scheduler = CTMCScheduler(kernel="uniform", vocab_size=6, constant_rate=3.0, jumps="poisson", **settings)
-    else:
-        sizes = {"channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "time_embed_dim": 8}
-        model = CTMCUNet(shape=(3, 4, 6), num_levels=8, **sizes)
-        settings = {"noise_schedule": "exponential", "prediction_type": "x0", "time_conditioning": "timestep"}
-        settings |= {"rate_sigma": 3.0, "Q_sigma": 20.0, "time_base": 0.1, "min_timestep": 0.01}
-        scheduler = CTMCScheduler(kernel="gaussian", vocab_size=8, **settings)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    pipe = DiscreteDiffusionPipeline(model.eval(), scheduler, tokenizer)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 VARIANTS = ("text", "sequence", "image")
 LENGTHS = {"text": 12, "sequence": 10, "image": 72}
 
@@ -101,6 +57,9 @@ def test_output_types(variant):
         for image, expected in zip(default.images, levels, strict=True):
             assert image.size == (6, 4)
             np.testing.assert_array_equal(np.asarray(image), (expected / 7 * 255).round().astype(np.uint8))
+        np.testing.assert_allclose(run(pipe, output_type="np").images, levels / 7, rtol=1e-6)
+        (tensor,) = run(pipe, output_type="pt", return_dict=False)
+        torch.testing.assert_close(tensor, default.tokens.view(2, 3, 4, 6) / 7)
     (first,) = run(pipe, return_dict=False)
     if variant == "sequence":
         assert torch.equal(first, default.tokens)
@@ -251,7 +210,8 @@ def test_sampling_needs_less_than_two_vocabulary_sized_tensors():
         ("text", {"prompt": ["a", "b"], "suffix": ["a", "b", "c"]}, "lists of one length"),
         ("text", {"tokens": torch.zeros(12, dtype=torch.long)}, "tokens and given belong together"),
         ("text", {"output_type": "pil"}, "has no image shape"),
-        ("text", {"output_type": "np"}, "output_type must be"),
+        ("text", {"output_type": "pt"}, "has no image shape"),
+        ("text", {"output_type": "latent"}, "output_type must be"),
         ("text", {"generator": seeded(1)}, "a list of 1, but batch_size is 2"),
         ("text", {"sequence_length": 0}, "sequence_length must be"),
         ("text", {"batch_size": 0}, "batch_size must be"),

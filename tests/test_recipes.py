@@ -11,10 +11,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from tiny_discrete import build
 
 from diffusers_ext import BoostAndSkipPipeline, DiscreteDiffusionPipeline, ImageClassifier
 from diffusers_ext.checkpoints import PRESETS
 from diffusers_ext.cli import main
+from diffusers_ext.metrics import countdown_errors, histogram_distance
+from diffusers_ext.music import tokens_to_pitches
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -191,6 +194,152 @@ def test_discrete_recipe_on_own_tokens(kernel, objective, tmp_path):
     pipe = DiscreteDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert pipe.scheduler.config.kernel == kernel and pipe.model.config.sequence_length == 5
     assert pipe.scheduler.config.prediction_type == {"score": "log_score", "x0": "x0"}[objective]
+
+
+@pytest.mark.parametrize(("kernel", "objective"), [("absorbing", "score"), ("uniform", "x0")])
+def test_discrete_recipe_measures_validation_sequences(kernel, objective, tmp_path):
+    """The bound of constant sequences falls far below that of a fresh network."""
+    module, tokens = recipe("train_discrete"), np.full((9, 8), 3, dtype=np.uint16)
+    np.savez(tmp_path / "tokens.npz", tokens=tokens, valid=tokens[:5])
+    options = ("--data", tmp_path / "tokens.npz", "--kernel", kernel, "--objective", objective, "--batch-size", 8)
+    options = (*TINY_DISCRETE, *options, "--lr", 1e-2, "--warmup", 1, "--ema-decay", 0.5, "--output", tmp_path / "out")
+    bounds = []
+    for steps in (1, 60):
+        output = run(module, *options, "--steps", steps)
+        bounds.append(
+            float(re.search(r"validation bound (-?[\d.]+) ± [\d.]+ nats a token \(5 sequences\)", output)[1])
+        )
+    assert bounds[0] > 1 and bounds[1] < 0.5 * bounds[0]
+    output = run(module, *options, "--steps", 60)
+    assert f"validation bound {bounds[1]:.4f}" in output and "0 steps, running loss None" in output
+
+
+def test_discrete_recipe_refuses_other_tokens(tmp_path):
+    module, good = recipe("train_discrete"), np.zeros((3, 8), dtype=np.int64)
+    for arrays, message in (
+        ({"tokens": good + 6}, "--num-tokens is 6, the data has token 6"),
+        ({"tokens": good, "valid": good[:, :4]}, "must be (count, length) integers"),
+        ({"tokens": good - 1}, "must be (count, length) integers"),
+        ({"tokens": good.astype(float)}, "must be (count, length) integers"),
+    ):
+        np.savez(tmp_path / "tokens.npz", **arrays)
+        arguments = (*TINY_DISCRETE, "--data", tmp_path / "tokens.npz", "--output", tmp_path / "out")
+        result = CliRunner().invoke(module.main, [str(argument) for argument in arguments])
+        assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("layout", ["json", "npz"])
+def test_chorales_become_tokens_and_back(layout, tmp_path):
+    module = recipe("jsb_chorales")
+    rng = np.random.default_rng(0)
+    chorales = {split: [rng.integers(50, 70, (n, 4)) for n in (72, 150)] for split in ("train", "valid", "test")}
+    chorales["train"][0][5:9, 3], chorales["train"][0][0, 0], chorales["train"][0][1, 0] = -1, 39, 79
+    source = tmp_path / f"chorales.{layout}"
+    if layout == "json":
+        lists = {split: [chorale.tolist() for chorale in pieces] for split, pieces in chorales.items()}
+        source.write_text(json.dumps(lists))
+    else:
+        arrays = {f"{split}_satb": np.concatenate(pieces) for split, pieces in chorales.items()}
+        np.savez(source, **arrays, **{f"{split}_offsets": np.array([0, 72, 222]) for split in chorales})
+    output = run(module, source, tmp_path / "tokens.npz")
+    with np.load(tmp_path / "tokens.npz") as data:
+        tokens, valid = tokens_to_pitches(data["tokens"]), tokens_to_pitches(data["valid"])
+    # 39 to 79 leaves room for 3 semitones down and 2 up; 3 windows of 72 steps, 22 of 150; -6 to 5 of the other one
+    assert tokens.shape == (3 * 6 + 22 * 12, 64, 4) and valid.shape == (1 + 2, 64, 4)
+    assert f"{len(tokens)} sequences to train on, 3 for validation, 256 tokens" in output
+    np.testing.assert_array_equal(tokens[3 * 3], chorales["train"][0][:64])  # transposed by 0
+    np.testing.assert_array_equal(tokens[1], np.where(chorales["train"][0] < 0, -1, chorales["train"][0] - 3)[4:68])
+    np.testing.assert_array_equal(valid[2], chorales["valid"][1][64:128])
+
+
+@pytest.fixture
+def discrete_model(tmp_path):
+    """A function that saves a tiny pipeline and gives its folder."""
+
+    def save(variant: str) -> Path:
+        build(variant).save_pretrained(tmp_path / variant)
+        return tmp_path / variant
+
+    return save
+
+
+def test_measuring_countdown(tmp_path, discrete_model):
+    module, output = recipe("measure_discrete"), tmp_path / "measured"
+    options = ("countdown", discrete_model("sequence"), "--samples", 6, "--batch-size", 4, "--output", output)
+    printed = run(module, *options, "--steps", 2, "--device", "cpu")
+    run(module, *options, "--steps", 3, "--device", "cpu")
+    rows = json.loads((output / "results.json").read_text())
+    assert list(rows) == ["2", "3"] and "2 steps: samples 6, strict" in printed
+    tokens = torch.from_numpy(np.load(output / "2/tokens_6x10.npz")["tokens"].astype(np.int64))
+    errors = countdown_errors(tokens).double()
+    assert rows["2"]["strict"] == pytest.approx(errors.mean().item())
+    assert rows["2"]["strict_error"] == pytest.approx(errors.std().item() / 6**0.5)
+    assert "original" in rows["2"]
+
+
+def test_measuring_continuations(tmp_path, discrete_model):
+    module, model = recipe("measure_discrete"), discrete_model("sequence")
+    truth = np.random.default_rng(0).integers(0, 6, (5, 10))
+    np.save(tmp_path / "test.npy", truth)
+    np.savez(tmp_path / "test.npz", tokens=truth[:2], valid=truth)
+    rows = []
+    for name in ("test.npy", "test.npz"):
+        options = ("--steps", 2, "--prefix-length", 4, "--output", tmp_path / f"of-{name}", "--device", "cpu")
+        corrector = ("--corrector-steps", 1, "--corrector-size", 0.1, "--corrector-entry-time", 0.9)
+        run(module, "continue", model, tmp_path / name, *options, *corrector)
+        rows.append(json.loads((tmp_path / f"of-{name}/results.json").read_text())["2"])
+    assert rows[0] == rows[1] and set(rows[0]) >= {"hellinger", "outliers", "other_hellinger", "other_outliers_error"}
+    tokens = np.load(tmp_path / "of-test.npy/2/tokens_5x10.npz")["tokens"].astype(np.int64)
+    np.testing.assert_array_equal(tokens[:, :4], truth[:, :4])
+    distance = histogram_distance(torch.from_numpy(tokens), torch.from_numpy(truth), 6, prefix_length=4)
+    assert rows[0]["hellinger"] == pytest.approx(distance.hellinger.mean().item())
+    other = histogram_distance(torch.from_numpy(truth[[4, 0, 1, 2, 3]]), torch.from_numpy(truth), 6, prefix_length=4)
+    assert rows[0]["other_outliers"] == pytest.approx(other.outlier_share.mean().item())
+    manifest = json.loads((tmp_path / "of-test.npy/2/manifest.json").read_text())
+    assert manifest["settings"]["components"]["scheduler"]["config"]["num_corrector_steps"] == 1
+
+
+def test_measuring_texts(tmp_path, discrete_model):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=16, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+        tmp_path / "judge"
+    )
+    options = ("--samples", 3, "--steps", 2, "--output", tmp_path / "out", "--device", "cpu")
+    run(recipe("measure_discrete"), "text", discrete_model("text"), "--language-model", tmp_path / "judge", *options)
+    row = json.loads((tmp_path / "out/results.json").read_text())["2"]
+    assert 1 < row["perplexity"] < 100 and 0 < row["entropy"] < 2.1
+
+
+def test_measuring_images(tmp_path, discrete_model, monkeypatch):
+    module, seen = recipe("measure_discrete"), []
+    monkeypatch.setattr(
+        module, "evaluate_images", lambda *given, **_: seen.append(given) or {"metrics": {"frechet": 1.5}}
+    )
+    options = ("--samples", 3, "--steps", 2, "--output", tmp_path / "out", "--device", "cpu")
+    printed = run(module, "images", discrete_model("image"), tmp_path, *options)
+    assert "2 steps: samples 3, frechet 1.5" in printed
+    assert seen[0][0].name == "samples_3x4x6x3.npz" and seen[0][1] == tmp_path
+
+
+def test_measuring_likelihoods(tmp_path, discrete_model):
+    np.savez(tmp_path / "tokens.npz", tokens=np.random.default_rng(0).integers(0, 8, (4, 12)))
+    printed = run(recipe("measure_discrete"), "likelihood", discrete_model("text"), tmp_path / "tokens.npz")
+    bound = float(re.search(r"bound ([\d.]+) ± [\d.]+ nats a token, 4 sequences", printed)[1])
+    assert bound > 1
+
+
+def test_commands_in_headers_exist():
+    """Every command line that the recipes of discrete diffusion show has options that its command knows."""
+    measure = recipe("measure_discrete")
+    groups = {"diffusers-ext convert": main.commands["convert"], "python recipes/measure_discrete.py": measure.main}
+    lines = re.findall(r"^    ((?:diffusers-ext|python) .*)", measure.__doc__.replace("\\\n", " "), re.MULTILINE)
+    assert len(lines) == 13
+    for line in lines:
+        group = next(group for start, group in groups.items() if line.startswith(start))
+        command = group.commands[line.split()[2]]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z][a-z-]*", line)) <= known, line
 
 
 @pytest.mark.parametrize(("kernel", "objective"), [("absorbing", "score"), ("absorbing", "x0"), ("uniform", "x0")])

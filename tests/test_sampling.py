@@ -174,9 +174,9 @@ def test_a_damaged_batch_is_drawn_anew(tmp_path, plain, monkeypatch):
 def test_damage_after_the_check_stops_the_writing(tmp_path, plain, monkeypatch):
     assembled = sampling._assembled
 
-    def after_damage(folder, manifest):
+    def after_damage(pipe, folder, manifest):
         next((folder / "shards").glob("000001.*")).write_bytes(b"")
-        return assembled(folder, manifest)
+        return assembled(pipe, folder, manifest)
 
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "_assembled", after_damage)

@@ -8,7 +8,8 @@ from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
 
 from diffusers_ext import BoostAndSkipDDIMScheduler, BoostAndSkipPipeline
 from diffusers_ext.hub import export_pipeline
-from diffusers_ext.metrics import frechet_distance
+from diffusers_ext.metrics import countdown_errors, frechet_distance
+from diffusers_ext.music import tokens_to_pitches
 from diffusers_ext.shipped import load_pipeline, load_shipped_classifier, resolve_model, shipped_models
 
 
@@ -66,6 +67,25 @@ def test_samples_are_recognised_and_boosted_ones_differ():
         recognised = (classifier(plain * 2 - 1).logits.argmax(1) == labels).double().mean()
     assert recognised >= 0.9
     assert (draw(gamma=4.0, skip_steps=3) - plain).abs().mean() > 0.01
+
+
+SEQUENCE_MODELS = [name for name in shipped_models() if name.endswith("-sedd")]
+
+
+@pytest.mark.parametrize("name", SEQUENCE_MODELS)
+def test_sequence_models_draw_what_their_names_say(name):
+    """A step for eight tokens is enough for most CountDown transitions, and for voices in their order."""
+    pipe = load_pipeline(name)
+    pipe.set_progress_bar_config(disable=True)
+    assert size(shipped_models()[name]) < 3.1e6 and pipe.model.config.sequence_length == 256
+    tokens = pipe(batch_size=4, num_inference_steps=32, generator=torch.Generator().manual_seed(0)).tokens
+    if name == "countdown-sedd":
+        assert countdown_errors(tokens).mean() < 0.1
+    else:
+        soprano, _, _, bass = torch.from_numpy(tokens_to_pitches(tokens)).unbind(-1)
+        assert (soprano > bass).double().mean() > 0.9
+        held = (tokens[:, 4:] == tokens[:, :-4]).double().mean()
+        assert 0.4 < held < 0.9  # sixteenths are seldom all new
 
 
 def test_code_in_a_folder_needs_trust(tmp_path):

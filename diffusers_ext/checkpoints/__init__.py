@@ -1,6 +1,7 @@
 """Readers of the authors' own checkpoint files, one a format; none of them executes anything."""
 
 from .convert import convert_edm2, convert_guided_diffusion
+from .convert_discrete import convert_countdown, convert_sedd, convert_tauldr
 from .edm2 import load_edm2
 from .guided_diffusion import PRESETS, load_guided_diffusion
 from .safe_pickle import UnsafePickleError, safe_load
@@ -10,8 +11,11 @@ from .tauldr import load_tauldr, tauldr_scheduler
 __all__ = [
     "PRESETS",
     "UnsafePickleError",
+    "convert_countdown",
     "convert_edm2",
     "convert_guided_diffusion",
+    "convert_sedd",
+    "convert_tauldr",
     "load_countdown",
     "load_edm2",
     "load_guided_diffusion",

@@ -4,10 +4,16 @@ from pathlib import Path
 
 import click
 
+from .convert_discrete import convert_countdown_command, convert_sedd_command, convert_tauldr_command
+
 
 @click.group()
 def convert():
     """Turn original checkpoints into folders that diffusers loads."""
+
+
+for command in (convert_countdown_command, convert_sedd_command, convert_tauldr_command):
+    convert.add_command(command)
 
 
 @convert.command(

@@ -37,6 +37,16 @@ class Listed(click.ParamType):
 INTEGERS, NUMBERS = Listed(int, "0,1,..."), Listed(float, "1.5,2,...")
 
 
+class Schedule(Listed):
+    """How the edges of the steps are found: "table", "even", or the edges themselves."""
+
+    def __init__(self):
+        super().__init__(float, "table|even|1,...,T")
+
+    def convert(self, value, param, ctx):
+        return value if value in ("table", "even") else super().convert(value, param, ctx)
+
+
 class ListsCommand(click.Command):
     """A command whose `Listed` options also take their numbers apart: --guidance-scales 1 2 3."""
 

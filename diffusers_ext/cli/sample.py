@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import INTEGERS, NUMBERS, ListsCommand, Steps
+from .options import INTEGERS, NUMBERS, ListsCommand, Schedule, Steps
 
 
 def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
@@ -22,9 +22,12 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
 @click.argument("model")
 @click.option(
     "--output", type=click.Path(path_type=Path, file_okay=False), required=True,
-    help="Folder for the images and manifest.json; new, or one to go on in.",
+    help="Folder for the samples and manifest.json; new, or one to go on in.",
 )  # fmt: skip
-@click.option("--format", type=click.Choice(["png", "zip", "npz"]), default="png", show_default=True)
+@click.option(
+    "--format", type=click.Choice(["png", "zip", "npz", "txt", "jsonl"]), default=None,
+    help="By default png for images, txt for texts, npz for tokens.",
+)  # fmt: skip
 @click.option(
     "--pipeline", type=click.Choice(["boost-and-skip"]), default=None,
     help="Sample the model with this pipeline; by default with its own.",
@@ -41,7 +44,7 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
     help="Labels to go through in turn; by default every class of a conditional model.",
 )  # fmt: skip
 @click.option("--random-labels", is_flag=True, help="A random class for each image, from its seed.")
-@click.option("--prompt", default=None, metavar="TEXT", help="For text-to-image models.")
+@click.option("--prompt", default=None, metavar="TEXT", help="For text-to-image models, or where a text begins.")
 @click.option(
     "--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None, callback=prompts_of_file,
     help="File of prompts to go through in turn, one a line.",
@@ -51,12 +54,20 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
     "--guidance-interval", type=NUMBERS, default=None, metavar="LO,HI",
     help="Guide in steps that start at noise levels sigma (of EDM) in (LO, HI]; by default in all.",
 )  # fmt: skip
+@click.option(
+    "--sampler", type=click.Choice(["euler", "tweedie", "gillespie"]), default=None,
+    help="Of discrete diffusion; by default the scheduler's.",
+)  # fmt: skip
+@click.option(
+    "--timesteps", type=Schedule(), default=None,
+    help="Of discrete diffusion: the scheduler's table for the number of steps, even ones, or all edges from 1 down.",
+)  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option(
     "--decode-batch-size", type=click.IntRange(min=1), default=None,
     help="EDM2: images that its VAE decodes at once; by default the batch size.",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Image i is drawn with seed + i.")
+@click.option("--seed", default=0, show_default=True, help="Sample i is drawn with seed + i.")
 @click.option("--device", default=None, help="torch device; by default the fastest one here.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
 @click.option(
@@ -66,10 +77,10 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
 def sample(
     model, output, format, pipeline, gamma, skip_steps, num_samples, num_inference_steps, class_labels, random_labels,
-    prompt, prompts, guidance_scale, guidance_interval, batch_size, decode_batch_size, seed, device, dtype,
-    cpu_threads, trust_remote_code,
+    prompt, prompts, guidance_scale, guidance_interval, sampler, timesteps, batch_size, decode_batch_size, seed,
+    device, dtype, cpu_threads, trust_remote_code,
 ):  # fmt: skip
-    """Draw images from MODEL into a folder.
+    """Draw images, texts or token sequences from MODEL into a folder.
 
     MODEL is the name of a shipped model, a folder or a Hub id. The same command goes on after an interruption. On many
     processes: torchrun --nproc_per_node N -m diffusers_ext.cli sample MODEL ...
@@ -84,18 +95,39 @@ def sample(
         "guidance_scale": guidance_scale,
         "guidance_interval": guidance_interval,
         "decode_batch_size": decode_batch_size,
+        "sampler": sampler,
     }
+    has_edges = isinstance(timesteps, list)
+    call |= {"timesteps": timesteps} if has_edges else {"num_inference_steps": num_inference_steps}
     call = {name: value for name, value in call.items() if value is not None}
+    spacing = None if has_edges or timesteps is None else (timesteps, num_inference_steps)
     sample_model(
-        model, pipeline, output, device, dtype, trust_remote_code, count=num_samples,
+        model, pipeline, output, device, dtype, trust_remote_code, spacing=spacing, count=num_samples,
         labels="random" if random_labels else class_labels, prompts=[prompt] if prompt is not None else prompts,
-        seed=seed, batch_size=batch_size, format=format, cpu_threads=cpu_threads,
-        num_inference_steps=num_inference_steps, **call,
+        seed=seed, batch_size=batch_size, format=format, cpu_threads=cpu_threads, **call,
     )  # fmt: skip
 
 
-def sample_model(model, pipeline, output, device, dtype, trust_remote_code, **arguments) -> None:
-    """Load a pipeline on every process that was started, sample it into a folder and say what was done."""
+def _space_steps(pipe, spacing: str, steps: int | str) -> None:
+    """Let the scheduler take its table for so many steps, or even ones; raises ValueError where it has no table."""
+    if "timestep_tables" not in pipe.scheduler.config:
+        name = type(pipe.scheduler).__name__
+        raise ValueError(f"--timesteps is for discrete diffusion with a CTMCScheduler; this model has a {name}")
+    tables = pipe.scheduler.config.timestep_tables or {}
+    if spacing == "table" and str(steps) not in tables:
+        known = ", ".join(sorted(tables, key=int)) or "none"
+        raise ValueError(f"--timesteps table: the model has no table for {steps} steps; it has for: {known}")
+    spacing = {"table": "table", "even": "uniform"}[spacing]
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=spacing)
+
+
+def sample_model(
+    model, pipeline, output, device, dtype, trust_remote_code, spacing: tuple | None = None, **arguments
+) -> None:
+    """Load a pipeline on every process that was started, sample it into a folder and say what was done.
+
+    spacing: how the steps of discrete diffusion are spaced, and their number.
+    """
     from contextlib import nullcontext
 
     import torch
@@ -114,12 +146,14 @@ def sample_model(model, pipeline, output, device, dtype, trust_remote_code, **ar
     # one after the other, since the first may download the model and copy its code
     with nullcontext() if accelerator is None else accelerator.main_process_first():
         pipe = load_pipeline(model, pipeline, trust_remote_code=trust_remote_code)
+    if spacing is not None:
+        _space_steps(pipe, *spacing)
     pipe.to(device, getattr(torch, dtype))
     done = sample_to_folder(pipe, output, accelerator=accelerator, **arguments)
     if accelerator is None or accelerator.is_main_process:
         if done.was_finished:
-            click.echo(f"{done.result} was finished before: {done.count} images, nothing to do")
+            click.echo(f"{done.result} was finished before: {done.count} {done.kind}, nothing to do")
         else:
-            click.echo(f"wrote {done.count} images to {done.result}, {done.drawn} of them drawn by this start")
+            click.echo(f"wrote {done.count} {done.kind} to {done.result}, {done.drawn} of them drawn by this start")
     if accelerator is not None:
         accelerator.end_training()

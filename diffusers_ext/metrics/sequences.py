@@ -23,14 +23,22 @@ def countdown_sequences(
     return torch.stack(columns, dim=1)
 
 
-def countdown_errors(sequences: torch.Tensor) -> torch.Tensor:
-    """Share of wrong transitions of each sequence, (n,) float32: after a token other than 0 only the next smaller one.
+def countdown_wrong(sequences: torch.Tensor) -> torch.Tensor:
+    """Which transitions are wrong, (n, length - 1) bool: after a token other than 0 comes only the next smaller one.
 
-    sequences: (n, length >= 2) integers. The strict rate is the mean. Every one of the length - 1 transitions counts.
+    sequences: (n, length >= 2) integers.
     """
     sequences = _tokens("sequences", sequences, least=2)
     before, after = sequences[:, :-1], sequences[:, 1:]
-    return ((before != 0) & (after != before - 1)).float().mean(dim=1)
+    return (before != 0) & (after != before - 1)
+
+
+def countdown_errors(sequences: torch.Tensor) -> torch.Tensor:
+    """Share of wrong transitions of each sequence, (n,) float32; the strict rate is the mean.
+
+    sequences: (n, length >= 2) integers. Every one of the length - 1 transitions counts.
+    """
+    return countdown_wrong(sequences).float().mean(dim=1)
 
 
 def countdown_errors_original(sequences: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,250 @@
+"""Sample discrete diffusion models and measure what comes out: the shipped ones, and the papers' runs.
+
+    python recipes/measure_discrete.py countdown countdown-sedd --steps 256 --samples 1024
+    python recipes/measure_discrete.py continue jsb-sedd jsb_tokens.npz --steps 256
+    python recipes/measure_discrete.py likelihood jsb-sedd jsb_tokens.npz
+
+MODEL is a shipped model, a folder or a Hub id. Samples lie in OUTPUT, a folder for each number of steps, and the
+numbers in OUTPUT/results.json; started again, it goes on, and on many processes with torchrun in place of python.
+
+For those who have the authors' checkpoints (the values are theirs; none was measured here):
+
+CountDown (2410.07761): 2 to 64 euler steps, 16,384 samples.
+
+    diffusers-ext convert countdown ckpt.pt out/countdown
+    python recipes/measure_discrete.py countdown out/countdown --samples 16384 --batch-size 1024 \\
+        --steps 2 --steps 4 --steps 8 --steps 16 --steps 32 --steps 64
+
+Text (2410.07761): SEDD small under GPT-2 large; 1,024 samples. Perplexity 423, 216, 73, 56 at 8, 16, 32, 64 steps.
+
+    diffusers-ext convert sedd louaaron/sedd-small out/sedd-small --tokenizer gpt2
+    python recipes/measure_discrete.py text out/sedd-small --samples 1024 --batch-size 16 \\
+        --steps 8 --steps 16 --steps 32 --steps 64
+
+CIFAR-10: 16 to 256 steps, 16,384 samples (2410.07761), or tauLDR's predictor-corrector (2205.14987). FID 18.31 at 512
+steps. The checkpoint is tauLDR's; --features-model is the file of the Inception that docs/evaluate.md describes.
+
+    diffusers-ext convert tauldr ckpt.pt config.yaml out/cifar10
+    python recipes/measure_discrete.py images out/cifar10 CIFAR10 --samples 16384 --batch-size 512 \\
+        --features inception --features-model INCEPTION --steps 16 --steps 32 --steps 64 --steps 128 --steps 256
+    python recipes/measure_discrete.py images out/cifar10 CIFAR10 --samples 50000 --batch-size 512 \\
+        --features inception --features-model INCEPTION --steps 500 \\
+        --corrector-steps 10 --corrector-size 1.5 --corrector-entry-time 0.1
+
+Piano (2205.14987): test.npy of tauLDR, continued after 32 tokens, 1000 steps, without and with correctors.
+
+    diffusers-ext convert tauldr ckpt.pt config.yaml out/piano
+    python recipes/measure_discrete.py continue out/piano test.npy --steps 1000
+    python recipes/measure_discrete.py continue out/piano test.npy --steps 1000 --output out/piano-corrected \\
+        --corrector-steps 2 --corrector-size 0.1 --corrector-entry-time 0.9
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from diffusers_ext.evaluation import evaluate_images
+from diffusers_ext.info import best_device
+from diffusers_ext.losses import likelihood_bound
+from diffusers_ext.metrics import (
+    countdown_errors,
+    countdown_errors_original,
+    generative_perplexity,
+    histogram_distance,
+    unigram_entropy,
+)
+from diffusers_ext.processes import start_processes
+from diffusers_ext.sampling import sample_to_folder
+from diffusers_ext.shipped import load_pipeline
+
+Measure = Callable[[Path], dict[str, float]]
+
+OPTIONS = (
+    click.option("--output", type=click.Path(path_type=Path), default=None, help="By default out/NAME-of-the-model."),
+    click.option(
+        "--steps", "step_counts", type=click.IntRange(min=1), multiple=True, default=(64,), show_default=True
+    ),
+    click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True),
+    click.option("--sampler", type=click.Choice(["euler", "tweedie", "gillespie"]), default=None),
+    click.option("--timestep-spacing", type=click.Choice(["uniform", "table"]), default=None),
+    click.option("--corrector-steps", type=click.IntRange(min=0), default=None, help="After each step."),
+    click.option("--corrector-size", type=float, default=None, help="In lengths of the step."),
+    click.option("--corrector-entry-time", type=float, default=None, help="Correct steps that start at or below it."),
+    click.option("--seed", default=0, show_default=True, help="Sample i is drawn with seed + i."),
+    click.option("--device", default=None, help="By default the fastest one here."),
+)
+SAMPLES = click.option("--samples", type=click.IntRange(min=1), default=1024, show_default=True)
+
+
+def sampling_options(command):
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+def load(model: str, device: str | torch.device, **changes):
+    """The pipeline, with those changes of the scheduler's configuration that are not None."""
+    pipe = load_pipeline(model)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+    return pipe.to(device)
+
+
+def run(
+    model, measure: Measure, samples, output, step_counts, batch_size, sampler, timestep_spacing, corrector_steps,
+    corrector_size, corrector_entry_time, seed, device, format: str = "npz", **inputs,
+) -> None:  # fmt: skip
+    """Draw samples at each number of steps, measure the file, print the numbers and keep them."""
+    device = device or best_device()
+    accelerator = start_processes(device)
+    is_main = accelerator is None or accelerator.is_main_process
+    output = output or Path("out") / f"{Path(model).name}-measured"
+    pipe = load(
+        model,
+        device if accelerator is None or accelerator.num_processes == 1 else accelerator.device,
+        sampler=sampler,
+        timestep_spacing=timestep_spacing,
+        num_corrector_steps=corrector_steps,
+        corrector_step_size_multiplier=corrector_size,
+        corrector_entry_time=corrector_entry_time,
+    )
+    for steps in step_counts:
+        done = sample_to_folder(
+            pipe, output / f"{steps}", samples, seed=seed, batch_size=batch_size, format=format,
+            accelerator=accelerator, num_inference_steps=steps, **inputs,
+        )  # fmt: skip
+        if is_main:
+            row = {"samples": samples, **measure(done.result)}
+            save(output / "results.json", f"{steps}", row)
+            click.echo(f"{steps} steps: " + ", ".join(f"{name} {value:.6g}" for name, value in row.items()))
+    if accelerator is not None:
+        accelerator.end_training()
+
+
+def save(path: Path, key: str, row: dict) -> None:
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**rows, key: row}, indent=2) + "\n")
+
+
+def summary(name: str, values: torch.Tensor) -> dict[str, float]:
+    """Mean over the sequences and its standard error."""
+    values = values.double()
+    return {name: float(values.mean()), f"{name}_error": float(values.std() / len(values) ** 0.5)}
+
+
+def read_tokens(path: Path) -> torch.Tensor:
+    """(count, length) int64: an .npy, or of an .npz `valid` if it is there, else `tokens`."""
+    with np.load(path) if path.suffix == ".npz" else path.open("rb") as data:
+        array = np.load(data) if path.suffix != ".npz" else data["valid" if "valid" in data else "tokens"]
+    return torch.from_numpy(array.astype(np.int64))
+
+
+@click.group()
+def main():
+    """Sample a discrete diffusion model and measure what comes out."""
+
+
+@main.command()
+@click.argument("model")
+@SAMPLES
+@sampling_options
+def countdown(model, samples, **options):
+    """Strict error rate of CountDown sequences, and that which the authors' code counts."""
+
+    def measure(path: Path) -> dict[str, float]:
+        tokens = read_tokens(path)
+        strict, original = countdown_errors(tokens), countdown_errors_original(tokens)
+        return {**summary("strict", strict), **summary("original", original)}
+
+    run(model, measure, samples, **options)
+
+
+@main.command("continue")
+@click.argument("model")
+@click.argument("data", type=click.Path(path_type=Path, exists=True))
+@click.option("--prefix-length", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens given.")
+@sampling_options
+def continue_command(model, data, prefix_length, **options):
+    """Continue the sequences of DATA and compare the token histograms with those of the true continuations.
+
+    DATA: an .npz with `valid` or `tokens`, or an .npy, (count, length). For scale, `other` has the same numbers of the
+    continuation of the next sequence in its place.
+    """
+    truth = read_tokens(data)
+
+    def measure(path: Path) -> dict[str, float]:
+        tokens, row = read_tokens(path), {}
+        for name, sequences in (("", tokens), ("other_", truth.roll(1, 0))):
+            size = int(max(tokens.max(), truth.max())) + 1
+            distance = histogram_distance(sequences, truth, size, prefix_length)
+            row |= summary(f"{name}hellinger", distance.hellinger)
+            row |= summary(f"{name}outliers", distance.outlier_share)
+        return row
+
+    given = np.arange(truth.shape[1]) < prefix_length
+    run(model, measure, len(truth), tokens=truth.numpy(), given=given, **options)
+
+
+@main.command()
+@click.argument("model")
+@SAMPLES
+@click.option("--language-model", default="gpt2-large", show_default=True, help="Folder or Hub id.")
+@sampling_options
+def text(model, samples, language_model, **options):
+    """Perplexity of generated texts under a language model that has the same tokens, and their entropy."""
+    from transformers import AutoModelForCausalLM
+
+    judge = AutoModelForCausalLM.from_pretrained(language_model).eval().to(options["device"] or best_device())
+
+    def measure(path: Path) -> dict[str, float]:
+        tokens = read_tokens(path)
+        perplexity = {name: generative_perplexity(judge, tokens, average=name) for name in ("tokens", "batches")}
+        return {
+            "perplexity": perplexity["tokens"],
+            "perplexity_of_batches": perplexity["batches"],
+            **summary("entropy", unigram_entropy(tokens)),
+        }
+
+    run(model, measure, samples, **options)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("reference", type=click.Path(path_type=Path, exists=True))
+@SAMPLES
+@click.option("--features", default="inception", show_default=True, help="As of diffusers-ext evaluate.")
+@click.option("--features-model", default=None, help="File or folder of its weights.")
+@sampling_options
+def images(model, reference, samples, features, features_model, **options):
+    """Fréchet distance of images to those of REFERENCE, a folder, a zip or an .npz."""
+
+    def measure(path: Path) -> dict[str, float]:
+        result = evaluate_images(path, reference, features, ["frechet"], features_model=features_model)
+        return {"frechet": result["metrics"]["frechet"]}
+
+    run(model, measure, samples, **options)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("data", type=click.Path(path_type=Path, exists=True))
+@click.option("--times", default=64, show_default=True, help="Noise levels a sequence.")
+@click.option("--batch-size", default=32, show_default=True)
+@click.option("--device", default=None, help="By default the fastest one here.")
+def likelihood(model, data, times, batch_size, device):
+    """Upper bound on the negative log likelihood of the sequences of DATA, in nats a token."""
+    pipe = load(model, device or best_device())
+    generator = torch.Generator(pipe.device).manual_seed(0)
+    bound = likelihood_bound(
+        pipe.model, pipe.scheduler, read_tokens(data), num_times=times, batch_size=batch_size, generator=generator
+    )
+    numbers = summary("bound", bound)
+    click.echo(f"bound {numbers['bound']:.4f} ± {numbers['bound_error']:.4f} nats a token, {len(bound)} sequences")
+
+
+if __name__ == "__main__":
+    main()
