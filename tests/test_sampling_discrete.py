@@ -195,8 +195,9 @@ def test_command(tmp_path):
 
     refused = invoke(*common, "--output", tmp_path / "none", "--timesteps", "table")
     assert refused.exit_code == 1 and "no table for 50 steps; it has for: 2" in refused.output
-    refused = invoke("sample", "mnist-unet", "--output", tmp_path / "none", "--timesteps", "even")
-    assert refused.exit_code == 1 and "with a CTMCScheduler; this model has a" in refused.output
+    for timesteps in ("even", "1,0.5"):
+        refused = invoke("sample", "mnist-unet", "--output", tmp_path / "none", "--timesteps", timesteps)
+        assert refused.exit_code == 1 and "with a CTMCScheduler; this model has a" in refused.output
     refused = invoke(*common, "--output", tmp_path / "none", "--timesteps", "1;0.5")
     assert refused.exit_code == 2 and "is not numbers between commas" in refused.output
     assert not (tmp_path / "none").exists()

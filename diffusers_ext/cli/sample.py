@@ -100,7 +100,7 @@ def sample(
     has_edges = isinstance(timesteps, list)
     call |= {"timesteps": timesteps} if has_edges else {"num_inference_steps": num_inference_steps}
     call = {name: value for name, value in call.items() if value is not None}
-    spacing = None if has_edges or timesteps is None else (timesteps, num_inference_steps)
+    spacing = None if timesteps is None else (timesteps, num_inference_steps)
     sample_model(
         model, pipeline, output, device, dtype, trust_remote_code, spacing=spacing, count=num_samples,
         labels="random" if random_labels else class_labels, prompts=[prompt] if prompt is not None else prompts,
@@ -108,11 +108,16 @@ def sample(
     )  # fmt: skip
 
 
-def _space_steps(pipe, spacing: str, steps: int | str) -> None:
-    """Let the scheduler take its table for so many steps, or even ones; raises ValueError where it has no table."""
+def _space_steps(pipe, spacing: str | list[float], steps: int | str) -> None:
+    """Let the scheduler take its table for so many steps, or even ones; raises ValueError where it has no table.
+
+    Edges themselves are an argument of the pipeline's call; here it is only seen that they are meant for it.
+    """
     if "timestep_tables" not in pipe.scheduler.config:
         name = type(pipe.scheduler).__name__
         raise ValueError(f"--timesteps is for discrete diffusion with a CTMCScheduler; this model has a {name}")
+    if isinstance(spacing, list):
+        return
     tables = pipe.scheduler.config.timestep_tables or {}
     if spacing == "table" and str(steps) not in tables:
         known = ", ".join(sorted(tables, key=int)) or "none"
