@@ -1,10 +1,12 @@
 """What a guidance interval costs and saves: its overhead a step, network rows, and time beside plain guidance.
 
     python benchmarks/guidance_interval.py [--rounds 15] [--steps 32]
+    python benchmarks/guidance_interval.py --device cuda    # besides, a UNet of SDXL's size, eager and compiled
 
 The overhead is measured on Stable Diffusion with a denoiser that does nothing, so that only the pipeline's own work is
-left; "plain" and the two intervals take turns, and medians are compared. Rows and seconds are those of a small
-Stable Diffusion with random weights, half of whose steps are guided.
+left. The time is that of the shipped MNIST model and of a small Stable Diffusion XL with random weights, half of whose
+steps are guided; on a GPU also of a network of SDXL's size with random weights, in bfloat16, at 1024 x 1024. Plain
+guidance and the intervals take turns; medians are compared.
 """
 
 import argparse
@@ -17,85 +19,165 @@ import diffusers
 import torch
 
 from diffusers_ext.pipelines import GuidanceInterval
+from diffusers_ext.shipped import load_pipeline
 
 warnings.filterwarnings("ignore", message="the guidance interval")
-WIDTH = 32
+TOKENS = 77
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SD_UNET = {
+    "sample_size": 32,
+    "block_out_channels": (8, 8),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 8,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 32,
+}
+SDXL_UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 6 * 256 + 1280,
+}
+SMALL_SDXL_UNET = {
+    **SDXL_UNET,
+    "sample_size": 32,
+    "block_out_channels": (32, 64, 64),
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 64,
+    "addition_time_embed_dim": 32,
+    "projection_class_embeddings_input_dim": 6 * 32 + 64,
+}
 
 
-def stable_diffusion(channels: tuple[int, ...]) -> diffusers.StableDiffusionPipeline:
-    """A UNet with random weights in the stock pipeline, without text encoder and VAE."""
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=32,
-        block_out_channels=channels,
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
-        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
-        attention_head_dim=8,
-        norm_num_groups=8,
-        cross_attention_dim=WIDTH,
-    )
-    missing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    pipe = diffusers.StableDiffusionPipeline(
-        **missing, unet=unet.eval(), scheduler=scheduler, requires_safety_checker=False
-    )
+def unet_of(config: dict, device: str, dtype: torch.dtype) -> diffusers.UNet2DConditionModel:
+    """Random weights, made on the device in the type that they are run in."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return diffusers.UNet2DConditionModel(**config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def stable_diffusion(config: dict, device: str, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
+    """A UNet with random weights in the stock pipeline, without text encoder and VAE; SDXL's if it takes sizes."""
+    parts = {"unet": unet_of(config, device, dtype), "scheduler": diffusers.EulerDiscreteScheduler(**SCHEDULE)}
+    missing = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    if "addition_embed_type" in config:
+        missing |= dict.fromkeys(("text_encoder_2", "tokenizer_2"))
+        pipe = diffusers.StableDiffusionXLPipeline(**missing, **parts, add_watermarker=False)
+    else:
+        missing |= dict.fromkeys(("safety_checker", "feature_extractor"))
+        pipe = diffusers.StableDiffusionPipeline(**missing, **parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def call(pipe, steps: int) -> Callable[[], torch.Tensor]:
-    size = 8 * pipe.unet.config.sample_size
-    embeds = {name: torch.randn(1, 8, WIDTH) for name in ("prompt_embeds", "negative_prompt_embeds")}
+def sampling(pipe: diffusers.DiffusionPipeline, steps: int) -> Callable[[], object]:
+    """One call of a pipeline of `stable_diffusion`."""
+    config = pipe.unet.config
     options = {"num_inference_steps": steps, "guidance_scale": 5.0, "output_type": "latent"}
-    return lambda: pipe(**embeds, **options, height=size, width=size).images
+    options |= dict.fromkeys(("height", "width"), 8 * config.sample_size)
+    widths = {"prompt_embeds": (TOKENS, config.cross_attention_dim)}
+    if config.addition_embed_type:
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        widths["pooled_prompt_embeds"] = (pooled,)
+    for sign in ("", "negative_"):
+        for name, shape in widths.items():
+            options[sign + name] = torch.randn(1, *shape, device=pipe.unet.device, dtype=pipe.unet.dtype)
+    return lambda: pipe(**options)
 
 
-def seconds(run: Callable[[], object]) -> float:
+def digits(device: str, steps: int) -> tuple[diffusers.DiffusionPipeline, Callable[[], object]]:
+    """The shipped MNIST model, and a call that draws ten digits."""
+    pipe = load_pipeline("mnist-unet", "boost-and-skip").to(device)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": steps, "guidance_scale": 2.0, "output_type": "pt"}
+    return pipe, lambda: pipe(class_labels=list(range(10)), **options)
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
     start = time.perf_counter()
     run()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def compare(pipe, steps: int, rounds: int, intervals: dict[str, dict]) -> dict[str, tuple[float, int]]:
+def compare(
+    pipe: diffusers.DiffusionPipeline, run: Callable[[], object], rounds: int, intervals: dict[str, dict]
+) -> dict[str, tuple[float, int]]:
     """Median seconds of a call and network rows: plain, and with each interval, in turns."""
-    run = call(pipe, steps)
+    device = pipe.unet.device.type
     times: dict[str, list[float]] = {name: [] for name in ("plain", *intervals)}
-    rows = {"plain": 2 * steps}
+    rows = {}
     for number in range(rounds + 1):
         for name in times:
             if name == "plain":
-                took = seconds(run)
+                took = seconds(run, device)
             else:
                 with GuidanceInterval(pipe, **intervals[name]) as interval:
-                    took = seconds(run)
+                    took = seconds(run, device)
                 rows[name] = interval.report.rows
-            if number:  # the first round warms up
+                rows["plain"] = interval.report.rows + interval.report.rows_saved
+            if number:  # the first round warms up, and compiles
                 times[name].append(took)
     return {name: (statistics.median(values), rows[name]) for name, values in times.items()}
+
+
+def report_overhead(device: str, steps: int, rounds: int) -> None:
+    pipe = stable_diffusion(SD_UNET, device)
+    pipe.unet.forward = lambda sample, *args, **kwargs: (sample,)
+    found = compare(
+        pipe, sampling(pipe, steps), rounds, {"whole line": {"sigma_lo": 0.0}, "empty": {"sigma_hi": 1e-9}}
+    )
+    plain = found.pop("plain")[0]
+    print(f"no-op denoiser, {steps} steps, medians of {rounds}: plain guidance {1e6 * plain / steps:.0f} us a step")
+    for name, (took, _) in found.items():
+        print(f"  {name:11s} {1e6 * (took - plain) / steps:+.0f} us a step")
+
+
+def report_saving(title: str, pipe, run: Callable[[], object], steps: int, rounds: int) -> None:
+    """Rows and seconds with the middle half of the steps guided."""
+    half = (steps // 4, steps // 4 + steps // 2 - 1)
+    found = compare(pipe, run, rounds, {"half": {"guided_steps": half}})
+    (plain, all_rows), (took, rows) = found["plain"], found["half"]
+    print(
+        f"{title}, {steps} steps, {steps // 2} guided, medians of {rounds}: rows {rows} of {all_rows}"
+        f" ({rows / all_rows:.3f}), seconds {took:.3f} of {plain:.3f} ({took / plain:.3f})",
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    steps, rounds = arguments.steps, arguments.rounds
+    steps, rounds, device = arguments.steps, arguments.rounds, arguments.device
 
-    pipe = stable_diffusion((8, 8))
-    pipe.unet.forward = lambda sample, *args, **kwargs: (sample,)
-    found = compare(pipe, steps, rounds, {"whole line": {"sigma_lo": 0.0}, "empty": {"sigma_hi": 1e-9}})
-    plain = found.pop("plain")[0]
-    print(f"no-op denoiser, {steps} steps, medians of {rounds}: plain guidance {1e6 * plain / steps:.0f} us a step")
-    for name, (took, _) in found.items():
-        print(f"  {name:11s} {1e6 * (took - plain) / steps:+.0f} us a step")
-
-    half = (steps // 4, steps // 4 + steps // 2 - 1)
-    found = compare(stable_diffusion((32, 64)), steps, max(3, rounds // 3), {"half": {"guided_steps": half}})
-    (plain, all_rows), (took, rows) = found["plain"], found["half"]
-    print(
-        f"random UNet, {steps} steps, {steps // 2} guided: rows {rows} of {all_rows} ({rows / all_rows:.3f}),", end=" "
-    )
-    print(f"seconds {took:.3f} of {plain:.3f} ({took / plain:.3f})")
+    report_overhead(device, steps, rounds)
+    fewer = max(3, rounds // 3)
+    report_saving("mnist-unet, 10 digits", *digits(device, steps), steps, fewer)
+    pipe = stable_diffusion(SMALL_SDXL_UNET, device)
+    report_saving("small SDXL, random weights", pipe, sampling(pipe, steps), steps, fewer)
+    if device.startswith("cuda"):
+        pipe = stable_diffusion(SDXL_UNET, device, torch.bfloat16)
+        report_saving("SDXL's size, bfloat16, eager", pipe, sampling(pipe, steps), steps, fewer)
+        pipe.unet.compile(dynamic=False)  # once for two rows, once for one
+        report_saving("SDXL's size, bfloat16, compiled", pipe, sampling(pipe, steps), steps, fewer)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ to steps, and can be used for a second call whatever they did in the last step o
 import copy
 import functools
 import sys
+import warnings
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import torch
 from diffusers import ClassifierFreeGuidance
@@ -18,48 +19,84 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from diffusers_ext.pipelines.guidance_interval import Interval, StepStart, read_step
 
+# What pipelines ask of a guider between `set_state` and the end of the step's evaluation.
+_WITHIN_A_STEP = (
+    "prepare_inputs",
+    "prepare_inputs_from_block_state",
+    "prepare_models",
+    "cleanup_models",
+    "active_predictions",
+    "__call__",
+)
+
+
+def _within_a_step(method: Callable) -> Callable:
+    """Run a guider's method as that of a disabled guider, where the step is not guided.
+
+    For the time of the method alone: what is asked between steps and before a run, such as whether negative prompts
+    are needed, has the answer that the user's settings give, even if a run was broken off in an unguided step.
+    """
+
+    @functools.wraps(method)
+    def limited(self, *args, **kwargs):
+        enabled, count = self._enabled, self._num_inference_steps
+        self._enabled, self._num_inference_steps = enabled and self._guided, self._count_of_steps
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._enabled, self._num_inference_steps = enabled, count
+
+    return limited
+
 
 class _Limited:
-    """What makes a guider a limited one: outside of the interval it counts as disabled, for the step alone.
-
-    A guider asks `_enabled` for everything: how many predictions to make, and how to combine them. Between steps it
-    is what the user set, so that the pipeline knows that it needs negative prompts.
-    """
+    """What makes a guider a limited one: where a step is not guided, it acts as if it were disabled."""
 
     interval: Interval
     scheduler: SchedulerMixin | None = None
     _start_of_step: StepStart | None = None
+    _evaluation = -1
     _steps_begun = 0
     _guided = True
+    _decisions: tuple[bool, ...] = ()
+    _count_of_steps: int | None = None
 
-    @property
-    def _enabled(self) -> bool:
-        return self.__dict__["_enabled"] and self._guided
-
-    @_enabled.setter
-    def _enabled(self, value: bool) -> None:
-        self.__dict__["_enabled"] = value
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in _WITHIN_A_STEP:
+            if hasattr(cls, name):
+                setattr(cls, name, _within_a_step(getattr(cls, name)))
 
     def set_state(self, step: int, num_inference_steps: int, timestep: torch.Tensor) -> None:
         """Called at each evaluation; decides at the first one of a step, for all of them.
 
-        step: of the evaluation. Passed on is that of the step, since `start` and `stop` are fractions of
-        num_inference_steps, of which there are fewer than evaluations with Heun.
+        step: of the evaluation, from 0 in each run. Passed on is that of the step, since `start` and `stop` are
+        fractions of num_inference_steps, of which there are fewer than evaluations with Heun. Of two guiders that
+        share a run (Wan 2.2) the second is not asked before its turn.
         """
         scheduler = self.scheduler or _scheduler_of(sys._getframe(1))
-        if step == 0:
-            self._start_of_step, self._steps_begun = None, 0
+        if step <= self._evaluation:
+            self._evaluation, self._steps_begun, self._decisions = -1, 0, ()
+        if step != self._evaluation + 1 or step == 0:
+            self._start_of_step = None
         start = read_step(scheduler, timestep, self._start_of_step)
-        self._steps_begun += start is not self._start_of_step
-        self._start_of_step, self._guided = start, start in self.interval
+        self._steps_begun += step - self._evaluation - 1
+        self._evaluation = step
+        if start is not self._start_of_step:
+            self._steps_begun += 1
+            self._start_of_step, self._guided = start, start in self.interval
+            self._decisions += (self._guided,)
+            if start.index == start.count - 1:
+                self._warn_without_effect()
         super().set_state(self._steps_begun - 1, num_inference_steps, timestep)
+        # A fraction of the steps is a matter of the step as well: left in place, it would rule the next run.
+        self._num_inference_steps, self._count_of_steps = None, num_inference_steps
 
-    def __call__(self, data: list) -> Any:
-        combined = super().__call__(data)
-        self._guided = True
-        # A fraction of the steps is a matter of this step as well: left in place, it would rule the next call.
-        self._num_inference_steps = None
-        return combined
+    def _warn_without_effect(self) -> None:
+        if len(set(self._decisions)) == 1:
+            which = "every one" if self._guided else "none"
+            count = len(self._decisions)
+            warnings.warn(f"the guidance interval {self.interval} holds {which} of the {count} steps", stacklevel=3)
 
     def new(self, **kwargs):
         """A copy with the same interval, and changed parameters."""
@@ -129,6 +166,10 @@ def limit_to_interval(
     sigma_unit: str = "edm",
 ) -> BaseGuidance:
     """A copy of any guider of diffusers that does nothing outside of an interval of noise levels.
+
+        pipe.update_components(guider=limit_to_interval(pipe.guider, sigma_lo=0.28, sigma_hi=5.42))
+
+    What is saved is the guider without the interval; `IntervalGuidance` saves its interval too.
 
     sigma_lo, sigma_hi, guided_steps, sigma_unit: see `Interval`. Raises ValueError for what is no guider.
     """

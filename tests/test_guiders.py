@@ -10,6 +10,7 @@ from tiny_pipelines import tiny_sdxl
 from diffusers_ext.guiders import IntervalGuidance, limit_to_interval
 from diffusers_ext.pipelines import GuidanceInterval
 
+pytestmark = pytest.mark.filterwarnings("ignore:the guidance interval")
 OPTIONS = {"prompt": ["a cat", "a dog"], "negative_prompt": ["", ""], "num_inference_steps": 4}
 INTERVALS = [{"sigma_lo": 0.05, "sigma_hi": 2.0}, {"guided_steps": (0, 1)}, {"sigma_lo": 50.0}]
 
@@ -86,10 +87,25 @@ def test_several_evaluations_a_step(classic, modular):
     finally:
         classic.scheduler = stock
     modular.update_components(scheduler=heun, guider=IntervalGuidance(guidance_scale=5.0, guided_steps=(1, 2)))
+    for _ in range(2):
+        with Rows(modular.unet) as rows:
+            torch.testing.assert_close(run_modular(modular), expected, rtol=0, atol=1e-4)
+        # step 0 with its second evaluation, steps 1 and 2 with two calls for each evaluation, and Euler's last
+        assert rows == [2, 2] + [2, 2] * 4 + [2]
+    assert sum(rows) == limited.report.rows
+
+
+@pytest.mark.parametrize("interval", [{"guided_steps": (3, 3)}, {"sigma_lo": 0.1}])
+def test_image_to_image_counts_in_the_schedule_as_set(classic, modular, interval):
+    """With strength 0.5 the steps that run are 2 and 3 of 4."""
+    given = {"image": torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)), "strength": 0.5}
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(**classic.components, add_watermarker=False)
+    with GuidanceInterval(pipe, **interval) as limited:
+        expected = run_classic(pipe, **given)
+    assert limited.report.guided_steps == [3 if "guided_steps" in interval else 2]
+    modular.update_components(guider=IntervalGuidance(guidance_scale=5.0, **interval))
     with Rows(modular.unet) as rows:
-        torch.testing.assert_close(run_modular(modular), expected, rtol=0, atol=1e-4)
-    #      step 0 with its second evaluation, steps 1 and 2 with two calls for each evaluation, and Euler's last
-    assert rows == [2, 2] + [2, 2] * 4 + [2]
+        torch.testing.assert_close(run_modular(modular, **given), expected, rtol=0, atol=1e-4)
     assert sum(rows) == limited.report.rows
 
 
@@ -131,6 +147,32 @@ def test_step_fractions_do_not_outlive_a_call(modular):
     """diffusers' own guider, off in the last step, fails in the second call; this one does not."""
     modular.update_components(guider=IntervalGuidance(guidance_scale=5.0, sigma_lo=0.0, stop=0.5))
     assert torch.equal(run_modular(modular), run_modular(modular))
+
+
+@pytest.mark.parametrize(("stop", "last_call"), [(1.0, 6), (0.5, 5)])
+def test_broken_off_in_an_unguided_step(modular, stop, last_call):
+    """The next call still knows that it needs negative prompts."""
+    modular.update_components(guider=IntervalGuidance(guidance_scale=5.0, guided_steps=(1, 2), stop=stop))
+    expected, calls = run_modular(modular), []
+
+    def interrupt(module, args):
+        calls.append(module)
+        if len(calls) == last_call:
+            raise KeyboardInterrupt
+
+    with modular.unet.register_forward_pre_hook(interrupt):
+        with pytest.raises(KeyboardInterrupt):
+            run_modular(modular)
+        assert torch.equal(run_modular(modular), expected)
+        assert len(calls) == 2 * last_call
+
+
+@pytest.mark.parametrize(("interval", "which"), [({"sigma_lo": 0.0}, "every one"), ({"sigma_lo": 50.0}, "none")])
+def test_no_effect_is_said(modular, interval, which):
+    modular.update_components(guider=IntervalGuidance(guidance_scale=5.0, **interval))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=f"the guidance interval .* holds {which} of the 4 steps"):
+            run_modular(modular)
 
 
 def test_classic_pipeline_with_a_guider():

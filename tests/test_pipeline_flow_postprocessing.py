@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contracts import PipelineContract, run_fresh
+from contracts import PipelineContract, ddpm_gives_tensors, newer_torch, run_fresh
 from diffusers import (
     AutoencoderKL,
     DDIMPipeline,
@@ -106,6 +106,10 @@ class TestContract(PipelineContract):
 
     def one(self, variant):
         return {"base_kwargs": {"batch_size": 1, "num_inference_steps": 3}}
+
+    @ddpm_gives_tensors
+    def test_reduced_precision(self, variant, monkeypatch):
+        super().test_reduced_precision(variant, monkeypatch)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -315,20 +319,29 @@ def test_the_base_moves_along():
     assert pipe.to("meta", dtype=torch.float16).base.unet.device.type == "meta"
 
 
+def run_base(pipe):
+    options = {"generator": torch.Generator().manual_seed(0), "base_kwargs": {"num_inference_steps": 2}}
+    return run(pipe, None, **options)
+
+
 def test_the_base_is_offloaded_along():
     """On the CPU, the one device here; the hooks are the same."""
     pipe = pipeline(base=DDIMPipeline(tiny_unet(seed=1), DDIMScheduler()))
-    expected = run(pipe, None, generator=torch.Generator().manual_seed(0), base_kwargs={"num_inference_steps": 2})
+    expected = run_base(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
         assert hasattr(pipe.base.unet, "_hf_hook") and hasattr(pipe.model, "_hf_hook")
-        offloaded = run(pipe, None, generator=torch.Generator().manual_seed(0), base_kwargs={"num_inference_steps": 2})
-        assert torch.equal(offloaded, expected)
+        assert torch.equal(run_base(pipe), expected)
     pipe.remove_all_hooks()
     assert not hasattr(pipe.base.unet, "_hf_hook") and not hasattr(pipe.model, "_hf_hook")
+
+
+@newer_torch
+def test_the_base_is_offloaded_along_in_groups():
+    pipe = pipeline(base=DDIMPipeline(tiny_unet(seed=1), DDIMScheduler()))
+    expected = run_base(pipe)
     pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-    offloaded = run(pipe, None, generator=torch.Generator().manual_seed(0), base_kwargs={"num_inference_steps": 2})
-    assert torch.equal(offloaded, expected)
+    assert torch.equal(run_base(pipe), expected)
     assert pipe._maybe_raise_error_if_group_offload_active(module=pipe.base.unet)
 
 

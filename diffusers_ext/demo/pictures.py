@@ -15,14 +15,14 @@ def grid(images: torch.Tensor, columns: int, scale: int = 2) -> Image.Image:
 
 
 def side_by_side(panels: dict[str, Image.Image], margin: int = 24) -> Image.Image:
-    """Sheets beside each other, each under its title."""
+    """Sheets of one mode beside each other, each under its title."""
     font = ImageFont.load_default(size=22)
     width = sum(panel.width + margin for panel in panels.values()) + margin
     height = max(panel.height for panel in panels.values()) + 3 * margin
-    canvas = Image.new("L", (width, height), 255)
+    canvas = Image.new(next(iter(panels.values())).mode, (width, height), "white")
     draw, left = ImageDraw.Draw(canvas), margin
     for title, panel in panels.items():
-        draw.text((left, margin // 2), title, fill=0, font=font)
+        draw.text((left, margin // 2), title, fill="black", font=font)
         canvas.paste(panel, (left, 2 * margin))
         left += panel.width + margin
     return canvas

@@ -221,7 +221,7 @@ def _summary(data: torch.Tensor) -> list:
 def _generator(*numbers: int) -> torch.Generator:
     """A stream of its own for every step and process, so that a continued run repeats nothing and skips nothing."""
     (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state >> 1))
+    return torch.Generator().manual_seed(int(state) >> 1)
 
 
 class _Run:

@@ -132,7 +132,7 @@ def plot_trajectories(paths: dict, scale: float, path: Path) -> None:
     for row, mean in zip(axes, MEANS, strict=True):
         for axis, method in zip(row, METHODS, strict=True):
             lines = paths[mean, method, 1.0 if method == "conditional" else scale][:, :60]
-            axis.plot(torch.linspace(1, 0, len(lines)), lines, color="#64748b", alpha=0.25, linewidth=0.6)
+            axis.plot(torch.linspace(1, 0, len(lines)), lines.numpy(), color="#64748b", alpha=0.25, linewidth=0.6)
             for sign, colour in COLOURS.items():
                 axis.axhspan(sign * mean - 2 * STD, sign * mean + 2 * STD, color=colour, alpha=0.25, linewidth=0)
             axis.scatter(torch.zeros(60), lines[-1], s=5, color="black", zorder=3, clip_on=False)
