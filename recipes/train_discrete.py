@@ -53,7 +53,7 @@ def load_tokens(path: Path, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor
     return tokens, valid[0] if valid else None
 
 
-def build(kernel, objective, num_tokens, length, hidden_size, num_blocks, num_heads):
+def build(kernel, objective, num_tokens, length, hidden_size, num_blocks, num_heads, num_streams=1):
     """The network and the scheduler that belong together; the absorbing kernel adds its mask to the tokens."""
     vocab_size = num_tokens + (kernel == "absorbing")
     scheduler = CTMCScheduler(
@@ -66,6 +66,7 @@ def build(kernel, objective, num_tokens, length, hidden_size, num_blocks, num_he
         num_heads=num_heads,
         scale_by_sigma=kernel == "absorbing" and objective == "score",
         sequence_length=length,
+        num_streams=num_streams,
     )
     return model, scheduler
 
@@ -128,6 +129,7 @@ def report_validation(pipe: DiscreteDiffusionPipeline, valid: torch.Tensor, batc
 @click.option("--hidden-size", default=128, show_default=True)
 @click.option("--num-blocks", default=4, show_default=True)
 @click.option("--num-heads", default=4, show_default=True)
+@click.option("--num-streams", default=1, show_default=True, help="Voices that take turns in the sequences.")
 @click.option("--steps", default=4000, show_default=True)
 @click.option("--batch-size", default=128, show_default=True, help="Sequences a step and process.")
 @click.option("--lr", default=1e-3, show_default=True)
@@ -149,6 +151,7 @@ def main(
     hidden_size,
     num_blocks,
     num_heads,
+    num_streams,
     steps,
     batch_size,
     lr,
@@ -165,7 +168,7 @@ def main(
     set_seed(seed, device_specific=True)
     tokens, valid = (None, None) if data is None else load_tokens(data, num_tokens)
     length = length if tokens is None else tokens.shape[1]
-    model, scheduler = build(kernel, objective, num_tokens, length, hidden_size, num_blocks, num_heads)
+    model, scheduler = build(kernel, objective, num_tokens, length, hidden_size, num_blocks, num_heads, num_streams)
     ema = EMAModel(model.parameters(), decay=ema_decay, model_cls=SEDDTransformer, model_config=model.config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0)
     model, optimizer = accelerator.prepare(model, optimizer)

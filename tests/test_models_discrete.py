@@ -177,6 +177,20 @@ def test_wrong_shapes_are_refused(cls):
         tiny(cls)(inputs(cls)[0], torch.ones(3))
 
 
+def test_voices_in_turn_are_told_apart():
+    """Of tokens that are all alike, one voice gives the same everywhere; of several each has its own."""
+    tokens, sigma = torch.full((1, 8), 8), torch.ones(1)
+    alone = tiny(SEDDTransformer)(tokens, sigma)[0]
+    torch.testing.assert_close(alone, alone[:1].expand_as(alone))
+    model = SEDDTransformer(**TINY[SEDDTransformer], num_streams=4).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    scores = model(tokens, sigma)[0]
+    assert all((scores[i] - scores[i + 1]).abs().max() > 0.01 for i in range(3))
+    with pytest.raises(ValueError, match="num_streams must be >= 1"):
+        SEDDTransformer(**TINY[SEDDTransformer], num_streams=0)
+
+
 def test_wrong_heads_are_refused():
     with pytest.raises(ValueError, match="hidden_size / num_heads must be even"):
         SEDDTransformer(hidden_size=18, num_heads=2)

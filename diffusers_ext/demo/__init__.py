@@ -10,12 +10,14 @@ from rich.console import Console
 from .. import __version__
 from ..info import best_device
 from .boost_and_skip import run_boost_and_skip
+from .discrete import run_discrete
 from .guidance_interval import run_guidance_interval
 
 Section = Callable[[Path, str, Console], dict]
 SECTIONS: dict[str, Section] = {
     "boost_and_skip": run_boost_and_skip,
     "guidance_interval": run_guidance_interval,
+    "discrete": run_discrete,
 }
 
 

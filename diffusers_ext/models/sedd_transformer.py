@@ -117,6 +117,8 @@ class SEDDTransformer(ModelMixin, AttentionMixin, ConfigMixin):
 
     vocab_size: with the mask, if there is one, as the last token. hidden_size / num_heads: even.
     sequence_length: that the network was trained on and is sampled at; it takes any. dropout: in training mode.
+    num_streams: voices that take turns in a sequence, a token each. Rotary attention sees distances alone, so an
+    embedding tells each position its voice, position % num_streams; with 1 there is none, as in SEDD.
     A fresh network returns zeros (before scale_by_sigma).
     """
 
@@ -136,12 +138,19 @@ class SEDDTransformer(ModelMixin, AttentionMixin, ConfigMixin):
         dropout: float = 0.1,
         scale_by_sigma: bool = True,
         sequence_length: int | None = None,
+        num_streams: int = 1,
     ):
         super().__init__()
+        if num_streams < 1:
+            raise ValueError(f"num_streams must be >= 1, got {num_streams}; 1 is a sequence of one voice")
         if hidden_size % num_heads or hidden_size // num_heads % 2:
             raise ValueError(f"hidden_size / num_heads must be even, got {hidden_size} / {num_heads}")
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         nn.init.kaiming_uniform_(self.embedding.weight, a=math.sqrt(5))
+        self.stream_embedding = None
+        if num_streams > 1:
+            self.stream_embedding = nn.Embedding(num_streams, hidden_size)
+            nn.init.kaiming_uniform_(self.stream_embedding.weight, a=math.sqrt(5))
         self.time_mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
         self.blocks = nn.ModuleList(
             SEDDBlock(hidden_size, cond_dim, num_heads, mlp_ratio, dropout) for _ in range(num_blocks)
@@ -159,6 +168,9 @@ class SEDDTransformer(ModelMixin, AttentionMixin, ConfigMixin):
                 f"tokens must be (batch, length) and sigma (batch,), got {tuple(tokens.shape)}, {tuple(sigma.shape)}"
             )
         x = self.embedding(tokens)
+        if self.stream_embedding is not None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            x = x + self.stream_embedding(positions % self.config.num_streams)
         c = F.silu(self.time_mlp(_sigma_features(sigma).to(x.dtype)))
         cos, sin = self._rotation(tokens.shape[1], x.device)
         for block in self.blocks:
