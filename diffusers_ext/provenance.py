@@ -31,7 +31,7 @@ def describe_pipeline(pipe: DiffusionPipeline) -> dict:
         for name, value in pipe.config.items()
         if not name.startswith("_") and isinstance(value, str | int | float | bool)
     }
-    parts = {name: _describe(part) for name, part in pipe.components.items() if part is not None}
+    parts = {name: describe_component(part) for name, part in pipe.components.items() if part is not None}
     return {
         "pipeline": type(pipe).__name__,
         "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
@@ -41,7 +41,7 @@ def describe_pipeline(pipe: DiffusionPipeline) -> dict:
     }
 
 
-def _describe(part) -> dict[str, str | dict]:
+def describe_component(part) -> dict[str, str | dict]:
     """The class of a component, with the config of a scheduler or a hash of a network's config and weights."""
     described = {"class": type(part).__name__}
     if isinstance(part, SchedulerMixin):

@@ -17,7 +17,7 @@ def check_config(config) -> None:
         "prediction_type": ("log_score", "x0", "probabilities"),
         "jumps": (None, "categorical", "poisson"),
         "time_conditioning": ("sigma_bar", "timestep"),
-        "timestep_spacing": ("uniform", "table"),
+        "timestep_spacing": ("uniform", "table", "interpolated_table"),
     }
     for name, allowed in choices.items():
         if config[name] not in allowed:

@@ -1,0 +1,305 @@
+"""Timestep tables for a model, by the paper's search or by an exact one (Jump Your Steps, 2410.07761)."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.utils import logging
+
+from ..processes import Processes
+from ..provenance import describe_component, drawing_versions
+from ..schedulers import CTMCScheduler
+from ..shards import differences, replacing
+from .costs import Cost, Grid, cheapest_schedules, total_cost
+from .golden import Bracket, best_hierarchy, golden_middle, hierarchical_tables, levels_of
+from .klub import KLUB
+from .statistics import RateStatistics, accumulate
+from .tables import TimestepTables, chain_of, times_of_counts
+
+METHODS = ("exact", "hierarchical", "golden")
+GRID_SIZES = {"exact": 256, "hierarchical": 256, "golden": 1024}
+
+
+def optimize_timesteps(
+    model: Callable,
+    scheduler: CTMCScheduler,
+    data: torch.Tensor,
+    num_inference_steps: Sequence[int] = (4, 8, 16, 32),
+    method: str = "exact",
+    *,
+    objective: str | None = None,
+    alpha: float | None = None,
+    held: str | None = None,
+    last_edge: str | None = None,
+    coupling: str = "data",
+    num_samples: int | None = None,
+    batch_size: int = 64,
+    grid_size: int | None = None,
+    num_positions: int | None = None,
+    given: torch.Tensor | None = None,
+    seed: int = 0,
+    noise: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    average: str = "sequences",
+    resume: str | Path | None = None,
+    progress: bool | Callable[[int, int], None] = True,
+    accelerator: Accelerator | None = None,
+) -> TimestepTables:
+    """Edges of the steps with which the scheduler's sampler errs least, for each number of steps.
+
+        tables = optimize_timesteps(pipe.model, pipe.scheduler, tokens, (4, 8, 12))
+        pipe.scheduler = tables.apply_to(pipe.scheduler)  # pipe(num_inference_steps=12) then takes the table
+
+    model: called as model(tokens (batch, length), time (batch,)), such as a pipeline's; put in evaluation mode
+        meanwhile. scheduler: its chain and its sampler; with "gillespie" the tables are about numbers of tokens.
+    data: sequences like those to generate, (count, length) integers; the first num_samples are used, by default all.
+    num_inference_steps: as of `CTMCScheduler.set_timesteps`; any numbers for "exact", else powers of two.
+    method: "exact": the network runs once over a grid, then dynamic programming finds the steps of least total cost.
+        "hierarchical": the paper's objective, whose best point in each interval is looked up on the same grid, level
+        after level. "golden": the paper's search for it, by golden section.
+    objective, alpha, held: what a step costs, see `Cost`. "exact" takes any, by default "kl" of a held prediction; the
+        others are about "klub" of held rates.
+    last_edge: "free" lets the last step end before `min_timestep`, where the final denoising, a network call that is
+        made anyway, then is a step like the others. Only "exact" can, for kernels whose final denoising draws tokens:
+        there it is the default. Otherwise, and by default elsewhere, "min_timestep".
+    coupling: of golden, "data" or "path", see `KLUB`. average: of golden, see `KLUB`.
+    grid_size: intervals of the grid, by default 256, for golden 1024. The grid of gillespie are the numbers of tokens,
+        all of them where the length is no larger, and always for golden.
+    num_positions: of exact and hierarchical, how many positions of a sequence enter, see `RateStatistics`.
+    given, seed, noise: see `KLUB`. batch_size: sequences that pass the network together.
+    resume: a file in which what was computed is kept, so that a later call with the same settings goes on from there.
+    progress: whether to show a progress bar; or a function, called with what is done and what there is.
+    accelerator: shares the work out among its processes, all of which get the same tables.
+
+    Raises ValueError for arguments that are out of range or contradict each other, more steps than the grid has, data
+    that are not of the scheduler's vocabulary, and rates that are not finite, with the time and the position.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    cost = _cost(method, objective, alpha, held)
+    free_end = _free_end(last_edge, method, scheduler)
+    numbers = _numbers(num_inference_steps, method)
+    data = _first(data, num_samples)
+    grid = _grid(method, scheduler, data.shape[1], grid_size)
+    settings = {
+        "method": method, "objective": cost.objective, "alpha": cost.alpha, "held": cost.held,
+        "last_edge": "free" if free_end else "min_timestep", "grid_size": grid.size, "num_samples": len(data),
+        "seed": seed, "sampler": scheduler.config.sampler, "model": _described(model),
+    }  # fmt: skip
+    kept = {
+        **settings, "chain": chain_of(scheduler), "batch_size": batch_size, "versions": drawing_versions(),
+        "inputs": _hash(data, given, noise),
+    }  # fmt: skip
+    work = _Work(Processes(accelerator), None if resume is None else Path(resume), kept, progress)
+    with _evaluating(model):
+        if method == "golden":
+            klub = KLUB(
+                model, scheduler, data, coupling=coupling, given=given, seed=seed, noise=noise, batch_size=batch_size,
+                average=average, accelerator=accelerator,
+            )  # fmt: skip
+            found, network, further = _golden(klub, grid, numbers, work), klub.network, {"coupling": coupling}
+        else:
+            statistics = RateStatistics(
+                model, scheduler, data, (cost,), grid_size=grid.size, given=given, seed=seed, noise=noise,
+                num_positions=num_positions,
+            )  # fmt: skip
+            found = _by_statistics(statistics, cost, numbers, method, free_end, batch_size, work)
+            network, further = statistics.network, {"num_positions": statistics.num_positions}
+    further["network_evaluations"] = work.processes.total(network.evaluations)
+    return _tables(found, grid, scheduler, {**settings, **further})
+
+
+@contextmanager
+def _evaluating(model: Callable) -> Iterator[None]:
+    """Evaluation mode, and the mode from before in the end."""
+    training = getattr(model, "training", False)
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+# Each method: grid indices for each number of steps, and what is known of their quality
+
+
+def _by_statistics(
+    statistics: RateStatistics, cost: Cost, numbers: list[int], method: str, free_end: bool, batch_size: int, work
+) -> dict[int, tuple[list[int], dict]]:
+    if max(numbers) > statistics.grid.size - free_end:
+        raise ValueError(_too_many(max(numbers), statistics.grid.size))
+    with work.progress_bar(statistics.data.count) as on_progress:
+        settings = {**work.settings, "num_positions": statistics.num_positions}
+        means = accumulate(statistics, batch_size, work.processes, settings, work.path, on_progress)
+    grid, divergence = statistics.grid, means[cost]
+    costs = grid.step_costs(divergence)
+    if method == "exact":
+        paths = {n: path for n, (path, _) in cheapest_schedules(costs, numbers, free_end).items()}
+    else:
+        paths = best_hierarchy(grid.points, divergence, numbers)
+    return {
+        n: (
+            path,
+            {
+                "bound": total_cost(costs, path, free_end),
+                "bound_of_even_steps": total_cost(costs, grid.even(n), free_end),
+            },
+        )
+        for n, path in paths.items()
+    }
+
+
+def _golden(objective: KLUB, grid: Grid, numbers: list[int], work) -> dict[int, tuple[list[int], dict]]:
+    levels, absorbing = levels_of(numbers), objective.network.scheduler.config.kernel == "absorbing"
+    bracket = Bracket.of_counts() if grid.counts else Bracket.of_times(grid.size, 1e-3 if absorbing else 1e-2)
+    objective.values.update(work.load_values())
+    done = 0
+    with work.progress_bar(2**levels - 1) as on_progress:
+
+        def middle(i: int, j: int) -> int:
+            nonlocal done
+            index = golden_middle(objective, grid.points, i, j, bracket)
+            work.save_values(objective.values)
+            done += 1
+            on_progress(done, 2**levels - 1)
+            return index
+
+        tables = hierarchical_tables(middle, grid.size, levels)
+    return {n: (tables[n], {}) for n in numbers}
+
+
+def _tables(found: dict, grid: Grid, scheduler: CTMCScheduler, settings: dict) -> TimestepTables:
+    tables, info = {}, {}
+    for n, (path, quality) in found.items():
+        points = [grid.points[i] for i in path]
+        tables[n] = times_of_counts(points, scheduler.config.min_timestep) if grid.counts else points
+        info[n] = {**settings, **quality, **({"token_counts": points} if grid.counts else {})}
+        info[n]["versions"] = drawing_versions()
+    return TimestepTables(tables, chain_of(scheduler), info)
+
+
+class _Work:
+    """Processes, progress, and the file in which a search keeps what it has."""
+
+    def __init__(self, processes: Processes, path: Path | None, settings: dict, progress):
+        self.processes, self.path, self.progress = processes, path, progress
+        self.settings = json.loads(json.dumps(settings))
+
+    @contextmanager
+    def progress_bar(self, total: int) -> Iterator[Callable[[int, int], None]]:
+        """A function to call with what is done and what there is; it shows a bar in the main process, if asked to."""
+        if callable(self.progress):
+            yield self.progress
+            return
+        with logging.tqdm(total=total, disable=not (self.progress and self.processes.is_main)) as bar:
+            yield lambda done, _: bar.update(done - bar.n)
+
+    def load_values(self) -> dict[tuple[float, ...], float]:
+        """Values of the golden search that an earlier start has computed."""
+
+        def read() -> list:
+            if self.path is None or not self.path.exists():
+                return []
+            try:
+                kept = json.loads(self.path.read_text(encoding="utf-8"))
+                before, values = kept["settings"], kept["values"]
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{str(self.path)!r} holds no values of a search; choose another file") from error
+            if changed := "; ".join(differences(before, self.settings)):
+                raise ValueError(f"{str(self.path)!r} was begun with other settings: {changed}; choose another file")
+            return values
+
+        return {tuple(times): value for times, value in self.processes.agreed(read)}
+
+    def save_values(self, values: dict[tuple[float, ...], float]) -> None:
+        if self.path is None or not self.processes.is_main:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"settings": self.settings, "values": [[times, value] for times, value in values.items()]}
+        with replacing(self.path) as file:
+            file.write(f"{json.dumps(content)}\n".encode())
+
+
+# Arguments
+
+
+def _cost(method: str, objective: str | None, alpha: float | None, held: str | None) -> Cost:
+    if method == "exact":
+        objective = objective or "kl"
+        return Cost(objective, alpha, held or ("rates" if objective == "klub" else "prediction"))
+    cost = Cost(objective or "klub", alpha, held or "rates")
+    if cost.objective != "klub":
+        raise ValueError(f'method={method!r} is about objective="klub", got {objective!r}; use method="exact"')
+    return cost
+
+
+def _free_end(last_edge: str | None, method: str, scheduler: CTMCScheduler) -> bool:
+    config = scheduler.config
+    draws = config.sampler != "gillespie" and (config.kernel == "absorbing" or config.prediction_type == "log_score")
+    if last_edge is None:
+        return method == "exact" and draws
+    if last_edge not in ("free", "min_timestep"):
+        raise ValueError(f'last_edge must be "free" or "min_timestep", got {last_edge!r}')
+    if last_edge == "free" and method != "exact":
+        raise ValueError(f'last_edge="free" needs method="exact", got method={method!r}')
+    if last_edge == "free" and not draws:
+        raise ValueError(
+            f'last_edge="free": with sampler={config.sampler!r} and kernel={config.kernel!r} of'
+            f' prediction_type={config.prediction_type!r} the final denoising draws no tokens; use "min_timestep"'
+        )
+    return last_edge == "free"
+
+
+def _numbers(numbers: Sequence[int], method: str) -> list[int]:
+    numbers = sorted(set(numbers))
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+        raise ValueError(f"num_inference_steps must be integers >= 1, at least one, got {numbers}")
+    odd = [n for n in numbers if n < 2 or n & (n - 1)]
+    if method != "exact" and odd:
+        raise ValueError(f'method={method!r} makes tables for 2, 4, 8, ... steps, not {odd}; use method="exact"')
+    return numbers
+
+
+def _first(data: torch.Tensor, num_samples: int | None) -> torch.Tensor:
+    data = torch.as_tensor(data)
+    if num_samples is None:
+        return data
+    if not 1 <= num_samples <= len(data):
+        raise ValueError(
+            f"num_samples must be in [1, {len(data)}], the number of sequences in data, got {num_samples}"
+        )
+    return data[:num_samples]
+
+
+def _grid(method: str, scheduler: CTMCScheduler, length: int, size: int | None) -> Grid:
+    if method == "golden" and scheduler.config.sampler == "gillespie":
+        size = size or length
+        if size != length:
+            raise ValueError(f"grid_size={size}: golden with gillespie counts every token, {length}; leave it out")
+    return Grid.of(scheduler, length, size or GRID_SIZES[method])
+
+
+def _too_many(steps: int, size: int) -> str:
+    return f"{steps} steps do not fit on a grid of {size} intervals; pass a larger grid_size, or fewer steps"
+
+
+def _described(model: Callable) -> dict:
+    described = describe_component(model)
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return {**described, "name": name} if name else described
+
+
+def _hash(*inputs) -> str:
+    """One hash of tensors, tuples of tensors and None."""
+    digest = sha256()
+    for one in inputs:
+        for tensor in one if isinstance(one, tuple) else (one,):
+            digest.update(b"none" if tensor is None else torch.as_tensor(tensor).cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,298 @@
+"""The divergences d(k, i) between all pairs of grid points, from one pass of the network over the grid.
+
+The network sees each sequence once at each grid point, with the same random numbers. What it says at some positions is
+kept for all grid points at once; then where F_ik depends on k by a factor at most, all pairs are a product of two
+matrices with a row for each grid point, computed over some positions and tokens at a time.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ..processes import Processes
+from ..schedulers import CTMCScheduler
+from ..shards import differences, replacing
+from .costs import Cost, Grid
+from .coupling import NoisyData
+from .klub import PART, RateNetwork
+
+STORE_BYTES = 2**30  # of what is kept for all grid points
+PAIRWISE_POSITIONS = 64  # of each sequence, where grid points are compared pair by pair
+
+
+@dataclass
+class _Part:
+    """Some positions of some sequences at all grid points.
+
+    values: (grid, n, columns) float32, reverse rates, or the laws p(x_0 | x) for held predictions of ordered tokens.
+    tokens: (grid, n). times: (grid, n), at which they are. weight: (n,), how many positions each stands for.
+    """
+
+    values: torch.Tensor
+    tokens: torch.Tensor
+    times: torch.Tensor
+    weight: torch.Tensor
+
+
+class RateStatistics:
+    """Computes d(k, i) for a data set, a batch at a time.
+
+    model, scheduler, data, given, seed, noise: as of `KLUB`. costs: for which to compute it.
+    num_positions: how many positions of each sequence enter, chosen at random by its seed; None takes as many as fit
+        into 1 GiB at all grid points, and at most 64 for a held prediction and a kernel other than absorbing, where
+        no product of matrices does it. Estimates are scaled, so that they stand for whole sequences.
+
+    Raises ValueError for arguments out of range and, when computing, for network outputs that are not finite.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        scheduler: CTMCScheduler,
+        data: torch.Tensor,
+        costs: tuple[Cost, ...] = (Cost(),),
+        *,
+        grid_size: int = 256,
+        given: torch.Tensor | None = None,
+        seed: int = 0,
+        noise: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        num_positions: int | None = None,
+    ):
+        self.network, self.scheduler = RateNetwork(model, scheduler), scheduler
+        self.data = NoisyData(scheduler, data, given, seed, noise)
+        self.grid = Grid.of(scheduler, self.data.length, grid_size)
+        self.costs = costs
+        self.absorbing = scheduler.config.kernel == "absorbing"
+        self.ordered = scheduler.config.kernel in ("gaussian", "birth_death")
+        self._transitions: dict[int, torch.Tensor] = {}
+        self.num_positions = self._positions_that_fit(num_positions)
+
+    def _positions_that_fit(self, asked: int | None) -> int:
+        length = self.data.length
+        if asked is not None:
+            if not 1 <= asked <= length:
+                raise ValueError(f"num_positions must be in [1, {length}], the sequence's length, got {asked}")
+            return asked
+        fit = STORE_BYTES // self._bytes_of_a_position()
+        pairwise = not self.absorbing and any(cost.held == "prediction" for cost in self.costs)
+        return max(1, min(length, fit, PAIRWISE_POSITIONS if pairwise else length))
+
+    def _bytes_of_a_position(self) -> int:
+        kinds = len({self._kind(cost) for cost in self.costs})
+        return kinds * 4 * (self.grid.size + 1) * self.scheduler.config.vocab_size
+
+    def _kind(self, cost: Cost) -> str:
+        """What `_Part.values` hold for a cost."""
+        return "laws" if self.ordered and cost.held == "prediction" else "rates"
+
+    @torch.no_grad()
+    def of(self, rows: torch.Tensor) -> dict[Cost, torch.Tensor]:
+        """The sum of d(k, i) over some sequences, by their indices, for each cost; (grid, grid) float64 on the CPU.
+
+        0 where k is before i.
+        """
+        size = self.grid.size + 1
+        sums = {cost: torch.zeros(size, size, dtype=torch.float64) for cost in self.costs}
+        at_once = max(1, STORE_BYTES // (self.num_positions * self._bytes_of_a_position()))
+        for some in rows.split(at_once):
+            parts = self._parts(some)
+            for cost in self.costs:
+                part = parts[self._kind(cost)]
+                if cost.held == "rates" or self.absorbing:
+                    sums[cost] += self._products(cost, part)
+                else:
+                    sums[cost] += self._pairs(cost, part)
+        return sums
+
+    # What the network says at all grid points
+
+    def _parts(self, rows: torch.Tensor) -> dict[str, _Part]:
+        places, weight = self._places(rows)
+        kinds = {self._kind(cost) for cost in self.costs}
+        columns = self.scheduler.config.vocab_size - self.absorbing
+        shape, device = (self.grid.size + 1, places.numel()), self.network.device
+        tokens = torch.empty(shape, dtype=torch.int64, device=device)
+        times = torch.empty(shape, device=device)
+        values = {kind: torch.zeros(*shape, columns, device=device) for kind in kinds}
+        places = places.to(device)
+        for k, point in enumerate(self.grid.points):
+            x, time = self.data.at(point, rows, device)
+            here = x.gather(1, places)
+            tokens[k] = here.flatten()
+            times[k] = torch.as_tensor(time, device=device).expand(len(x)).repeat_interleave(places.shape[1])
+            if self.absorbing and not (x == self.scheduler.mask_token_id).any():
+                continue  # nothing is left to decode: the rates are 0
+            output = self.network.output(x, time)
+            output = output.gather(1, places.unsqueeze(-1).expand(-1, -1, output.shape[-1]))
+            for kind in kinds:
+                found = self._laws(output, here, time) if kind == "laws" else self.network.rates(output, here, time)
+                values[kind][k] = found.flatten(0, 1)
+        return {kind: _Part(values[kind], tokens, times, weight.flatten().to(device)) for kind in kinds}
+
+    def _places(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of each sequence, (batch, num_positions), and how many each stands for; 0 for a given one."""
+        count, length = self.num_positions, self.data.length
+        given = torch.zeros(len(rows), length) if self.data.given is None else self.data.given[rows].float()
+        if count == length:
+            return torch.arange(length).expand(len(rows), -1), 1 - given
+        order = [torch.rand(length, generator=one) for one in self.data.generators(rows, after_noise=True)]
+        places = (torch.stack(order) + given).argsort(dim=1)[:, :count]  # those that are not given come first
+        free = length - given.sum(dim=1, keepdim=True)
+        return places, (1 - given.gather(1, places)) * free / free.clamp(1, count)
+
+    def _laws(self, output: torch.Tensor, tokens: torch.Tensor, time) -> torch.Tensor:
+        """p(x_0 | x) at each position, (batch, places, vocab_size) float32."""
+        if not output.isfinite().all():
+            self.network.rates(output, tokens, time)  # raises, and says where
+        return output.float().softmax(dim=-1) if self.scheduler.config.prediction_type == "x0" else output.float()
+
+    # All pairs of grid points as products of matrices
+
+    def _products(self, cost: Cost, part: _Part) -> torch.Tensor:
+        """The sum of d(k, i) where F_ik is R_i, or a law that does not change times a factor of k; (grid, grid)."""
+        size, columns = self.grid.size + 1, part.values.shape[-1]
+        rates = part.values.sum(dim=-1)  # (grid, n)
+        laws = cost.held == "prediction"
+        masked = part.tokens == self.scheduler.mask_token_id if self.absorbing else torch.ones_like(part.tokens).bool()
+        weights = masked * part.weight if laws or not self.grid.counts else masked * part.weight * part.times
+        last = masked.sum(dim=0)  # a decoded position stays decoded: it matters at the first so many grid points
+        total = torch.zeros(size, dtype=torch.float64)
+        held, cross = (torch.zeros(size, size, dtype=torch.float64) for _ in range(2))
+        for some in last.argsort(descending=True).split(max(1, PART // (size * columns))):
+            k = int(last[some[0]])
+            norm = rates[:k, some].clamp(min=1e-30) if laws else torch.ones_like(rates[:k, some])
+            weight, sums = weights[:k, some], rates[:k, some] / norm
+            total[:k] += (weight * sums).double().sum(dim=1).cpu()
+            held[:k, :k] += (weight @ sums.T).double().cpu()
+            width = max(1, PART // (size * len(some)))
+            for start in range(0, columns, width):
+                values = part.values[:k, some, start : start + width] / norm.unsqueeze(-1)
+                left = (cost.left(values) * weight.unsqueeze(-1)).flatten(1)
+                cross[:k, :k] += (left @ cost.right(values).flatten(1).T).double().cpu()
+        return (cost.from_products(cross, total, held) * self._factors(cost).unsqueeze(1)).tril()
+
+    def _factors(self, cost: Cost) -> torch.Tensor:
+        """By which the divergence at each grid point is multiplied, (grid,) float64.
+
+        Times: for laws, the rate lambda at which a mask is decoded. Counts: with m positions of the whole length still
+        to come, each is the next one with probability 1 / m, and the time until then is t / m on average, given the
+        time t of this one (order statistics of uniforms); so 1 / m, and the times are in `_products`.
+        """
+        points = torch.tensor(self.grid.points, dtype=torch.float64)
+        if self.grid.counts:
+            return 1 / (self.data.length - points).clamp(min=1)
+        if cost.held == "prediction":
+            return self.scheduler.sigma(points) / self.scheduler.sigma_bar(points).expm1()
+        return torch.ones_like(points)
+
+    # Pair by pair
+
+    def _pairs(self, cost: Cost, part: _Part) -> torch.Tensor:
+        """The sum of d(k, i) for held predictions whose rates are not a law times a factor of k; (grid, grid)."""
+        size, vocab_size = self.grid.size + 1, part.values.shape[-1]
+        sums = torch.zeros(size, size, dtype=torch.float64)
+        for some in torch.arange(part.values.shape[1]).split(max(1, PART // (size * vocab_size))):
+            tokens, weight = part.tokens[:, some], part.weight[some]
+            laws = self._held_laws(part.values[:, some], tokens)
+            for k in range(size):
+                held = self._rates_of(laws[: k + 1], tokens[k], k)  # F_ik for all i up to k, the last of them R_k
+                d = cost.divergence(held[-1:], held).sum(dim=-1)
+                sums[k, : k + 1] += (d @ weight).double().cpu()
+        return sums
+
+    def _held_laws(self, values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """What is held: the law of each position given the others, (grid, n, vocab_size), not always normalised.
+
+        Uniform kernel: of x_t, read off the rates, R(x, y) = sigma / vocab_size p_t(y) / p_t(x). Ordered tokens: of
+        x_0, which is p(x_0 | x) / P_{0t}[x_0, x], with the scheduler's floor in the denominator.
+        """
+        if not self.ordered:
+            sigma = self.scheduler.sigma(torch.tensor(self.grid.points, dtype=torch.float64)).to(values)
+            laws = (values * (values.shape[-1] / sigma)[:, None, None]).scatter(-1, tokens.unsqueeze(-1), 1)
+            return laws / laws.sum(dim=-1, keepdim=True)
+        seen = torch.stack([self._transition(k).T[x] for k, x in enumerate(tokens)])
+        return values / (seen + self.scheduler.config.eps_ratio)
+
+    def _rates_of(self, laws: torch.Tensor, tokens: torch.Tensor, k: int) -> torch.Tensor:
+        """Reverse rates out of tokens (n,) at grid point k that held laws (i, n, vocab_size) imply, 0 at the token."""
+        vocab_size, point = laws.shape[-1], self.grid.points[k]
+        here = tokens.expand(len(laws), -1).unsqueeze(-1)
+        if self.ordered:
+            now = laws @ self._transition(k)
+            rates = self.scheduler.rate_matrix(point).T.to(laws)[tokens]
+        else:
+            sigma_bar = self.scheduler.sigma_bar(torch.tensor(self.grid.points[: k + 1], dtype=torch.float64))
+            growth = (sigma_bar - sigma_bar[-1]).exp().to(laws)[:, None, None]
+            now = (growth * (laws - 1 / vocab_size) + 1 / vocab_size).clamp(min=0)
+            rates = float(self.scheduler.sigma(point)) / vocab_size
+        return (rates * now / now.gather(-1, here).clamp(min=1e-12)).scatter(-1, here, 0)
+
+    def _transition(self, k: int) -> torch.Tensor:
+        """P_{0t}, (vocab_size, vocab_size) float32, at grid point k."""
+        if k not in self._transitions:
+            matrix = self.scheduler.transition_matrix(self.grid.points[k])
+            self._transitions[k] = matrix.to(self.network.device, torch.float32)
+        return self._transitions[k]
+
+
+def accumulate(
+    statistics: RateStatistics,
+    batch_size: int,
+    processes: Processes,
+    settings: dict,
+    path: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[Cost, torch.Tensor]:
+    """The mean d(k, i) a sequence over the whole data, (grid, grid) float64, of each cost.
+
+    The processes take batches in turn and add their sums in the order of the batches, so that the result does not
+    depend on how many they are. With a path the sums so far are kept there after each round, and a later start goes on
+    from them, also with another number of processes. settings: JSON-able, all that the sums depend on. on_progress:
+    called with the sequences done and their number.
+
+    Raises ValueError for a file that was begun with other settings.
+    """
+    names = {cost: str(cost) for cost in statistics.costs}
+    sums, done = processes.agreed(lambda: _load(path, settings, statistics, names))
+    batches = torch.arange(statistics.data.count).split(batch_size)
+    while done < len(batches):
+        number = done + processes.index
+        mine = statistics.of(batches[number]) if number < len(batches) else None
+        for one in [mine] if processes.count == 1 else gather_object([mine]):
+            if one is not None:
+                sums = {cost: sums[cost] + one[cost] for cost in sums}
+                done += 1
+        if path is not None and processes.is_main:
+            _save(path, settings, {names[cost]: value for cost, value in sums.items()}, done)
+        if on_progress is not None:
+            on_progress(min(done * batch_size, statistics.data.count), statistics.data.count)
+    return {cost: value / statistics.data.count for cost, value in sums.items()}
+
+
+def _save(path: Path, settings: dict, sums: dict[str, torch.Tensor], done: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(save(sums, metadata={"settings": json.dumps(settings), "batches": str(done)}))
+
+
+def _load(path: Path | None, settings: dict, statistics: RateStatistics, names: dict[Cost, str]):
+    """(sums, batches done) as they were kept, or from the beginning."""
+    size = statistics.grid.size + 1
+    if path is None or not path.exists():
+        return {cost: torch.zeros(size, size, dtype=torch.float64) for cost in statistics.costs}, 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            kept, done = json.loads(file.metadata()["settings"]), int(file.metadata()["batches"])
+            sums = {cost: file.get_tensor(name) for cost, name in names.items()} if kept == settings else None
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} holds no statistics of timestep tables; choose another file") from error
+    if sums is None:
+        changed = "; ".join(differences(kept, json.loads(json.dumps(settings))))
+        raise ValueError(f"{str(path)!r} was begun with other settings: {changed}; choose another file")
+    return sums, done

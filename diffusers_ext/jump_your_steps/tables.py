@@ -1,0 +1,166 @@
+"""Timestep tables: the edges of the steps for each number of steps, what they were optimised for, and how."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+
+from ..schedulers import CTMCScheduler
+from ..schedulers.ctmc_config import check_edges
+
+FORMAT = "diffusers_ext timestep tables, 1"
+# What must agree between the scheduler that a table was made for and the one that it is given to: a time means
+# another amount of noise otherwise.
+NOISE = {
+    "loglinear": ("eps",),
+    "cosine": ("eps",),
+    "arccos": ("eps",),
+    "geometric": ("sigma_min", "sigma_max"),
+    "exponential": ("time_base", "time_exponential"),
+    "constant": ("constant_rate",),
+}
+ORDERED = ("rate_sigma", "Q_sigma")
+
+
+def chain_of(scheduler: CTMCScheduler) -> dict:
+    """The settings of a scheduler that a table depends on: kernel, vocabulary and noise."""
+    config = scheduler.config
+    names = ["kernel", "vocab_size", "noise_schedule", *NOISE[config.noise_schedule]]
+    if config.kernel == "gaussian":
+        names += ORDERED
+    return {name: config[name] for name in names}
+
+
+@dataclass(frozen=True)
+class TimestepTables:
+    """Edges by number of steps, for one chain.
+
+    tables: {n: (t_0, ..., t_n)}, strictly decreasing in (0, 1]. chain: what they are for, see `chain_of`; entries that
+    are missing are not compared. info: {n: provenance}, JSON-able.
+
+    Raises ValueError for edges that do not decrease strictly in (0, 1], or are not n + 1.
+    """
+
+    tables: Mapping[int, tuple[float, ...]]
+    chain: Mapping[str, str | int | float]
+    info: Mapping[int, dict] = field(default_factory=dict)
+
+    def __post_init__(self):
+        tables = {int(n): tuple(edges) for n, edges in sorted(self.tables.items(), key=lambda item: int(item[0]))}
+        for n, edges in tables.items():
+            check_edges(edges, f"tables[{n}]", steps=str(n))
+        info = {int(n): dict(entry) for n, entry in self.info.items()}
+        if unknown := sorted(set(info) - set(tables)):
+            raise ValueError(f"info is about {unknown} steps, but there are tables for {sorted(tables)} only")
+        object.__setattr__(self, "tables", {n: tuple(map(float, edges)) for n, edges in tables.items()})
+        object.__setattr__(self, "chain", dict(self.chain))
+        object.__setattr__(self, "info", info)
+
+    def __getitem__(self, num_inference_steps: int) -> tuple[float, ...]:
+        if num_inference_steps not in self.tables:
+            raise ValueError(f"there is no table for {num_inference_steps} steps, only for {sorted(self.tables)}")
+        return self.tables[num_inference_steps]
+
+    # JSON
+
+    def save(self, path: str | Path) -> Path:
+        """Write a JSON file, which appears whole or not at all."""
+        path = Path(path)
+        content = {
+            "format": FORMAT,
+            "chain": self.chain,
+            "tables": {str(n): list(edges) for n, edges in self.tables.items()},
+            "info": {str(n): entry for n, entry in self.info.items()},
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(fresh, path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TimestepTables":
+        """Read what `save` wrote. Raises ValueError for another file."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise KeyError("format")
+            return cls(content["tables"], content["chain"], content["info"])
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{str(path)!r} is not a file of timestep tables as `save` writes them") from error
+
+    # The authors' files
+
+    @classmethod
+    def from_index_lists(cls, path: str | Path, scheduler: CTMCScheduler) -> "TimestepTables":
+        """The schedules that the authors' code saves: a .pt file with a list of lists of indices.
+
+        Index i of src + 1 is the time 1 + i (1e-5 - 1) / src, or, if the scheduler's sampler is "gillespie", i tokens
+        are decoded of src. A file can hold lists for smaller numbers of steps that a later round of their search has
+        changed; the list for the largest number is always as it was found.
+
+        Raises ValueError for a file that holds anything else.
+        """
+        try:
+            lists = torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError:
+            raise ValueError(f"{str(path)!r} holds more than lists of indices, and was not loaded") from None
+        whole = isinstance(lists, list) and lists and all(isinstance(entry, list) and entry for entry in lists)
+        if not whole or not all(isinstance(i, int) and i >= 0 for entry in lists for i in entry):
+            raise ValueError(f"{str(path)!r} must hold a list of lists of indices, got {str(lists)[:100]}")
+        ends = {(entry[0], entry[-1]) for entry in lists}
+        if len(ends) != 1 or next(iter(ends))[0] != 0:
+            raise ValueError(f"{str(path)!r}: every list must run from 0 to the size of the grid, got {sorted(ends)}")
+        size = lists[0][-1]
+        if scheduler.config.sampler == "gillespie":
+            tables = {len(entry) - 1: times_of_counts(entry, scheduler.config.min_timestep) for entry in lists}
+        else:
+            grid = torch.linspace(1, 1e-5, size + 1, dtype=torch.float64).tolist()
+            tables = {len(entry) - 1: [grid[i] for i in entry] for entry in lists}
+        info = {n: {"method": "imported", "file": Path(path).name, "grid_size": size} for n in tables}
+        return cls(tables, chain_of(scheduler), info)
+
+    # Schedulers
+
+    @classmethod
+    def of(cls, scheduler: CTMCScheduler) -> "TimestepTables":
+        """The tables in a scheduler's config."""
+        config = scheduler.config
+        return cls(config.timestep_tables or {}, chain_of(scheduler), config.timestep_table_info or {})
+
+    def apply_to(self, scheduler: CTMCScheduler) -> CTMCScheduler:
+        """A scheduler with these tables in its config, which `set_timesteps(n)` takes, and `save_pretrained` writes.
+
+        Tables that it has for other numbers of steps stay. Raises ValueError if the tables are for another chain.
+        """
+        check_chain(self.chain, scheduler)
+        before = TimestepTables.of(scheduler)
+        tables = {**before.tables, **self.tables}
+        info = {**{n: entry for n, entry in before.info.items() if n not in self.tables}, **self.info}
+        return type(scheduler).from_config(
+            scheduler.config,
+            timestep_tables={str(n): list(tables[n]) for n in sorted(tables)},
+            timestep_table_info={str(n): info[n] for n in sorted(info)},
+            timestep_spacing="table",
+        )
+
+
+def check_chain(chain: Mapping, scheduler: CTMCScheduler) -> None:
+    """Raise ValueError naming every setting in which a scheduler differs from what tables were made for."""
+    here = chain_of(scheduler)
+    different = [f"{name}={chain[name]!r}, not {here.get(name)!r}" for name in chain if chain[name] != here.get(name)]
+    if different:
+        raise ValueError(
+            f"these timestep tables were made for {'; '.join(different)} as this {type(scheduler).__name__} has;"
+            " optimise tables for this model, or pass the scheduler that they belong to"
+        )
+
+
+def times_of_counts(counts: list[int], min_timestep: float) -> list[float]:
+    """Edges at which `CTMCScheduler` with k-Gillespie has decoded these numbers of tokens, the last one being all."""
+    length = counts[-1]
+    return [min_timestep + (1 - min_timestep) * (1 - count / length) for count in counts]
