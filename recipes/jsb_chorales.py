@@ -1,7 +1,8 @@
 """Turn the Bach chorales of the JSB set into token sequences for recipes/train_discrete.py.
 
     python recipes/jsb_chorales.py jsb-chorales-16th.json jsb_tokens.npz
-    accelerate launch recipes/train_discrete.py --data jsb_tokens.npz --num-tokens 47 --output out/jsb --batch-size 32
+    accelerate launch recipes/train_discrete.py --data jsb_tokens.npz --num-tokens 47 --num-streams 4 \\
+        --batch-size 32 --output out/jsb
 
 The chorales (Boulanger-Lewandowski et al., 2012; four voices on a grid of sixteenth notes) are the file
 `jsb-chorales-16th.json` of github.com/czhuang/JSB-Chorales-dataset, {"train": [chorale, ...], "valid": ..., ...}
