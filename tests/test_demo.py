@@ -77,7 +77,7 @@ def test_guidance_section_counts_rows_and_draws_three_panels(tmp_path, capsys):
     picture = np.asarray(Image.open(tmp_path / result["files"][0]))
     for panel in np.array_split(picture[48:], 3, axis=1):
         assert (panel < 128).mean() > 0.02  # ink of digits
-    assert "weight 2 in (0, 1]" in capsys.readouterr().out
+    assert "weight 3 in (0, 1]" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -40,9 +40,9 @@ LEGEND = (
 class GuidanceIntervalSettings:
     """What is sampled; the interval is (sigma_lo, sigma_hi]."""
 
-    guidance_scale: float = 2.0
-    sigma_lo: float = 0.2
-    sigma_hi: float = 1.0
+    guidance_scale: float = 3.0
+    sigma_lo: float = 0.75
+    sigma_hi: float = 1.7
     num_inference_steps: int = 16
     num_samples: int = 300
     seed: int = 0
