@@ -55,7 +55,8 @@ def error(pipe: DiscreteDiffusionPipeline, edges, samples: int) -> tuple[float, 
     """Strict error rate and its standard error."""
     generator, rates = torch.Generator().manual_seed(0), []
     for _ in range(0, samples, 256):
-        rates.append(countdown_errors(pipe(batch_size=256, timesteps=list(edges), generator=generator).tokens))
+        drawn = pipe(batch_size=256, sequence_length=LENGTH, timesteps=list(edges), generator=generator)
+        rates.append(countdown_errors(drawn.tokens))
     rates = torch.cat(rates)
     return float(rates.mean()), float(rates.std() / len(rates) ** 0.5)
 

@@ -1,5 +1,7 @@
 """Schedulers, one file a method; each file also works inside a Hub repository."""
 
+import diffusers as _diffusers
+
 from .scheduling_boost_and_skip import (
     BoostAndSkipDDIMScheduler,
     BoostAndSkipDDPMScheduler,
@@ -20,3 +22,8 @@ __all__ = [
     "EDMHeunScheduler",
     "boost_and_skip",
 ]
+
+if hasattr(_diffusers, "DiscreteDDIMScheduler"):  # not in every diffusers that is supported
+    from .scheduling_discrete_ddim_table import TableDiscreteDDIMScheduler
+
+    __all__ += ["TableDiscreteDDIMScheduler"]

@@ -1,11 +1,11 @@
 """What the configuration of CTMCScheduler may hold, and the kernel and noise schedule that it names."""
 
 import math
-from itertools import pairwise
 from numbers import Real
 
 from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel, birth_death_kernel, gaussian_kernel
 from .ctmc_noise_schedules import NoiseSchedule, arccos, constant, cosine, exponential, geometric, loglinear
+from .timestep_edges import check_edges
 
 
 def check_config(config) -> None:
@@ -92,12 +92,3 @@ def build_noise_schedule(config) -> NoiseSchedule:
         "constant": lambda: constant(config.constant_rate),
     }
     return builders[config.noise_schedule]()
-
-
-def check_edges(edges: list[float], name: str, steps: str | None = None) -> None:
-    """Raise ValueError unless the edges of a schedule decrease strictly in (0, 1], n + 1 of them for n steps."""
-    numbers = all(isinstance(t, Real) and not isinstance(t, bool) for t in edges)
-    if not numbers or len(edges) < 2 or not all(a > b for a, b in pairwise(edges)) or edges[0] > 1 or edges[-1] <= 0:
-        raise ValueError(f"{name} must be at least two strictly decreasing numbers in (0, 1], got {list(edges)}")
-    if steps is not None and (not str(steps).isdigit() or len(edges) != int(steps) + 1):
-        raise ValueError(f"{name} must be named by its number of steps and hold one edge more, got {len(edges)} edges")

@@ -11,9 +11,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 
-from .ctmc_config import build_kernel, build_noise_schedule, check_config, check_edges
+from .ctmc_config import build_kernel, build_noise_schedule, check_config
 from .ctmc_kernels import race, uniform_noise
 from .ctmc_noise_schedules import NoiseSchedule
+from .timestep_edges import check_edges
 
 logger = logging.get_logger(__name__)
 

@@ -8,6 +8,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .export import export
 from .info import info
+from .optimize_timesteps import optimize_timesteps
 from .sample import sample
 from .train_postprocessing import train_postprocessing
 from .tune_interval import tune_interval
@@ -30,5 +31,7 @@ def main():
     """Research methods for diffusers, on shipped models and on yours."""
 
 
-for command in (convert, demo, evaluate, export, info, sample, train_postprocessing, tune_interval, upsample):
+for command in (
+    convert, demo, evaluate, export, info, optimize_timesteps, sample, train_postprocessing, tune_interval, upsample,
+):  # fmt: skip
     main.add_command(command)

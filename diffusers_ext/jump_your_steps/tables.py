@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 import torch
 
 from ..schedulers import CTMCScheduler
-from ..schedulers.ctmc_config import check_edges
+from ..schedulers.timestep_edges import check_edges
 
 FORMAT = "diffusers_ext timestep tables, 1"
 # What must agree between the scheduler that a table was made for and the one that it is given to: a time means

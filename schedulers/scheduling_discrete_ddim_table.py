@@ -1,0 +1,108 @@
+"""DiscreteDDIMScheduler of diffusers with timestep tables in place of its even steps."""
+
+import torch
+from diffusers import DiscreteDDIMScheduler
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_discrete_ddim import DiscreteDDIMSchedulerOutput
+
+from .timestep_edges import check_edges
+
+
+class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
+    r"""Discrete DDIM of the uniform kernel (D3PM, 2107.03006) with optimised times (Jump Your Steps, 2410.07761).
+
+    A clean token survives until time t with probability alpha(t) = 1 - t. Step i goes from t_i to t_{i+1} by the exact
+    posterior of each position given a clean token x_0 drawn from the network,
+
+    .. math:: q(x_s | x_t, x_0) \propto q(x_t | x_s)\, q(x_s | x_0)
+
+    and the last step commits x_0. diffusers' scheduler has t_i = 1 - i / n; here t_i may come from a table.
+
+    timestep_tables: {"8": [t_0, ..., t_8], ...}, strictly decreasing in (0, 1]; the last edge of each counts as 0.
+    timestep_table_info: where each comes from, kept and not read. timestep_spacing: "table" takes the table for a
+        number of steps where there is one; "uniform", and every number without a table, is diffusers' scheduler.
+    The other arguments are diffusers'.
+
+    A pipeline takes it in place of its own: `pipe.scheduler = TableDiscreteDDIMScheduler.from_config(
+    pipe.scheduler.config, timestep_tables=..., timestep_spacing="table")`, and goes on counting steps from 0.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_inference_steps: int = 32,
+        corrector_steps: int = 0,
+        corrector_k: int = 1,
+        corrector_selection: str = "lowest_log_margin",
+        corrector_selection_tau: float = 1.0,
+        timestep_tables: dict[str, list[float]] | None = None,
+        timestep_table_info: dict[str, dict] | None = None,
+        timestep_spacing: str = "uniform",
+    ):
+        super().__init__(
+            num_inference_steps=num_inference_steps,
+            corrector_steps=corrector_steps,
+            corrector_k=corrector_k,
+            corrector_selection=corrector_selection,
+            corrector_selection_tau=corrector_selection_tau,
+        )
+        if timestep_spacing not in ("uniform", "table"):
+            raise ValueError(f'timestep_spacing must be "uniform" or "table", got {timestep_spacing!r}')
+        for name, table in (timestep_tables or {}).items():
+            check_edges(table, f"timestep_tables[{name!r}]", steps=name)
+
+    @property
+    def table(self) -> list[float] | None:
+        """The edges for the number of steps as set, or None where diffusers' even steps hold."""
+        tables = self.config.timestep_tables or {}
+        return tables.get(str(self.num_inference_steps)) if self.config.timestep_spacing == "table" else None
+
+    def _alpha(self, step_index: int) -> float:
+        """alpha at the start of a step; `step_correct` of diffusers reads it too."""
+        if self.table is None:
+            return super()._alpha(step_index)
+        return 1.0 if step_index == self.num_inference_steps else 1 - self.table[step_index]
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.LongTensor,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> DiscreteDDIMSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor, torch.Tensor, torch.Tensor]:
+        """One step; arguments and result as of diffusers' scheduler.
+
+        model_output: logits (batch, length, vocab_size). timestep: the step, from 0. sample: (batch, length) int64.
+        """
+        if self.table is None:
+            return super().step(
+                model_output, timestep, sample, temperature=temperature, generator=generator, return_dict=return_dict
+            )
+        step_index, vocab_size = int(timestep), model_output.shape[-1]
+        now, then = self._alpha(step_index), self._alpha(step_index + 1)
+        clean, probability = self._sample_from_logits(model_output, temperature=temperature, generator=generator)
+        prev_sample = self._posterior_draw(sample, clean, now / then, then, vocab_size, generator)
+        if not return_dict:
+            return prev_sample, clean, probability, model_output
+        return DiscreteDDIMSchedulerOutput(
+            prev_sample=prev_sample, sampled_tokens=clean, sampled_probs=probability, pred_logits=model_output
+        )
+
+    @staticmethod
+    def _posterior_draw(sample, clean, survival: float, then: float, vocab_size: int, generator) -> torch.Tensor:
+        """x_s of q(x_s | x_t, x_0), which is the sum of three parts: x_0, x_t, and a uniform token.
+
+        survival: alpha_t / alpha_s. then: alpha_s. The weights are the products of [survival 1{x_s = x_t} +
+        (1 - survival) / V] and [then 1{x_s = x_0} + (1 - then) / V], summed over x_s.
+        """
+        same = (sample == clean).float()
+        keeps = torch.full_like(same, survival * (1 - then) / vocab_size)
+        cleans = then * (1 - survival) / vocab_size + survival * then * same
+        noise = torch.full_like(same, (1 - survival) * (1 - then) / vocab_size)
+        weights = torch.stack([cleans, keeps, noise], dim=-1).flatten(0, -2)
+        part = torch.multinomial(weights, 1, generator=generator).view_as(sample)
+        tokens = torch.randint(vocab_size, sample.shape, device=sample.device, generator=generator)
+        return torch.where(part == 0, clean, torch.where(part == 1, sample, tokens))

@@ -1,0 +1,137 @@
+"""diffusers-ext optimize-timesteps, from a model's folder to one with tables."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from test_timestep_search import Stopped
+
+from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, SEDDTransformer, cli
+from diffusers_ext.jump_your_steps import TimestepTables
+from diffusers_ext.jump_your_steps.model_folder import read_sequences
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.main, ["optimize-timesteps", *map(str, arguments)])
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A tiny random model in a folder, with a card beside the components."""
+    torch.manual_seed(0)
+    network = SEDDTransformer(
+        vocab_size=6, hidden_size=8, cond_dim=8, num_blocks=1, num_heads=2, sequence_length=10, mlp_ratio=1
+    )
+    torch.nn.init.normal_(network.output.linear.weight)
+    pipe = DiscreteDiffusionPipeline(network, CTMCScheduler(vocab_size=6, min_timestep=1e-4))
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("its card")
+    return tmp_path / "model"
+
+
+SMALL = ("--num-samples", 6, "--grid-size", 16, "--batch-size", 2, "--device", "cpu")
+
+
+def test_a_copy_of_the_model_has_the_tables(model, tmp_path):
+    result = invoke(
+        model, "--data", "countdown", "--num-inference-steps", 2, 4, 5, "--output", tmp_path / "out", *SMALL
+    )
+    assert result.exit_code == 0, result.output
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "README.md", "model", "model_index.json", "scheduler", "timestep_tables.json", "timestep_tables.png",
+    ]  # fmt: skip
+    tables = TimestepTables.load(tmp_path / "out" / "timestep_tables.json")
+    pipe = DiscreteDiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert TimestepTables.of(pipe.scheduler) == tables and list(tables.tables) == [2, 4, 5]
+    assert pipe.scheduler.config.min_timestep == 1e-4 and tables.info[5]["num_samples"] == 6
+    pipe(batch_size=2, num_inference_steps=5)
+    assert pipe.scheduler.edges.tolist() == list(tables[5])
+    assert DiscreteDiffusionPipeline.from_pretrained(model).scheduler.config.timestep_tables is None
+    assert not list(tmp_path.glob("*.unfinished")) and "nats a sequence" in result.output
+
+
+def test_it_says_what_it_was_given(model, tmp_path):
+    options = ("--method", "golden", "--sampler", "gillespie", "--given-prefix", 3, "--seed", 4)
+    np.savez(tmp_path / "data.npz", tokens=np.arange(50).reshape(5, 10) % 5)
+    arguments = ("--data", tmp_path / "data.npz", "--num-inference-steps", "2,4", *options)
+    small = ("--num-samples", 9, "--device", "cpu")
+    result = invoke(model, *arguments, "--output", tmp_path / "out", *small)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
+    info = config["timestep_table_info"]["4"]
+    assert config["sampler"] == "gillespie" and info["method"] == "golden" and info["seed"] == 4
+    assert info["num_samples"] == 5 and info["token_counts"][-1] == 10
+
+
+def test_interrupted_and_gone_on(model, tmp_path, monkeypatch):
+    from diffusers_ext.jump_your_steps import statistics
+
+    arguments = (model, "--data", "countdown", "--num-inference-steps", 3, *SMALL)
+    assert invoke(*arguments, "--output", tmp_path / "whole").exit_code == 0
+    of, calls = statistics.RateStatistics.of, []
+
+    def stopping(self, rows):
+        calls.append(rows)
+        if len(calls) == 3:
+            raise Stopped
+        return of(self, rows)
+
+    monkeypatch.setattr(statistics.RateStatistics, "of", stopping)
+    assert isinstance(invoke(*arguments, "--output", tmp_path / "out").exception, Stopped)
+    assert (tmp_path / "out.unfinished").is_file() and not (tmp_path / "out").exists()
+    assert invoke(*arguments, "--output", tmp_path / "out").exit_code == 0
+    assert len(calls) == 4  # two batches, the one that failed, and that one again
+    whole, resumed = (TimestepTables.load(tmp_path / name / "timestep_tables.json") for name in ("whole", "out"))
+    assert whole.tables == resumed.tables
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num-inference-steps", "17"), "17 steps do not fit on a grid of 16 intervals"),
+        (("--method", "golden", "--num-inference-steps", "3"), "makes tables for 2, 4, 8"),
+        (("--data", "text.txt"), "has no tokenizer"),
+        (("--data", "other.csv"), "data must be an .npz, .npy or .txt file"),
+        (("--data", "empty.npz"), "has no array `tokens`, only ['other']"),
+        (("--data", "floats.npy"), "must hold integers (count, length), got float64"),
+        (("--data", "large.npy"), "data must hold tokens in [0, 5)"),
+        (("--data", "missing.npy"), "No such file"),
+    ],
+)
+def test_refusals_in_one_line(model, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    np.savez("empty.npz", other=np.zeros(3))
+    np.save("floats.npy", np.zeros((2, 10)))
+    np.save("large.npy", np.full((2, 10), 5))
+    (tmp_path / "text.txt").write_text("words")
+    given = () if "--data" in options else ("--data", "countdown")
+    result = invoke(model, *given, "--output", "out", *SMALL, *options)
+    assert result.exit_code == 1 and message in result.output.replace("\n", " "), result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_pipelines_are_refused(tmp_path):
+    result = invoke("mnist-unet", "--data", "countdown", "--output", tmp_path / "out")
+    assert result.exit_code == 1 and "timestep tables are for a DiscreteDiffusionPipeline" in result.output
+
+
+def test_a_folder_that_is_not_empty(model, tmp_path):
+    result = invoke(model, "--data", "countdown", "--output", model)
+    assert result.exit_code == 1 and "is not empty" in result.output
+
+
+def test_text_is_cut_into_sequences(model, tmp_path):
+    class Letters:
+        def __call__(self, text):
+            return type("Encoding", (), {"input_ids": [ord(letter) % 5 for letter in text]})
+
+    pipe = DiscreteDiffusionPipeline.from_pretrained(model)
+    pipe.tokenizer = Letters()
+    (tmp_path / "text.txt").write_text("abcdefghij" * 3 + "abc")
+    sequences = read_sequences(str(tmp_path / "text.txt"), pipe, 2)
+    assert sequences.tolist() == [[ord(letter) % 5 for letter in "abcdefghij"]] * 2
+    (tmp_path / "text.txt").write_text("short")
+    with pytest.raises(ValueError, match="has 5 tokens, a sequence of this model has 10"):
+        read_sequences(str(tmp_path / "text.txt"), pipe, 2)
