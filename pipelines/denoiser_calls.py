@@ -22,6 +22,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterator
+from numbers import Number
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -32,14 +33,17 @@ UNCONDITIONAL = re.compile(r"uncond|(^|_)(neg|negative|null)(_|\d|$)", re.IGNORE
 # Of a split in three, the part with the whole condition: InstructPix2Pix splits (text, image, uncond), OmniGen
 # (cond, uncond, img_cond). The last of (uncond, text, perturb) is not a matter of classifier-free guidance and stays.
 WHOLE_CONDITION = re.compile(r"text|^cond$|[^g]_cond$", re.IGNORECASE)
+# Names in `cache_context`; "uncond_stg" and the like are other kinds of guidance, which have weights of their own.
+UNCONDITIONAL_CONTEXTS = ("uncond", "pred_uncond")
 PERTURBED = re.compile(r"perturb", re.IGNORECASE)
 DENOISING_LOOP = re.compile(r"timestep|step_matrix", re.IGNORECASE)
 # Arguments that are the same for all rows, whatever their first dimension: position tables of tokens.
 SHARED_ARGUMENT = re.compile(r"rotary|rope|freqs|^(img|txt)_ids$")
 # Arguments that may hold several rows a sample, one a frame, and are halved all the same.
 FOLDED_ARGUMENT = re.compile(r"hidden_states|embed|residual|samples|controlnet_cond|mask")
-# Arguments whose rows are not in the first dimension: HiDream's are (layers, rows, tokens, channels).
-ROW_DIMENSION = {"encoder_hidden_states_llama3": 1}
+# Arguments whose rows are not in the first dimension: HiDream's are (layers, rows, tokens, channels), AnyFlow's cached
+# keys and values (2, rows, heads, tokens, channels).
+ROW_DIMENSION = {"encoder_hidden_states_llama3": 1, "compressed_cache": 1, "full_cache": 1}
 
 
 class Guard(NamedTuple):
@@ -75,12 +79,14 @@ class CallSite(NamedTuple):
     """What one statement, which calls something, says about guidance.
 
     splits: the splits that its result reaches, in source order.
+    later: for each later unconditional call of the same network in the loop or method, the conditions of making it.
     unconditional: whether names in it stand for the unconditional prediction.
-    context: the name given to the `cache_context` around it, to evaluate.
+    context: the name given to the `cache_context` around it, to evaluate; where there is one, it counts instead.
     timestep: the variable of the denoising loop around it. scheduler: whose `step` that loop calls, to evaluate.
     """
 
     splits: tuple[Split, ...]
+    later: tuple[tuple[Guard, ...], ...]
     unconditional: bool
     context: CodeType | None
     timestep: str | None
@@ -90,7 +96,8 @@ class CallSite(NamedTuple):
 class DenoiserCall(NamedTuple):
     """One call of a network inside a denoising loop.
 
-    kind: "split", "unconditional" or "plain" (conditional, or no guidance); split: the active one of a "split".
+    kind: "split", "mixed" (a split and another, unconditional call), "unconditional" or "plain" (conditional, or no
+        guidance); split: the active one of a split.
     site: identifies the calling statement. context: name in `cache_context`, if any.
     timestep: the loop's variable; owner: the pipeline whose loop it is; scheduler: the one it steps, None if unclear.
     guess_mode: whether a ControlNet sees the conditional half alone.
@@ -121,9 +128,10 @@ def read_denoiser_call(module: torch.nn.Module, frame: FrameType, last: FrameTyp
             if kind == "plain":
                 split = next((split for split in site.splits if _holds(split.guards, frame, names)), None)
                 context = context or _evaluate(site.context, frame, names)
+                named = isinstance(context, str)
                 if split is not None:
-                    kind = "split"
-                elif site.unconditional or (isinstance(context, str) and "uncond" in context):
+                    kind = "mixed" if any(_holds(guards, frame, names) for guards in site.later) else "split"
+                elif context in UNCONDITIONAL_CONTEXTS if named else site.unconditional:
                     kind = "unconditional"
             if site.timestep is not None:
                 return DenoiserCall(
@@ -174,7 +182,7 @@ def _call_site(frame: FrameType, names: dict[str, Any], module: torch.nn.Module)
     owner = names.get("self")
     key = (frame.f_code, frame.f_lineno, type(owner))
     if key not in _sites:
-        function, site = _function(frame.f_code), CallSite((), False, None, None, None)
+        function, site = _function(frame.f_code), CallSite((), (), False, None, None, None)
         if function and (statement := function.statement(frame.f_lineno)):
             site = _read(function, statement, _called(statement, frame, names, module), owner)
         _sites[key] = site
@@ -248,30 +256,54 @@ def _targets(statement: ast.stmt) -> list[ast.expr]:
 
 
 def _read(function: _Function, statement: ast.stmt, called: str | None, owner: Any) -> CallSite:
-    contexts = (_context(node) for node, _ in function.around(statement) if isinstance(node, ast.With))
     loop = next((node for node, _ in function.around(statement) if _loop_variable(node)), None)
+    within = loop or function.tree.body[-1]
+    splits = tuple(_splits_after(function, statement, called, owner))
     return CallSite(
-        splits=tuple(_splits_after(function, statement, called, owner)),
+        splits=splits,
+        later=tuple(_unconditional_after(function, statement, called, within)) if splits else (),
         unconditional=any(map(UNCONDITIONAL.search, _words(statement))),
-        context=next(filter(None, contexts), None),
+        context=_context_around(function, statement),
         timestep=_loop_variable(loop) if loop else None,
         scheduler=_scheduler(loop) if loop else None,
     )
 
 
+def _unconditional_after(
+    function: _Function, statement: ast.stmt, called: str | None, within: ast.stmt
+) -> Iterator[tuple[Guard, ...]]:
+    """Self-attention guidance calls the network on the unconditional part of a batch that was split before."""
+    inside = {node for node, _ in function.around(statement)}
+    for node in function.statements[function.statements.index(statement) + 1 :]:
+        calls = node.lineno <= within.end_lineno and node.value and called in _calls(node.value)
+        if calls and not _context_around(function, node) and any(map(UNCONDITIONAL.search, _words(node))):
+            yield tuple(_guards(function, node, inside))
+
+
 def _words(statement: ast.stmt) -> set[str]:
-    """Names and attributes in a statement, but for those in a tuple of targets or a joined batch, which hold both."""
+    """Names and attributes in a statement, but for those in targets or a joined batch that hold both predictions."""
     parts = [statement.value] if statement.value else []
-    parts += [target for target in _targets(statement) if not isinstance(target, ast.Tuple)]
+    parts += [target for target in _targets(statement) if _is_one_prediction(target)]
     joined = {node for part in parts for call in _joins(part) for node in ast.walk(call)}
     nodes = [node for part in parts for node in ast.walk(part) if node not in joined]
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
     return names | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
+def _is_one_prediction(target: ast.expr) -> bool:
+    """Whether the targets of a call are not of two kinds, like those of a split."""
+    names = _names(target) - {"_"} if isinstance(target, ast.Tuple) else {""}
+    return all(map(UNCONDITIONAL.search, names)) or not any(map(UNCONDITIONAL.search, names))
+
+
 def _joins(node: ast.AST) -> list[ast.Call]:
     calls = (part for part in ast.walk(node) if isinstance(part, ast.Call))
     return [call for call in calls if ast.unparse(call.func) in ("torch.cat", "torch.stack")]
+
+
+def _context_around(function: _Function, statement: ast.stmt) -> CodeType | None:
+    contexts = (_context(node) for node, _ in function.around(statement) if isinstance(node, ast.With))
+    return next(filter(None, contexts), None)
 
 
 def _context(node: ast.With) -> CodeType | None:
@@ -429,7 +461,7 @@ def _split(names: list[str], interleaved: bool, guards: tuple[Guard, ...]) -> Sp
     unconditional = [i for i, name in enumerate(names) if UNCONDITIONAL.search(name)]
     conditional = [i for i in range(len(names)) if i not in unconditional]
     perturbed = [i for i in conditional if PERTURBED.search(names[i])]
-    conditional = [i for i in conditional if i not in perturbed]
+    conditional = [i for i in conditional if i not in perturbed and names[i] != "_"]
     if len(conditional) > len(unconditional):
         conditional = [i for i in conditional if WHOLE_CONDITION.search(names[i])]
     if len(conditional) != len(unconditional):
@@ -479,7 +511,7 @@ def take_rows(name: str, value: Any, rows: Rows, split: Split) -> Any:
         if split.interleaved:
             return torch.stack([value[i :: split.parts] for i in split.run], dim=1).flatten(0, 1)
         return _joined(value.chunk(split.parts, dim), split.run, dim)
-    if isinstance(value, dict) and value and all(isinstance(key, int) for key in value):
+    if isinstance(value, dict) and all(isinstance(key, int) for key in value) and not _has_tensor(value):
         size = rows.total // split.parts  # by number of the row, like OmniGen's places of images
         kept = [row for i in split.run for row in range(i * size, (i + 1) * size)]
         return {new: value[old] for new, old in enumerate(kept) if old in value}
@@ -520,6 +552,8 @@ def _is_nested(value: list) -> bool:
 
 
 def _has_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return _has_tensor(list(value.values()))
     if isinstance(value, list | tuple):
         return any(_has_tensor(item) for item in value)
     return isinstance(value, torch.Tensor)
@@ -529,17 +563,28 @@ def _joined(parts: tuple[torch.Tensor, ...], chosen: tuple[int, ...], dim: int =
     return parts[chosen[0]] if len(chosen) == 1 else torch.cat([parts[i] for i in chosen], dim)
 
 
-def spread_rows(value: Any, rows: Rows, split: Split) -> Any:
+def caches_of_rows(name: str, value: Any) -> list[str]:
+    """What a network keeps from call to call that is not clear to have rows, by name."""
+    if isinstance(value, dict):
+        return [one for key, item in value.items() for one in caches_of_rows(f"{key}", item)]
+    if isinstance(value, list | tuple):
+        return [one for item in value for one in caches_of_rows(name, item)]
+    clear = value is None or isinstance(value, str | Number) or name in ROW_DIMENSION
+    return [] if clear else [name]
+
+
+def spread_rows(value: Any, rows: Rows, split: Split, name: str = "") -> Any:
     """The output for all parts of a batch from that for `rows` of the parts that were run."""
     if isinstance(value, torch.Tensor):
-        if not value.ndim or not len(value) or len(value) % rows.total:
+        dim = ROW_DIMENSION.get(name, 0)
+        if value.ndim <= dim or not value.shape[dim] or value.shape[dim] % rows.total:
             return value
         if split.interleaved:
             turns = [value[i :: len(split.run)] for i in split.source]
             return torch.stack(turns, dim=1).flatten(0, 1)
-        return _joined(value.chunk(len(split.run)), split.source)
+        return _joined(value.chunk(len(split.run), dim), split.source, dim)
     if isinstance(value, dict):  # a ModelOutput too
-        items = {key: spread_rows(item, rows, split) for key, item in value.items()}
+        items = {key: spread_rows(item, rows, split, str(key)) for key, item in value.items()}
         return type(value)(**items) if hasattr(value, "to_tuple") else items
     if isinstance(value, list | tuple):
         if isinstance(value, list) and rows.listed and len(value) == rows.total:

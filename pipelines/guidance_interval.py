@@ -22,6 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .denoiser_calls import (
     DenoiserCall,
+    caches_of_rows,
     copy_tensors,
     count_rows,
     read_denoiser_call,
@@ -233,8 +234,12 @@ def _position(scheduler: SchedulerMixin, timestep: Any) -> int:
 def _sigma_at(scheduler: SchedulerMixin, position: int) -> float | None:
     sigmas, config = getattr(scheduler, "sigmas", None), getattr(scheduler, "config", {})
     if sigmas is not None and len(sigmas) > position:
+        sigma = float(sigmas[position])
+        if config.get("invert_sigmas", False):  # Mochi's run from 0, where all is noise, to 1
+            return edm_sigma(1 - sigma)
         flow = FLOW_SCHEDULER.search(type(scheduler).__name__) or config.get("use_flow_sigmas", False)
-        return edm_sigma(float(sigmas[position])) if flow else float(sigmas[position])
+        # Cosmos Predict2 has its EDM sigmas, up to 80, in a scheduler for flows.
+        return edm_sigma(sigma) if flow and float(sigmas[0]) <= 1 else sigma
     t = scheduler.timesteps[position]
     if getattr(scheduler, "alphas_cumprod", None) is not None:
         alpha_bar = float(scheduler.alphas_cumprod[int(t)])
@@ -385,9 +390,10 @@ def _guidance_scales(call: Callable, args: tuple, kwargs: dict) -> dict[str, Any
 
 
 def _denoisers(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """The components that are called with a timestep."""
+    """The components that are called with a timestep; where there is none (Amused), the transformer or the UNet."""
     modules = {name: module for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
-    return {name: module for name, module in modules.items() if _takes_timestep(_parameters(module))}
+    timed = {name: module for name, module in modules.items() if _takes_timestep(_parameters(module))}
+    return timed or {name: module for name, module in modules.items() if name in ("transformer", "unet")}
 
 
 def _takes_timestep(parameters: list[str]) -> bool:
@@ -411,6 +417,9 @@ class _GuidedRun:
         self.conditional: dict[str, tuple] = {}
         self.guidable: list[GuidedStep] = []
         self.clear: set[tuple] = set()
+        self.filling: list[str] | None = None
+        self.without_cache: set[torch.nn.Module] = set()
+        self.over_frames: dict[torch.nn.Module, list[tuple]] = {}
         self.distilled = self.superseded = False
         self.replaced: list[tuple[torch.nn.Module, Any]] = []
 
@@ -425,7 +434,7 @@ class _GuidedRun:
             if (outer := getattr(call, "guided_run", None)) is not None:
                 # An interval given as an argument, or of a pipeline inside the pipeline, counts instead.
                 outer.superseded, call = True, call.beneath
-            role = name if "control" in f"{name} {type(module).__name__}".lower() else ""
+            role = name if "control" in name.lower() else ""
             module.__dict__["_compiled_call_impl"] = self._interceptor(module, call, role)
         return self
 
@@ -448,10 +457,15 @@ class _GuidedRun:
                 return call(*args, **kwargs)
             arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
             step = self._at_step(site)
+            if site.kind == "mixed":
+                raise ValueError(
+                    f"{type(self.pipe).__name__} calls its network again with the unconditional part of what it"
+                    f" predicted; {_NOT_UNDERSTOOD}"
+                )
             if site.kind == "split" and not (role and site.guess_mode):
-                return self._split_call(call, args, kwargs, arguments, site, step, role)
+                return self._split_call(module, call, args, kwargs, arguments, site, step, role)
             if site.kind == "unconditional":
-                return self._second_call(call, args, kwargs, arguments, step, role)
+                return self._second_call(module, call, args, kwargs, arguments, step, role)
             return self._plain_call(call, args, kwargs, arguments, site, step, role)
 
         intercept.guided_run, intercept.beneath = self, call
@@ -500,25 +514,41 @@ class _GuidedRun:
                 self.conditional[role] = (site.site, step, output, arguments)
         return output
 
-    def _second_call(self, call, args, kwargs, arguments, step, role):
-        conditional = self.conditional.pop(role, None)
+    def _second_call(self, module, call, args, kwargs, arguments, step, role):
+        self._check_step_cache(module)
+        conditional = self.conditional.get(role)
         if conditional is None or conditional[1] is not step:
             raise ValueError(
                 f"{type(self.pipe).__name__} calls its network without the condition before it calls it with;"
                 f" {_NOT_UNDERSTOOD}"
             )
         guided, rows = self._is_guided(), count_rows(arguments).total
-        if guided:
+        if self._fills_a_cache(arguments, conditional[3]) or guided:
             step.rows += 0 if role else rows
-            return call(*args, **kwargs)
-        step.rows_saved += 0 if role else rows
+            output = call(*args, **kwargs)
+            if guided:
+                return output
+        else:
+            step.rows_saved += 0 if role else rows
         output = copy_tensors(conditional[2])
-        if type(self.pipe).__name__ in TEXT_BEFORE_IMAGE:
+        if any(cls.__name__ in TEXT_BEFORE_IMAGE for cls in type(self.pipe).__mro__):
             return _image_tokens(output, count_tokens=arguments["hidden_states"].shape[1])
         return output
 
-    def _split_call(self, call, args, kwargs, arguments, site, step, role):
+    def _fills_a_cache(self, arguments, conditional) -> bool:
+        """Whether later unconditional calls need what this one keeps in a cache, which the conditional calls lack.
+
+        The first call fills it (QwenImage21). Where later ones read it, an argument such as `kv_cache_mode` says so.
+        """
+        caches = {key: value for key, value in arguments.items() if "cache" in key and value is not None}
+        own = any(value is not conditional.get(key) for key, value in caches.items() if not isinstance(value, str))
+        mode = [value for value in caches.values() if isinstance(value, str)]
+        self.filling = mode if self.filling is None else self.filling
+        return own and mode == self.filling
+
+    def _split_call(self, module, call, args, kwargs, arguments, site, step, role):
         rows, split = count_rows(arguments), site.split
+        self._check_step_cache(module)
         self._check_split(rows, split, arguments)
         if self._is_guided():
             step.rows += 0 if role else rows.total
@@ -528,7 +558,7 @@ class _GuidedRun:
         step.rows_saved += 0 if role else rows.total - kept.total
         fewer_args = [take_rows(name, value, rows, split) for name, value in zip(arguments, args, strict=False)]
         fewer_kwargs = {name: take_rows(name, value, rows, split) for name, value in kwargs.items()}
-        with self._perturbed_attention(split):
+        with self._perturbed_attention(split), self._attention_over_frames(module, split):
             output = spread_rows(call(*fewer_args, **fewer_kwargs), kept, split)
         if (site.site, rows.total) not in self.clear:
             self.clear.add((site.site, rows.total))
@@ -563,6 +593,35 @@ class _GuidedRun:
             if split.perturbed:
                 self.pipe._set_pag_attn_processor(self.pipe.pag_applied_layers, do_classifier_free_guidance=True)
 
+    @contextmanager
+    def _attention_over_frames(self, module, split):
+        """Attention to the first frame of each row (Text2Video-Zero) knows the number of rows."""
+        if module not in self.over_frames:
+            processors = getattr(module, "attn_processors", {}).values()
+            self.over_frames[module] = [(one, one.batch_size) for one in processors if hasattr(one, "batch_size")]
+        try:
+            for processor, rows in self.over_frames[module]:
+                processor.batch_size = rows // split.parts * len(split.run)
+            yield
+        finally:
+            for processor, rows in self.over_frames[module]:
+                processor.batch_size = rows
+
+    def _check_step_cache(self, module) -> None:
+        """Raise if the network reuses what it computed in the step before (FirstBlockCache, FasterCache, ...)."""
+        if module in self.without_cache:
+            return
+        registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
+        hooks = [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
+        stateful = sorted({type(hook).__name__ for hook in hooks if getattr(hook, "_is_stateful", False)})
+        if stateful:
+            raise ValueError(
+                f"{type(module).__name__} reuses computations of the step before ({', '.join(stateful)}), which a step"
+                " without unconditional rows does not have; call disable_cache() on it, or remove the interval with"
+                " remove_guidance_interval(pipe)"
+            )
+        self.without_cache.add(module)
+
     def _check_split(self, rows, split, arguments) -> None:
         name = type(self.pipe).__name__
         if not split.run:
@@ -571,8 +630,10 @@ class _GuidedRun:
             raise ValueError(
                 f"{name} splits {rows.total} rows in {split.parts} parts, which does not go up; {_NOT_UNDERSTOOD}"
             )
-        caches = [key for key, value in arguments.items() if "cache" in key and isinstance(value, dict | list | tuple)]
-        if any(arguments[key] for key in caches):
+        if torch.is_grad_enabled() and any(one.requires_grad for one in tensors_in(arguments)):
+            raise ValueError(f"{name} takes the gradient of a batch of {split.parts} parts; {_NOT_UNDERSTOOD}")
+        caches = [one for key, value in arguments.items() if "cache" in key for one in caches_of_rows(key, value)]
+        if caches:
             raise ValueError(
                 f"{name} keeps {caches} of all rows from call to call, so none can be left out; {_NOT_UNDERSTOOD}"
             )
@@ -595,7 +656,8 @@ class _GuidedRun:
             raise ValueError(_DISTILLED.format(name))
         elif asked:
             raise ValueError(
-                f"{name} was called with {_listed(asked)}, but no unconditional prediction was seen; {_NOT_UNDERSTOOD}"
+                f"{name} was called with {_listed(asked)}, but no unconditional prediction was seen;"
+                f" {_TRUE_GUIDANCE if 'true_cfg_scale' in scales else ''}{_NOT_UNDERSTOOD}"
             )
         else:
             warnings.warn(
@@ -606,6 +668,7 @@ class _GuidedRun:
 # Calling statements whose arguments were unclear, and which were tried out.
 _tried: set[tuple] = set()
 _NOT_UNDERSTOOD = "a guidance interval cannot be applied to it; remove it with remove_guidance_interval(pipe)"
+_TRUE_GUIDANCE = "turn guidance on with true_cfg_scale > 1 and a negative_prompt; as it is, "
 _EMBEDDED_SCALES = ("guidance", "guidance_scale", "embedded_guidance", "guidance_scale_embeds", "timestep_cond")
 _DISTILLED = (
     "{} hands the guidance scale to its network, which is distilled: there is no unconditional prediction to leave"

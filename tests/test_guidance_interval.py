@@ -12,6 +12,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
+import tiny_guided_pipelines
 import torch
 from contracts import newer_torch, same_noise_in_every_type
 from tiny_guided_pipelines import BATCH, CASES, STEPS, TWO, Case
@@ -93,7 +94,7 @@ class Network:
         guided = self.guided_steps[0] <= step <= self.guided_steps[1]
         if self.case.order == TWO:
             self.last = output if call == 0 else self.last
-            return output if guided else self.last
+            return output if guided else image_tokens(self.last, output)
         return output if guided else self.with_conditional_rows(output)
 
     def with_conditional_rows(self, output):
@@ -110,10 +111,17 @@ class Network:
         return list(itertools.chain(*chosen)) if isinstance(output, list) else torch.cat(chosen)
 
 
+def image_tokens(conditional, output):
+    """The last tokens, as many as the unconditional output has: Ideogram's has no text in front."""
+    if isinstance(output, tuple):
+        return tuple(map(image_tokens, conditional, output))
+    return conditional[:, -output.shape[1] :] if isinstance(output, torch.Tensor) else conditional
+
+
 def expected_rows(case: Case) -> tuple[int, int]:
     """Network rows of a guided step and of another."""
     parts = case.order.split("; " if case.order == TWO else ", ")
-    return BATCH * len(parts), BATCH * sum(part in ("cond", "perturbed") for part in parts)
+    return case.batch * len(parts), case.batch * sum(part in ("cond", "perturbed") for part in parts)
 
 
 class TestEveryFamily:
@@ -177,6 +185,74 @@ class TestEveryFamily:
         for network in case.networks:
             assert "_compiled_call_impl" not in vars(getattr(case.pipe, network))
         assert torch.equal(sample(case.pipe, case.options), plain)
+
+
+class TestOneByOne:
+    """Pipelines of a shape of their own."""
+
+    def run(self, case, **interval):
+        with GuidanceInterval(case.pipe, **interval) as limited:
+            output = sample(case.pipe, case.options)
+        return output, [step.rows for step in limited.report.steps]
+
+    @pytest.fixture(params=["qwen_image_2_1", "any_flow_far", "kandinsky_2_2_combined"])
+    def case(self, request) -> Case:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return getattr(tiny_guided_pipelines, request.param)()
+
+    def test_whole_line_and_empty_interval(self, case):
+        plain = sample(case.pipe, case.options)
+        assert torch.equal(self.run(case, sigma_lo=0)[0], plain)
+        assert_same(self.run(case, sigma_hi=1e-9)[0], without_guidance(case))
+        assert torch.equal(sample(case.pipe, case.options), plain)
+
+    def test_a_cache_is_filled_before_it_is_read(self):
+        """Qwen-Image 2.1: the first unconditional call is made even where it is not used."""
+        case = tiny_guided_pipelines.qwen_image_2_1()
+        for guided in ((2, 3), (0, 1)):
+            with Network(case, guided_steps=guided):
+                expected = sample(case.pipe, case.options)
+            output, rows = self.run(case, guided_steps=guided)
+            assert_same(output, expected)
+            assert rows == [4, *(4 if guided[0] <= step <= guided[1] else 2 for step in (1, 2, 3))]
+        case = case._replace(options={**case.options, "use_kv_cache": False})
+        assert self.run(case, guided_steps=(2, 3))[1] == [2, 2, 4, 4]
+
+    def test_chunks_and_stages(self):
+        """Each has steps from 0 to 3."""
+        _, rows = self.run(tiny_guided_pipelines.any_flow_far(), guided_steps=MIDDLE)
+        assert rows == [2, 4, 4, 2] * 3
+        _, rows = self.run(tiny_guided_pipelines.kandinsky_2_2_combined(), guided_steps=MIDDLE)
+        assert rows == [4, 8, 8, 4, 2, 4, 4, 2]  # the prior embeds the empty prompt as well
+
+    def test_other_kinds_of_guidance_stay(self):
+        """LTX-2's spatio-temporal and modality guidance run the network again, with weights of their own."""
+        case = CASES["ltx_2"]()
+        other = {"stg_scale": 1.0, "audio_stg_scale": 1.0, "modality_scale": 3.0, "audio_modality_scale": 3.0}
+        case = case._replace(options={**case.options, **other})
+        assert_same(self.run(case, sigma_hi=1e-9)[0], without_guidance(case))
+        assert self.run(case, guided_steps=MIDDLE)[1] == [6, 8, 8, 6]
+        assert torch.equal(self.run(case, sigma_lo=0)[0], sample(case.pipe, case.options))
+
+    def test_attention_over_frames(self):
+        """Text2Video-Zero's attention must know how many rows there are; steps of one frame come first."""
+        case = tiny_guided_pipelines.text_to_video_zero()
+        plain, forward = sample(case.pipe, case.options), case.pipe.unet.forward
+
+        def replaced(latents, t, **kwargs):
+            output = forward(latents, t, **kwargs)
+            if float(t) not in case.pipe.scheduler.timesteps[1:3].tolist():
+                output.sample = torch.cat([output.sample.chunk(2)[1]] * 2)
+            return output
+
+        case.pipe.unet.forward = replaced
+        expected = sample(case.pipe, case.options)
+        del case.pipe.unet.forward
+        output, rows = self.run(case, guided_steps=MIDDLE)
+        assert_same(output, expected)
+        assert rows == [1, 2, 4, 4, 2]
+        assert torch.equal(self.run(case, sigma_lo=0)[0], plain)
 
 
 # One family, everything else.
@@ -367,6 +443,20 @@ class TestSchedules:
         assert [step.sigma for step in report.steps] == pytest.approx([math.inf, 3.0, 1.0, 1 / 3])
         assert report.guided_steps == [i for i, s in enumerate(flow_sigmas) if 0.3 < s <= 0.75]
 
+    def test_flow_schedules_in_other_units(self):
+        """Mochi's sigmas run from 0, where all is noise, to 1; those of Cosmos Predict2 are EDM's, up to 80."""
+        levels = {}
+        for config in ({}, {"invert_sigmas": True}, {"use_karras_sigmas": True}):
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+            if "use_karras_sigmas" in config:
+                scheduler.register_to_config(sigma_min=0.002, sigma_max=80.0)
+            scheduler.set_timesteps(4)
+            times = scheduler.timesteps
+            levels[tuple(config)] = [read_step(scheduler, t).sigma for t in times]
+        assert levels["invert_sigmas",] == pytest.approx(levels[()], rel=1e-4)
+        assert levels["use_karras_sigmas",] == pytest.approx(scheduler.sigmas[:-1].tolist())
+        assert levels["use_karras_sigmas",][0] == pytest.approx(80.0)
+
     def test_zero_terminal_snr(self, pipe):
         config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, **config)
@@ -544,6 +634,66 @@ class _Reassigned(_Custom):
         return noise
 
 
+class _Again(_Custom):
+    """Self-attention guidance."""
+
+    def predict(self, latents, t, text, negative):
+        noise = self.unet(torch.cat([latents] * 2), t, torch.cat([negative, text])).sample
+        noise_uncond, noise_text = noise.chunk(2)
+        degraded = self.unet(latents - noise_uncond, t, encoder_hidden_states=negative).sample
+        degraded_uncond = self.unet(latents - noise_uncond, t, negative).sample
+        return noise_uncond + self.guidance_scale_ * (noise_text - noise_uncond) + degraded - degraded_uncond
+
+
+class _Halves(_Custom):
+    """Conditional and unconditional predictions from batches of their own."""
+
+    def predict(self, latents, t, text, negative):
+        _, noise_text = self.unet(torch.cat([latents] * 2), t, torch.cat([negative, text])).sample.chunk(2)
+        noise_uncond, _ = self.unet(torch.cat([latents] * 2), t, torch.cat([negative, text])).sample.chunk(2)
+        return noise_uncond + self.guidance_scale_ * (noise_text - noise_uncond)
+
+
+class _Gradient(_Custom):
+    def predict(self, latents, t, text, negative):
+        with torch.enable_grad():
+            both = torch.cat([latents] * 2).requires_grad_()
+            noise = self.unet(both, t, torch.cat([negative, text])).sample
+            noise_uncond, noise_text = noise.chunk(2)
+            (slope,) = torch.autograd.grad(noise_text.square().sum(), both)
+        noise_uncond, noise_text = noise_uncond.detach(), noise_text.detach() - slope.chunk(2)[0]
+        return noise_uncond + self.guidance_scale_ * (noise_text - noise_uncond)
+
+
+class _Cached(_Custom):
+    """Hands its network what it keeps of all rows."""
+
+    def predict(self, latents, t, text, negative):
+        noise = self.unet(torch.cat([latents] * 2), t, text_cache={"keys": torch.cat([negative, text])})
+        noise_uncond, noise_text = noise.chunk(2)
+        return noise_uncond + self.guidance_scale_ * (noise_text - noise_uncond)
+
+
+class _Reads(torch.nn.Module):
+    def forward(self, sample, timestep, text_cache):
+        return sample * text_cache["keys"].mean(dim=(1, 2), keepdim=True)[..., None]
+
+
+class _TupleOfOutputs(_Custom):
+    """UniDiffuser's outputs of a call, all without the condition."""
+
+    def predict(self, latents, t, text, negative):
+        noise, size = self.measured(latents, t, text)
+        if self.guidance_scale_ > 1:
+            noise_uncond, size_uncond = self.measured(latents, t, negative)
+            noise = noise_uncond + self.guidance_scale_ * (noise - noise_uncond) * size / size_uncond
+        return noise
+
+    def measured(self, latents, t, text):
+        noise = self.unet(latents, t, text).sample
+        return noise, noise.square().mean()
+
+
 def custom(cls):
     pipe = cls(**_stable_diffusion().components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
@@ -551,7 +701,7 @@ def custom(cls):
 
 
 class TestUnlistedPipelines:
-    @pytest.mark.parametrize("cls", [_Helpers, _TwoCalls])
+    @pytest.mark.parametrize("cls", [_Helpers, _TwoCalls, _TupleOfOutputs])
     def test_understood(self, cls):
         pipe = custom(cls)
         plain, off = sample(pipe, {}), sample(pipe, {"guidance_scale": 1.0})
@@ -569,11 +719,16 @@ class TestUnlistedPipelines:
         [
             (_UnconditionalFirst, "without the condition before it calls it with"),
             (_Anonymous, "guidance_scale=4.0, but no unconditional prediction was seen"),
+            (_Again, "calls its network again with the unconditional part of what it predicted"),
+            (_Halves, "splits its prediction in 2 unclear parts"),
+            (_Gradient, "takes the gradient of a batch of 2 parts"),
+            (_Cached, r"keeps .'keys'. of all rows from call to call"),
             (_Reassigned, "decides on guidance only after the network was called .name 'large' is not defined"),
         ],
     )
     def test_refused(self, cls, message):
         pipe = custom(cls)
+        pipe.unet = _Reads() if cls is _Cached else pipe.unet
         with GuidanceInterval(pipe, guided_steps=MIDDLE), pytest.raises(ValueError, match=message):
             sample(pipe, {})
         assert "_compiled_call_impl" not in vars(pipe.unet)
@@ -606,8 +761,124 @@ class TestUnlistedPipelines:
                 assert [step.rows for step in interval.report.steps] == [6, 4, 2, 2]  # the first tried out
 
 
+class TestSurvives:
+    """What may be done to a pipeline's network before or after the interval is applied, for both ways to guide."""
+
+    @pytest.fixture(params=["stable_diffusion", "flux"])
+    def alive(self, request, tmp_path) -> tuple[Case, torch.Tensor]:
+        """A pipeline of its own, and its sample with the interval."""
+        case = CASES[request.param]()
+        with GuidanceInterval(case.pipe, guided_steps=MIDDLE):
+            return case, sample(case.pipe, case.options)
+
+    def check(self, case, expected):
+        """Twice, since some hooks of offloading are put in anew after a call."""
+        for _ in range(2):
+            assert_same(sample(case.pipe, case.options), expected)
+            assert [step.rows for step in guidance_report(case.pipe).steps] == [2, 4, 4, 2]
+
+    @pytest.mark.parametrize("first", ["interval", "offload"])
+    @pytest.mark.parametrize("offload", ["model", "sequential", pytest.param("group", marks=newer_torch)])
+    def test_offload(self, alive, offload, first):
+        accelerate = pytest.importorskip("accelerate")
+        (case, expected), pipe = alive, alive[0].pipe
+        if first == "interval":
+            apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        if offload == "model":
+            pipe.enable_model_cpu_offload(device="cpu")
+        elif offload == "sequential":
+            accelerate.cpu_offload(getattr(pipe, case.networks[0]), torch.device("cpu"))
+        else:
+            onload = {"onload_device": torch.device("cpu"), "offload_type": "leaf_level"}
+            getattr(pipe, case.networks[0]).enable_group_offload(**onload)
+        if first == "offload":
+            apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        self.check(case, expected)
+        if offload == "model":
+            pipe.remove_all_hooks()
+            self.check(case, expected)
+
+    def test_device_map(self, alive, tmp_path, monkeypatch):
+        """accelerate's hooks, which the pipeline gets as it is loaded; here with a CPU for the accelerator."""
+        pytest.importorskip("accelerate")
+        case, expected = alive
+        case.pipe.save_pretrained(tmp_path)
+        memory = {torch.device("cpu"): 10**9}
+        monkeypatch.setattr("diffusers.pipelines.pipeline_loading_utils.get_max_memory", lambda limit=None: memory)
+        missing = {name: None for name, component in case.pipe.components.items() if component is None}
+        placed = type(case.pipe).from_pretrained(tmp_path, device_map="balanced", **missing)
+        assert placed.hf_device_map[case.networks[0]] == torch.device("cpu")
+        assert hasattr(getattr(placed, case.networks[0]), "_hf_hook")
+        placed.set_progress_bar_config(disable=True)
+        apply_guidance_interval(placed, guided_steps=MIDDLE)
+        self.check(case._replace(pipe=placed), expected)
+        placed.reset_device_map()
+        self.check(case._replace(pipe=placed), expected)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("first", ["interval", "compile"])
+    @pytest.mark.parametrize("how", ["wrapped", "in place", "repeated blocks", "forward"])
+    def test_compile(self, alive, how, first):
+        (case, expected), pipe, name = alive, alive[0].pipe, alive[0].networks[0]
+        torch.compiler.reset()
+        if first == "interval":
+            apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        network = getattr(pipe, name)
+        if how == "wrapped":
+            setattr(pipe, name, torch.compile(network, backend="eager"))
+        elif how == "in place":
+            network.compile(backend="eager", fullgraph=True)
+        elif how == "repeated blocks":
+            network.compile_repeated_blocks(backend="eager", fullgraph=True)
+        else:
+            network.forward = torch.compile(network.forward, backend="eager")
+        if first == "compile":
+            apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        compiled = vars(getattr(pipe, name)).get("_compiled_call_impl")
+        self.check(case, expected)
+        assert vars(getattr(pipe, name)).get("_compiled_call_impl") is compiled
+
+    @pytest.mark.parametrize("first", ["interval", "backend"])
+    def test_attention_backend(self, alive, first):
+        case, expected = alive
+        network = getattr(case.pipe, case.networks[0])
+        if first == "interval":
+            apply_guidance_interval(case.pipe, guided_steps=MIDDLE)
+        network.set_attention_backend("_native_math")
+        if first == "backend":
+            apply_guidance_interval(case.pipe, guided_steps=MIDDLE)
+        try:
+            self.check(case, expected)
+        finally:
+            network.set_attention_backend("native")  # which is diffusers' default, and that of all networks
+
+    def test_exception_inside_a_call(self, alive):
+        case, expected = alive
+        apply_guidance_interval(case.pipe, guided_steps=MIDDLE)
+
+        def stop(pipeline, step, timestep, tensors):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            sample(case.pipe, {**case.options, "callback_on_step_end": stop})
+        assert "_compiled_call_impl" not in vars(getattr(case.pipe, case.networks[0]))
+        self.check(case, expected)
+
+    def test_cached_computations_are_refused(self, alive):
+        """A step without the unconditional rows would leave what the next one reuses out of step."""
+        case, expected = alive
+        if "unet" in case.networks:
+            pytest.skip("UNets have no cache")
+        case.pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+        apply_guidance_interval(case.pipe, guided_steps=MIDDLE)
+        with pytest.raises(ValueError, match=r"FluxTransformer2DModel reuses computations.*FBC.*disable_cache"):
+            sample(case.pipe, case.options)
+        case.pipe.transformer.disable_cache()
+        self.check(case, expected)
+
+
 class TestTheRestOfDiffusers:
-    """What may be done to a pipeline before or after the interval is applied."""
+    """What else may be done with a pipeline."""
 
     @pytest.fixture
     def fresh(self):
@@ -623,48 +894,6 @@ class TestTheRestOfDiffusers:
             assert_same(sample(pipe, WORDS), expected)
             assert [step.rows for step in guidance_report(pipe).steps] == [2, 4, 4, 2]
 
-    @pytest.mark.parametrize("first", ["interval", "offload"])
-    @pytest.mark.parametrize("offload", ["model", "sequential", pytest.param("group", marks=newer_torch)])
-    def test_offload(self, fresh, offload, first):
-        accelerate = pytest.importorskip("accelerate")
-        pipe, expected = fresh
-        if first == "interval":
-            apply_guidance_interval(pipe, guided_steps=MIDDLE)
-        if offload == "model":
-            pipe.enable_model_cpu_offload(device="cpu")
-        elif offload == "sequential":
-            accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
-        else:
-            pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-        if first == "offload":
-            apply_guidance_interval(pipe, guided_steps=MIDDLE)
-        self.check(pipe, expected)
-        if offload == "model":
-            pipe.remove_all_hooks()
-            self.check(pipe, expected)
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("first", ["interval", "compile"])
-    @pytest.mark.parametrize("how", ["wrapped", "in place", "repeated blocks", "forward"])
-    def test_compile(self, fresh, how, first):
-        pipe, expected = fresh
-        torch.compiler.reset()
-        if first == "interval":
-            apply_guidance_interval(pipe, guided_steps=MIDDLE)
-        if how == "wrapped":
-            pipe.unet = torch.compile(pipe.unet, backend="eager")
-        elif how == "in place":
-            pipe.unet.compile(backend="eager", fullgraph=True)
-        elif how == "repeated blocks":
-            pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
-        else:
-            pipe.unet.forward = torch.compile(pipe.unet.forward, backend="eager")
-        if first == "compile":
-            apply_guidance_interval(pipe, guided_steps=MIDDLE)
-        compiled = vars(pipe.unet).get("_compiled_call_impl")
-        self.check(pipe, expected)
-        assert vars(pipe.unet).get("_compiled_call_impl") is compiled
-
     def test_to_another_type(self, fresh, monkeypatch):
         same_noise_in_every_type(monkeypatch)
         pipe, expected = fresh
@@ -673,12 +902,6 @@ class TestTheRestOfDiffusers:
         assert rough.dtype == torch.bfloat16
         self.check(pipe.to(torch.float32), sample(pipe, WORDS))
         torch.testing.assert_close(rough.float(), expected, atol=0.2, rtol=0)
-
-    def test_attention_backend(self, fresh):
-        pipe, expected = fresh
-        apply_guidance_interval(pipe, guided_steps=MIDDLE)
-        pipe.unet.set_default_attn_processor()
-        self.check(pipe, expected)
 
     def test_shared_network(self, fresh):
         """Only the pipeline that has the interval is limited, also when it calls the other one from a callback."""
@@ -705,18 +928,6 @@ class TestTheRestOfDiffusers:
     def steps(self, pipe):
         sample(pipe, WORDS)
         return guidance_report(pipe).steps
-
-    def test_exception_inside_a_call(self, fresh):
-        pipe, expected = fresh
-        apply_guidance_interval(pipe, guided_steps=MIDDLE)
-
-        def stop(pipeline, step, timestep, tensors):
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            sample(pipe, {**WORDS, "callback_on_step_end": stop})
-        assert "_compiled_call_impl" not in vars(pipe.unet)
-        self.check(pipe, expected)
 
     def test_callbacks_and_generators(self, fresh):
         """A callback sees the steps of the stock pipeline; with a generator a sample, samples are independent."""

@@ -6,6 +6,8 @@ No text encoder and no VAE where a pipeline can do without: prompts are random e
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import diffusers
@@ -21,7 +23,9 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
 from packaging.version import Version
+from PIL import Image
 from tiny_pipelines import LATENT_SCHEDULE, tiny_sdxl, tiny_stable_diffusion
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 STEPS = 4
 BATCH = 2  # prompts a call
@@ -34,7 +38,7 @@ class Case(NamedTuple):
     options: keyword arguments of a call of `STEPS` steps with guidance on. off: what of them turns guidance off; empty
         where the pipeline's guider does.
     order: of the rows of a batch, "uncond, cond" and so on, or of the calls, "cond; uncond".
-    networks: names of the denoisers, and of a ControlNet that sees as many rows.
+    networks: names of the denoisers, and of a ControlNet that sees as many rows. batch: samples a call.
     """
 
     pipe: DiffusionPipeline
@@ -42,6 +46,7 @@ class Case(NamedTuple):
     order: str = "uncond, cond"
     off: dict = {"guidance_scale": 1.0}  # noqa: RUF012
     networks: tuple[str, ...] = ("transformer",)
+    batch: int = BATCH
 
 
 CASES: dict[str, Callable[[], Case]] = {}
@@ -99,6 +104,13 @@ def options(**changes) -> dict:
 def build(name: str, *missing: str, **components) -> DiffusionPipeline:
     """A pipeline of diffusers without the components named in missing."""
     return getattr(diffusers, name)(**dict.fromkeys(missing), **components)
+
+
+def module_of(name: str, argument: str = "output_type"):
+    """The module of a pipeline of diffusers; the test is skipped where there is none whose call has the argument."""
+    if not hasattr(diffusers, name) or argument not in inspect.signature(getattr(diffusers, name).__call__).parameters:
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name} that takes {argument}")
+    return inspect.getmodule(getattr(diffusers, name))
 
 
 VAE_BLOCKS = {
@@ -228,6 +240,68 @@ def stable_diffusion_xl_controlnet() -> Case:
 
 
 @case
+def stable_diffusion_controlnet_xs() -> Case:
+    """One network of a UNet and a ControlNet."""
+    components = tiny_stable_diffusion().components
+    components["unet"] = _unet(layers_per_block=2)
+    controlnet = diffusers.ControlNetXSAdapter.from_unet(
+        components["unet"], size_ratio=1.0, conditioning_embedding_out_channels=(4, 8)
+    )
+    components.pop("image_encoder")
+    pipe = diffusers.StableDiffusionControlNetXSPipeline(
+        **components, controlnet=controlnet, requires_safety_checker=False
+    )
+    return Case(pipe, options(**WORDS, image=_images()), **UNET)
+
+
+@case
+def stable_diffusion_xl_controlnet_union() -> Case:
+    """Several kinds of control in one network, whose numbers are rows as well."""
+    controlnet = diffusers.ControlNetUnionModel(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=2,
+        cross_attention_dim=16,
+        transformer_layers_per_block=1,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 8,
+        conditioning_embedding_out_channels=(4, 8),
+        num_trans_channel=4,
+        num_trans_head=1,
+        num_trans_layer=1,
+        num_proj_channel=4,
+    )
+    components = tiny_sdxl().components
+    pipe = diffusers.StableDiffusionXLControlNetUnionPipeline(
+        **components, controlnet=controlnet, add_watermarker=False
+    )
+    given = {"control_image": [_images(), _images()], "control_mode": [0, 3]}
+    return Case(pipe, options(**WORDS, **given), networks=("unet", "controlnet"))
+
+
+@case
+def kolors() -> Case:
+    unet = _unet(
+        encoder_hid_dim=8,
+        encoder_hid_dim_type="text_proj",
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 8,
+    )
+    components = {"vae": tiny_sdxl().vae, "text_encoder": None, "tokenizer": None}
+    from diffusers.pipelines.kolors.pipeline_kolors import (
+        KolorsPipeline,
+    )  # diffusers.KolorsPipeline wants sentencepiece
+
+    pipe = KolorsPipeline(**components, unet=unet, scheduler=diffusers.EulerDiscreteScheduler(**LATENT_SCHEDULE))
+    return Case(pipe, options(**prompts(8), **pooled(8), height=16, width=16), **UNET)
+
+
+@case
 def stable_diffusion_upscale() -> Case:
     components = tiny_stable_diffusion().components
     components["unet"] = _unet(in_channels=7, num_class_embeds=100)
@@ -279,6 +353,44 @@ def text_to_video() -> Case:
     scheduler = DDIMScheduler(**LATENT_SCHEDULE, clip_sample=False)
     pipe = build("TextToVideoSDPipeline", *TEXT, unet=unet, scheduler=scheduler)
     return Case(pipe, options(**prompts(8), num_frames=3, height=64, width=64), **UNET)
+
+
+@case
+def stable_video_diffusion() -> Case:
+    """A weight for each frame, between two scales."""
+    unet = diffusers.UNetSpatioTemporalConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=8,
+        num_attention_heads=2,
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=12,
+    )
+    vae = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4
+    )
+    scheduler = diffusers.EulerDiscreteScheduler(
+        prediction_type="v_prediction",
+        timestep_type="continuous",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=700.0,
+        beta_schedule="scaled_linear",
+    )
+    missing = ("image_encoder", "feature_extractor")
+    pipe = build("StableVideoDiffusionPipeline", *missing, vae=vae, unet=unet, scheduler=scheduler)
+    encoded = torch.cat([torch.zeros(BATCH, 1, 8), torch.randn(BATCH, 1, 8)])
+    pipe._encode_image = lambda image, device, count, guided: encoded[0 if guided else BATCH :]
+    pipe._encode_vae_image = lambda image, device, num_videos_per_prompt, do_classifier_free_guidance: latents[
+        0 if do_classifier_free_guidance else BATCH :
+    ]
+    latents = torch.cat([torch.zeros(BATCH, 4, 8, 8), torch.randn(BATCH, 4, 8, 8)])
+    given = options(image=_images(), num_frames=3, height=16, width=16, min_guidance_scale=2.0, max_guidance_scale=4.0)
+    del given["guidance_scale"]
+    return Case(pipe, given, off={"min_guidance_scale": 1.0, "max_guidance_scale": 1.0}, **UNET)
 
 
 @case
@@ -499,7 +611,7 @@ def mochi() -> Case:
         time_embed_dim=4,
         max_sequence_length=TOKENS,
     )
-    pipe = build("MochiPipeline", *TEXT, transformer=transformer, scheduler=flow())
+    pipe = build("MochiPipeline", *TEXT, transformer=transformer, scheduler=flow(invert_sigmas=True))
     return Case(pipe, options(**prompts(8), **masks(torch.bool), height=32, width=32, num_frames=7))
 
 
@@ -685,6 +797,111 @@ def stable_audio() -> Case:
 
 
 @case
+def ernie_image() -> Case:
+    module_of("ErnieImagePipeline")
+    transformer = diffusers.ErnieImageTransformer2DModel(
+        hidden_size=16,
+        num_attention_heads=2,
+        num_layers=1,
+        ffn_hidden_size=16,
+        in_channels=4,
+        out_channels=4,
+        text_in_dim=8,
+        rope_axes_dim=(4, 2, 2),
+    )
+    pipe = build("ErnieImagePipeline", *TEXT, transformer=transformer, scheduler=flow())
+    given = {name: [value[0], value[1, :4]] for name, value in prompts(8).items()}
+    return Case(pipe, options(**given, height=64, width=64))
+
+
+class _Latents(torch.nn.Module):
+    """Stands in for a VAE whose sizes and statistics alone are asked for."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        vars(self).update(attributes, dtype=torch.float32, device=torch.device("cpu"))
+
+
+class _Connectors(torch.nn.Module):
+    """Embeddings of a prompt for video and audio."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.video, self.audio = torch.nn.Linear(8, 16), torch.nn.Linear(8, 16)
+
+    def forward(self, embeds, mask, padding_side):
+        return self.video(embeds), self.audio(embeds), mask
+
+
+@case
+def ltx_2() -> Case:
+    """Video and audio, split apart; without its other two kinds of guidance."""
+    module_of("LTX2Pipeline", "audio_stg_scale")
+    transformer = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=4,
+        audio_cross_attention_dim=8,
+        num_layers=2,
+        caption_channels=16,
+        perturbed_attn=True,
+    )
+    statistics = {"latents_mean": torch.zeros(4), "latents_std": torch.ones(4)}
+    video = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8, **statistics}
+    vae = _Latents(**video, config=SimpleNamespace(scaling_factor=1.0))
+    config = SimpleNamespace(mel_bins=4, latent_channels=4, sample_rate=16000, mel_hop_length=160)
+    audio_vae = _Latents(mel_compression_ratio=4, temporal_compression_ratio=4, **statistics, config=config)
+    pipe = build(
+        "LTX2Pipeline",
+        "text_encoder",
+        "tokenizer",
+        "vocoder",
+        vae=vae,
+        audio_vae=audio_vae,
+        connectors=_Connectors(),
+        transformer=transformer,
+        scheduler=flow(),
+    )
+    other = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
+    given = {**prompts(8), **masks(), **other, "audio_guidance_scale": 3.0, "spatio_temporal_guidance_blocks": [1]}
+    off = {"guidance_scale": 1.0, "audio_guidance_scale": 1.0}
+    return Case(pipe, options(**given, height=64, width=64, num_frames=9), off=off)
+
+
+@case
+def dream_lite_edit() -> Case:
+    unet = module_of("DreamLitePipeline").DreamLiteUNetModel(
+        sample_size=8,
+        block_out_channels=(32, 32, 32),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        norm_num_groups=2,
+        attention_head_dim=8,
+        addition_embed_type="time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=8,
+        transformer_layers_per_block=1,
+    )
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=2, latent_channels=4, **VAE_BLOCKS)
+    missing = ("tokenizer", "processor")
+    text_encoder = _clip()["text_encoder"]
+    pipe = build("DreamLitePipeline", *missing, text_encoder=text_encoder, vae=vae, unet=unet, scheduler=flow())
+    encoded = torch.randn(3, TOKENS, 8), torch.ones(3, TOKENS, dtype=torch.long)
+    pipe.encode_prompt = lambda **_: encoded
+    given = options(prompt="a cat", image=Image.new("RGB", (64, 64), "red"), height=64, width=64)
+    off = {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
+    return Case(pipe, given, order="uncond, image, cond", off=off, batch=1, **UNET)
+
+
+@case
 def stable_diffusion_3_controlnet() -> Case:
     built = stable_diffusion_3()
     controlnet = diffusers.SD3ControlNetModel(**SD3_CONFIG)
@@ -749,6 +966,88 @@ def _clip() -> dict:
 
 
 @case
+def ace_step() -> Case:
+    """Adaptive projected guidance."""
+    module = module_of("AceStepPipeline")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    small |= {"head_dim": 8, "sliding_window": 4}
+    transformer = diffusers.AceStepTransformer1DModel(
+        **small, num_hidden_layers=1, in_channels=12, audio_acoustic_hidden_dim=4
+    )
+    encoder = module.AceStepConditionEncoder(
+        **small,
+        text_hidden_dim=8,
+        timbre_hidden_dim=4,
+        num_lyric_encoder_hidden_layers=1,
+        num_timbre_encoder_hidden_layers=1,
+    )
+    vae = diffusers.AutoencoderOobleck(
+        encoder_hidden_size=4,
+        decoder_channels=4,
+        decoder_input_channels=4,
+        downsampling_ratios=[2, 4],
+        channel_multiples=[1, 2],
+        audio_channels=2,
+        sampling_rate=200,
+    )
+    scheduler = flow(num_train_timesteps=1, shift=1.0)
+    pipe = build(
+        "AceStepPipeline", *TEXT[1:], vae=vae, transformer=transformer, condition_encoder=encoder, scheduler=scheduler
+    )
+    encoded = (embeds(TOKENS, 8), torch.ones(BATCH, TOKENS), embeds(TOKENS, 8), torch.ones(BATCH, TOKENS))
+    pipe.encode_prompt = lambda **_: encoded
+    return Case(pipe, options(prompt=["a cat", "a dog"], audio_duration=1.0), order="cond, uncond")
+
+
+class _OmniGenInputs:
+    """Stands in for OmniGen's processor of prompts and images, which wants torchvision."""
+
+    max_image_size = 1024
+
+    def __init__(self, tokenizer, max_image_size):
+        self.collate = import_module("diffusers.pipelines.omnigen.processor_omnigen").OmniGenCollator(hidden_size=16)
+
+    def __call__(self, prompts, images, height, width, **_):
+        placeholder = [0] * (height * width // 256)
+        place = {"pixel_values": [torch.zeros(3, height, width)], "image_sizes": [[1, 1 + len(placeholder)]]}
+        inputs = []
+        for i in range(len(prompts)):
+            whole = {"input_ids": [5, *placeholder, 6 + i], **place}
+            nothing = {"input_ids": [9, 3], "pixel_values": None, "image_sizes": None}
+            inputs.append((whole, nothing, {"input_ids": [8, *placeholder], **place}, [height, width]))
+        return self.collate(inputs)
+
+
+@case
+def omnigen() -> Case:
+    """Images in a list, and their places in a dict by number of the row."""
+    transformer = diffusers.OmniGenTransformer2DModel(
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=16,
+        num_layers=1,
+        pad_token_id=0,
+        vocab_size=20,
+        max_position_embeddings=1000,
+        original_max_position_embeddings=500,
+        time_step_dim=8,
+        rope_scaling={"long_factor": [1.0] * 4, "short_factor": [1.0] * 4},
+    )
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=2, latent_channels=4, **VAE_BLOCKS)
+    module_of("OmniGenPipeline").OmniGenMultiModalProcessor = _OmniGenInputs
+    scheduler = flow(invert_sigmas=True)
+    pipe = build("OmniGenPipeline", "tokenizer", transformer=transformer, vae=vae, scheduler=scheduler)
+    latents = [torch.randn(1, 4, 8, 8) for _ in range(2 * BATCH)]
+    pipe.encode_input_images = lambda images, device: latents
+    image = Image.new("RGB", (64, 64), "red")
+    given = {"prompt": [f"a {word} <img><|image_1|></img>" for word in ("cat", "dog")], "input_images": [[image]] * 2}
+    given |= {"height": 64, "width": 64, "img_guidance_scale": 1.6}
+    off = {"guidance_scale": 1.0, "img_guidance_scale": 1.0}
+    return Case(pipe, options(**given), order="cond, uncond, image", off=off)
+
+
+@case
 def stable_cascade_prior() -> Case:
     prior = _cascade(
         in_channels=4,
@@ -795,6 +1094,24 @@ def z_image() -> Case:
     given = {name: list(value) for name, value in prompts(8).items()}
     given["sigmas"] = [1 - step / STEPS for step in range(STEPS)]  # before diffusers 0.39 the last one would be 0
     return Case(pipe, options(**given, height=64, width=64), order="cond, uncond", off={"guidance_scale": 0.0})
+
+
+@case
+def z_image_controlnet() -> Case:
+    """Residuals in a dict by number of the layer."""
+    built = z_image()
+    controlnet = diffusers.ZImageControlNetModel(
+        control_layers_places=[0],
+        control_refiner_layers_places=[0],
+        control_in_dim=4,
+        dim=32,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+    )
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=2, shift_factor=0.0, **VAE_BLOCKS)
+    pipe = diffusers.ZImageControlNetPipeline(**{**built.pipe.components, "vae": vae}, controlnet=controlnet)
+    return Case(pipe, {**built.options, "control_image": _images(64)}, order=built.order, off=built.off)
 
 
 # Two calls.
@@ -1042,3 +1359,124 @@ def skyreels_v2_diffusion_forcing() -> Case:
     pipe = build("SkyReelsV2DiffusionForcingPipeline", *TEXT, transformer=transformer, scheduler=scheduler)
     given = {"prompt": None, "height": 32, "width": 32, "num_frames": 5, "base_num_frames": 5}
     return Case(pipe, options(**prompts(8), **given), order=TWO)
+
+
+@case
+def ideogram_4() -> Case:
+    """Two networks; the output of the conditional one has the text in front."""
+    module_of("Ideogram4Pipeline")
+    config = {
+        "in_channels": 16,
+        "num_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "adaln_dim": 8,
+        "llm_features_dim": 8,
+        "mrope_section": (2, 1, 1),
+    }
+    networks = ("transformer", "unconditional_transformer")
+    transformers = {name: diffusers.Ideogram4Transformer2DModel(**config) for name in networks}
+    pipe = build("Ideogram4Pipeline", *TEXT, **transformers, scheduler=flow())
+    size = TOKENS + 16  # and a grid of 4 x 4
+    places = torch.arange(size)[None, :, None].repeat(BATCH, 1, 3)
+    kinds = torch.cat([torch.full((BATCH, TOKENS), 3), torch.full((BATCH, 16), 2)], dim=1)
+    encoded = (embeds(size, 8), places, torch.zeros(BATCH, size, dtype=torch.long), kinds)
+    pipe.encode_prompt = lambda **_: encoded
+    given = {"prompt": ["a cat", "a dog"], "guidance_schedule": None, "max_sequence_length": TOKENS}
+    return Case(pipe, options(**given, height=64, width=64), order=TWO, networks=networks)
+
+
+# Of a shape of their own; tested one by one.
+
+
+def qwen_image_2_1(**given) -> Case:
+    """The first call with each prompt fills a cache of its keys and values, which the others read."""
+    module_of("QwenImage21Pipeline")
+    transformer = diffusers.QwenImage21Transformer2DModel(
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        context_in_dim=8,
+        mlp_ratio=2,
+        axes_dims_rope=(4, 2, 2),
+    )
+    vae = _Latents(config=SimpleNamespace(z_dim=16))
+    pipe = build(
+        "QwenImage21Pipeline",
+        "text_encoder",
+        vae=vae,
+        processor=_Processor(),
+        transformer=transformer,
+        scheduler=flow(),
+    )
+    encoded = {None: embeds(TOKENS, 8), "dark": embeds(TOKENS - 2, 8)}
+
+    def encode(prompt, **_):
+        tokens = encoded["dark" if prompt[0] == "dark" else None]
+        return tokens, None, torch.zeros(BATCH, tokens.shape[1], dtype=torch.bool)
+
+    pipe.encode_prompt = encode
+    pipe.set_progress_bar_config(disable=True)
+    given = {**options(prompt=["a cat", "a dog"], negative_prompt=["dark"] * BATCH, true_cfg_scale=4.0), **given}
+    del given["guidance_scale"]
+    return Case(pipe, {**given, "height": 64, "width": 64}, order=TWO, off={"true_cfg_scale": 1.0})
+
+
+class _Processor:
+    """Counts the tokens of a template."""
+
+    tokenizer = SimpleNamespace(encode=lambda text: [1])
+
+    def apply_chat_template(self, *_, **__):
+        return [[1, 2]]
+
+
+def any_flow_far() -> Case:
+    """Keeps keys and values from chunk to chunk of the video, here of three, with rows in the second dimension."""
+    module_of("AnyFlowFARPipeline")
+    transformer = _wan(
+        diffusers.AnyFlowFARTransformer3DModel, chunk_partition=(1, 1, 1), compressed_patch_size=(1, 4, 4)
+    )
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler()
+    pipe = build("AnyFlowFARPipeline", *TEXT, transformer=transformer, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    given = options(**prompts(8), prompt=None, height=64, width=64, num_frames=9)
+    return Case(pipe, given, off={"guidance_scale": 1.0, "negative_prompt_embeds": None})
+
+
+def kandinsky_2_2_combined() -> Case:
+    """Two pipelines in one, each with guidance of its own."""
+    decoder = kandinsky_2_2().pipe.components
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=4, embedding_dim=8, num_layers=1, num_embeddings=16
+    )
+    config = {"hidden_size": 8, "intermediate_size": 16, "projection_dim": 8, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    size = {"height": 16, "width": 16}
+    parts = {
+        "prior": prior,
+        "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**config)),
+        "image_processor": CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size),
+        "scheduler": diffusers.UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample"),
+        **_clip(),
+    }
+    pipe = diffusers.KandinskyV22CombinedPipeline(
+        **decoder, **{f"prior_{name}": part.eval() if hasattr(part, "eval") else part for name, part in parts.items()}
+    )
+    pipe.set_progress_bar_config(disable=True)
+    scales = {"prior_guidance_scale": 4.0, "prior_num_inference_steps": STEPS}
+    off = {"guidance_scale": 1.0, "prior_guidance_scale": 1.0}
+    return Case(pipe, options(**WORDS, **scales, **size), off=off, networks=("prior_prior", "unet"))
+
+
+def text_to_video_zero() -> Case:
+    """Attention to the first frame of each prompt."""
+    components = tiny_stable_diffusion().components
+    components.pop("image_encoder")
+    pipe = diffusers.TextToVideoZeroPipeline(**components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    given = {"prompt": "a cat", "negative_prompt": "dark", "video_length": 2, "t0": 2, "t1": 3}
+    return Case(pipe, options(**given, height=16, width=16), batch=1, **UNET)
