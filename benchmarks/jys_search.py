@@ -1,6 +1,7 @@
 """What it costs to find timestep tables: the authors' procedure, golden section with its start kept, one exact pass.
 
     python benchmarks/jys_search.py            # evaluations, CPU seconds, error rates
+    python benchmarks/jys_search.py counts     # error rates of k-Gillespie: even, the authors' table, both of ours
     python benchmarks/jys_search.py memory     # peak memory at vocabulary 50,258 and length 1,024
 
 On the small CountDown model of the goldens (16 tokens, length 48), 256 sequences, a grid of 256 intervals, one thread.
@@ -26,11 +27,13 @@ from diffusers_ext.checkpoints import load_countdown
 from diffusers_ext.jump_your_steps import KLUB, RateStatistics, TimestepTables, optimize_timesteps
 from diffusers_ext.jump_your_steps.costs import Grid
 from diffusers_ext.jump_your_steps.golden import Bracket, golden_middle, hierarchical_tables
+from diffusers_ext.jump_your_steps.tables import times_of_counts
 from diffusers_ext.metrics import countdown_errors, countdown_sequences
 
 MODEL = Path(__file__).parent.parent / "tests/goldens/count_model.safetensors"
 LENGTH, TOKENS = 48, 16
 STEPS = (2, 4, 8, 16, 32)
+AUTHORS_COUNTS = {4: [0, 4, 11, 32, 48], 8: [0, 2, 4, 7, 11, 21, 32, 42, 48]}  # of their search on this model
 
 
 def plain_search(model, scheduler, data: torch.Tensor, grid_size: int) -> tuple[dict[int, list[float]], int]:
@@ -91,6 +94,25 @@ def compare(num_samples: int, grid_size: int, drawn: int) -> None:
     Console(width=160).print(table)
 
 
+def compare_counts(num_samples: int, drawn: int) -> None:
+    """k-Gillespie: n steps are n network calls, each decodes a number of tokens."""
+    model, scheduler = load_countdown(MODEL, num_heads=4), CTMCScheduler(vocab_size=TOKENS + 1, sampler="gillespie")
+    data = countdown_sequences(num_samples, LENGTH, TOKENS, torch.Generator().manual_seed(0))
+    pipe = DiscreteDiffusionPipeline(model, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    found = {
+        method: optimize_timesteps(model, scheduler, data, tuple(AUTHORS_COUNTS), method, progress=False)
+        for method in ("hierarchical", "exact")
+    }
+    table = Table("steps", "even", "authors' table", "hierarchical", "exact")
+    for steps, counts in AUTHORS_COUNTS.items():
+        even = torch.linspace(1, scheduler.config.min_timestep, steps + 1, dtype=torch.float64).tolist()
+        schedules = [even, times_of_counts(counts, scheduler.config.min_timestep)]
+        errors = (error(pipe, edges, drawn) for edges in [*schedules, *(tables[steps] for tables in found.values())])
+        table.add_row(str(steps), *(f"{mean:.4f} ± {spread:.4f}" for mean, spread in errors))
+    Console(width=160).print(table)
+
+
 class Words(torch.nn.Module):
     """Stands for a language model: its output has the size, and costs next to nothing."""
 
@@ -128,6 +150,14 @@ def main(context, num_samples, grid_size, drawn):
     torch.set_num_threads(1)
     if context.invoked_subcommand is None:
         compare(num_samples, grid_size, drawn)
+
+
+@main.command()
+@click.option("--num-samples", default=128, show_default=True)
+@click.option("--drawn", default=1024, show_default=True)
+def counts(num_samples, drawn):
+    """Error rates of k-Gillespie with tables of token counts."""
+    compare_counts(num_samples, drawn)
 
 
 @main.command()

@@ -14,6 +14,7 @@ from diffusers_ext.demo import boost_and_skip
 from diffusers_ext.demo.boost_and_skip import BoostAndSkipSettings, run_boost_and_skip
 from diffusers_ext.demo.discrete import DiscreteSettings, run_discrete
 from diffusers_ext.demo.guidance_interval import GuidanceIntervalSettings, run_guidance_interval
+from diffusers_ext.demo.jump_your_steps import JumpYourStepsSettings, run_jump_your_steps
 from diffusers_ext.demo.pictures import grid, sequences_picture, stacked
 from diffusers_ext.music import NUM_TOKENS
 
@@ -107,6 +108,22 @@ def test_discrete_section_measures_and_writes_music(tmp_path, sequence_models, c
     assert midi[:4] == b"MThd" and midi.count(b"MTrk") == 5
     printed = capsys.readouterr().out
     assert "20 sequences a row" in printed and "chorales: 3 of 64 steps" in printed
+
+
+def test_jump_your_steps_section_makes_and_measures_tables(tmp_path, sequence_models, capsys):
+    (tmp_path / "out").mkdir()
+    settings = JumpYourStepsSettings(
+        sequence_models["countdown_model"], steps=(2, 4), grid_size=16, num_search=3, num_samples=10
+    )
+    result = run_jump_your_steps(tmp_path / "out", "cpu", Console(width=120), settings)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == result["files"] == ["jump_your_steps.png"]
+    for name in ("even", "paper", "ours"):
+        assert {n: len(edges) for n, edges in result["tables"][name].items()} == {2: 3, 4: 5}
+    assert result["tables"]["ours"][4][-1] > result["tables"]["paper"][4][-1] == 1e-5
+    assert [row["steps"] for row in result["rows"]] == [2, 4]
+    assert all(0.8 < row[name][0] < 1 for row in result["rows"] for name in ("even", "paper", "ours"))  # of noise
+    assert np.asarray(Image.open(tmp_path / "out/jump_your_steps.png")).std() > 10
+    assert "10 sequences a number" in capsys.readouterr().out
 
 
 def test_cells_of_sequences():

@@ -447,6 +447,13 @@ def test_the_network_is_put_back_into_its_mode():
     assert model.training and same[0][2] == same[1][2] and same[0].info[2]["bound"] == same[1].info[2]["bound"]
 
 
+def test_a_progress_bar_by_default(capfd):
+    countdown_tables(num_inference_steps=[2], progress=True)
+    assert "6/6" in capfd.readouterr().err
+    countdown_tables(num_inference_steps=[2], progress=False)
+    assert "6/6" not in capfd.readouterr().err
+
+
 # Interruptions and processes
 
 

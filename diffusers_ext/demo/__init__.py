@@ -12,12 +12,14 @@ from ..info import best_device
 from .boost_and_skip import run_boost_and_skip
 from .discrete import run_discrete
 from .guidance_interval import run_guidance_interval
+from .jump_your_steps import run_jump_your_steps
 
 Section = Callable[[Path, str, Console], dict]
 SECTIONS: dict[str, Section] = {
     "boost_and_skip": run_boost_and_skip,
     "guidance_interval": run_guidance_interval,
     "discrete": run_discrete,
+    "jump_your_steps": run_jump_your_steps,
 }
 
 

@@ -27,6 +27,7 @@ def print_tables(tables: TimestepTables, console: Console) -> None:
 def plot_tables(tables: TimestepTables, path: str | Path) -> Path:
     """Left: the edges of each table over the share of its steps. Right: what the steps cost, beside even steps."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     costs = {n: entry for n, entry in tables.info.items() if "bound" in entry}
     figure = Figure(figsize=(9 if costs else 4.8, 3.6), layout="constrained")
@@ -45,7 +46,7 @@ def plot_tables(tables: TimestepTables, path: str | Path) -> Path:
         first = next(iter(costs.values()))
         right.set(xscale="log", yscale="log", xlabel="steps", ylabel=f"{first['objective']} of held {first['held']}")
         right.set_xticks(list(costs), [str(n) for n in costs])
-        right.minorticks_off()
+        right.xaxis.set_minor_locator(NullLocator())
         right.legend(frameon=False)
     for axes in figure.axes:
         axes.grid(alpha=0.3)
