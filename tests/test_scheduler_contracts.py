@@ -4,11 +4,19 @@ import inspect
 
 import pytest
 from contracts import SchedulerContract
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiscreteDDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+)
 
 from diffusers_ext import schedulers
 
 BOOST = {"gamma": 4.0, "skip_steps": 3}
+TABLE = {"timestep_tables": {"2": [1.0, 0.4, 0.1]}, "timestep_spacing": "table"}
 
 
 class TestBoostAndSkipDDPM(SchedulerContract):
@@ -35,6 +43,11 @@ class TestEDMHeun(SchedulerContract):
 class TestCTMC(SchedulerContract):
     cls, parent, config = schedulers.CTMCScheduler, None, {"kernel": "uniform", "vocab_size": 9, "sampler": "tweedie"}
     test_every_parameter_reaches_the_parent = test_to_the_parent_and_back = None  # it has none
+
+
+class TestTableDiscreteDDIM(SchedulerContract):
+    cls, parent, config = schedulers.TableDiscreteDDIMScheduler, DiscreteDDIMScheduler, TABLE
+    test_every_parameter_reaches_the_parent = None  # about betas, which it has none of
 
 
 def exported() -> list[type]:
