@@ -1480,3 +1480,6 @@ def text_to_video_zero() -> Case:
     pipe.set_progress_bar_config(disable=True)
     given = {"prompt": "a cat", "negative_prompt": "dark", "video_length": 2, "t0": 2, "t1": 3}
     return Case(pipe, options(**given, height=16, width=16), batch=1, **UNET)
+
+
+ONE_BY_ONE = (qwen_image_2_1, any_flow_far, kandinsky_2_2_combined, text_to_video_zero)
