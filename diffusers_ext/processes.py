@@ -1,6 +1,7 @@
 """Several processes at one piece of work, started by torchrun or accelerate launch."""
 
 import os
+import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -39,6 +40,17 @@ def start_processes(device: str) -> Accelerator | None:
             f" on {device}; use a cuda or cpu device, or start without a launcher"
         )
     return accelerator
+
+
+def end_processes(accelerator: Accelerator | None) -> None:
+    """Take leave of the other processes, with the work done; nothing happens without an accelerator."""
+    if accelerator is None:
+        return
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        # torch 2.6 closes a group on the CPU without letting its threads run Python, which they need to free the last
+        # message, and then waits for them forever.
+        time.sleep(0.5)
+    accelerator.end_training()
 
 
 class Processes:

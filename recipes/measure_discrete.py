@@ -57,7 +57,7 @@ from diffusers_ext.metrics import (
     histogram_distance,
     unigram_entropy,
 )
-from diffusers_ext.processes import start_processes
+from diffusers_ext.processes import end_processes, start_processes
 from diffusers_ext.sampling import sample_to_folder
 from diffusers_ext.shipped import load_pipeline
 
@@ -121,8 +121,7 @@ def run(
             row = {"samples": samples, **measure(done.result)}
             save(output / "results.json", f"{steps}", row)
             click.echo(f"{steps} steps: " + ", ".join(f"{name} {value:.6g}" for name, value in row.items()))
-    if accelerator is not None:
-        accelerator.end_training()
+    end_processes(accelerator)
 
 
 def save(path: Path, key: str, row: dict) -> None:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, SEDDTransformer
 from diffusers_ext.losses import likelihood_bound, score_entropy_loss, x0_cross_entropy
 from diffusers_ext.metrics import countdown_errors, countdown_errors_original, countdown_sequences
+from diffusers_ext.processes import end_processes
 
 FIRST_TIME = 1e-3  # training times are uniform in [FIRST_TIME, 1]
 
@@ -205,7 +206,7 @@ def main(
         if tokens is None and eval_samples:
             accelerator.print(report_countdown(pipe, eval_samples, eval_steps))
     accelerator.print(f"{steps - first} steps, running loss {running}")
-    accelerator.end_training()
+    end_processes(accelerator)
 
 
 if __name__ == "__main__":

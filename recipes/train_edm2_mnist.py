@@ -30,6 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from diffusers_ext import EDM2Pipeline, EDM2UNet2DModel, EDMHeunScheduler
+from diffusers_ext.processes import end_processes
 
 # 28x28, 14x14 and 7x7 pixels; attention at 7x7, once. Activations of so small a network need no limit.
 SHARED = {
@@ -160,7 +161,7 @@ def train(
     if accelerator.is_main_process:
         averaged.module.to(memory_format=torch.contiguous_format).eval().save_pretrained(output / "unet")
     accelerator.print(f"{steps - first} steps in {time.monotonic() - started:.0f} s, running loss {running}")
-    accelerator.end_training()
+    end_processes(accelerator)
 
 
 @main.command()

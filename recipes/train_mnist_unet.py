@@ -28,6 +28,7 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from diffusers_ext import BoostAndSkipPipeline
+from diffusers_ext.processes import end_processes
 
 NULL_CLASS = 10
 
@@ -143,7 +144,7 @@ def main(data, output, steps, batch_size, lr, label_dropout, ema_decay, mixed_pr
     if accelerator.is_main_process:
         save_pipeline(accelerator.unwrap_model(unet), ema, scheduler, output)
     accelerator.print(f"{steps - first} steps in {time.monotonic() - started:.0f} s, running loss {running}")
-    accelerator.end_training()
+    end_processes(accelerator)
 
 
 if __name__ == "__main__":

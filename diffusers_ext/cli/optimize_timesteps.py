@@ -72,7 +72,7 @@ def optimize_timesteps(
     from ..jump_your_steps import optimize_timesteps as optimize
     from ..jump_your_steps.model_folder import check_discrete, read_sequences, write_model
     from ..jump_your_steps.report import print_tables
-    from ..processes import start_processes
+    from ..processes import end_processes, start_processes
     from ..shipped import load_pipeline, resolve_model
 
     output = new_folder(output)  # before a large model is loaded
@@ -103,5 +103,4 @@ def optimize_timesteps(
         unfinished.unlink(missing_ok=True)
         print_tables(tables, Console())
         click.echo(f"wrote {output}")
-    if accelerator is not None:
-        accelerator.end_training()
+    end_processes(accelerator)

@@ -138,7 +138,7 @@ def sample_model(
     import torch
 
     from ..info import best_device
-    from ..processes import start_processes
+    from ..processes import end_processes, start_processes
     from ..sampling import sample_to_folder
     from ..shards import check_folder
     from ..shipped import load_pipeline
@@ -160,5 +160,4 @@ def sample_model(
             click.echo(f"{done.result} was finished before: {done.count} {done.kind}, nothing to do")
         else:
             click.echo(f"wrote {done.count} {done.kind} to {done.result}, {done.drawn} of them drawn by this start")
-    if accelerator is not None:
-        accelerator.end_training()
+    end_processes(accelerator)

@@ -80,7 +80,7 @@ def train_postprocessing(
     from ..flow import channels_first, draw_base_samples, train_postprocessing_flow, velocity_network
     from ..image_sets import read_images
     from ..info import best_device
-    from ..processes import start_processes
+    from ..processes import end_processes, start_processes
     from ..shipped import load_pipeline
 
     device = device or best_device()
@@ -109,8 +109,7 @@ def train_postprocessing(
     if accelerator is None or accelerator.is_main_process:
         save_flow(trained.model, output / "pipeline")
         click.echo(f"wrote {output / 'pipeline'}; the loss is in {output / 'training' / 'loss.png'}")
-    if accelerator is not None:
-        accelerator.end_training()
+    end_processes(accelerator)
 
 
 def save_flow(model, folder: Path) -> None:
