@@ -55,6 +55,10 @@ from .sample import prompts_of_file
 @click.option("--sample-batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Of the base.")
 @click.option("--learning-rate", type=float, default=2e-4, show_default=True)
 @click.option("--ema-decay", type=float, default=0.999, show_default=True, help="Of the average of the weights.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
+    help="Of the base.",
+)  # fmt: skip
 @click.option("--mixed-precision", type=click.Choice(["no", "fp16", "bf16"]), default="no", show_default=True)
 @click.option(
     "--checkpoint-every", type=click.IntRange(min=1), default=1000, show_default=True, help="Training steps."
@@ -65,7 +69,7 @@ from .sample import prompts_of_file
 def train_postprocessing(
     base, real, output, pipeline, guidance_scales, num_samples, prompts, num_inference_steps, features, features_model,
     k, within_class, block_out_channels, steps, batch_size, sample_batch_size, learning_rate, ema_decay,
-    mixed_precision, checkpoint_every, seed, device, trust_remote_code,
+    dtype, mixed_precision, checkpoint_every, seed, device, trust_remote_code,
 ):  # fmt: skip
     """Train a flow that repairs the samples of a base pipeline.
 
@@ -92,7 +96,8 @@ def train_postprocessing(
         raise click.UsageError(f"--within-class needs the classes of the real images; {real} has none (arr_1)")
     extractor = _neighbour_features(features, features_model, device)
 
-    pipe = load_pipeline(base, pipeline, trust_remote_code=trust_remote_code).to(device)
+    pipe = load_pipeline(base, pipeline, trust_remote_code=trust_remote_code)
+    pipe.to(device, getattr(torch, dtype))
     samples, labels = draw_base_samples(
         pipe, output / "samples", guidance_scales, num_samples, prompts, num_inference_steps, seed, sample_batch_size,
         accelerator,

@@ -11,6 +11,7 @@ from .. import __version__
 from ..info import best_device
 from .boost_and_skip import run_boost_and_skip
 from .discrete import run_discrete
+from .flow_postprocessing import run_flow_postprocessing
 from .guidance_interval import run_guidance_interval
 from .jump_your_steps import run_jump_your_steps
 
@@ -20,6 +21,7 @@ SECTIONS: dict[str, Section] = {
     "guidance_interval": run_guidance_interval,
     "discrete": run_discrete,
     "jump_your_steps": run_jump_your_steps,
+    "flow_postprocessing": run_flow_postprocessing,
 }
 
 
