@@ -3,17 +3,20 @@
     python benchmarks/edm2_forward.py                                           # CPU, EDM2-XS, batch 1
     python benchmarks/edm2_forward.py --device cuda --dtype float16 --compile --batch-size 32
     python benchmarks/edm2_forward.py --device cuda --dtype float16 --compile --batch-size 32 --images
+    python benchmarks/edm2_forward.py --batch-size 32 --rounds 2 --images --from-evaluations       # a slow machine
 
 The two networks have the same random weights and differ in their layers alone: the plain one computes
 w / (rms(w) + 1e-4) * gain / sqrt(fan-in) each time, as in the equations. They are timed in turn; printed are medians
 over the rounds, and of the ratios round by round. `--images` samples 32 steps without guidance, with guidance in every
-step, and with guidance in 6 steps (17 to 22).
+step, and with guidance in 6 steps (17 to 22); `--from-evaluations` times an evaluation of each network instead and
+multiplies by the evaluations of such a sampling, which leaves out the scheduler's arithmetic.
 """
 
 import copy
 import math
 import statistics
 import time
+from functools import partial
 
 import click
 import torch
@@ -94,13 +97,30 @@ def compare_forward(preset, device, dtype, compiled, batch_size, rounds, console
     )
 
 
-def count_images(preset, device, dtype, compiled, batch_size, rounds, console):
+@torch.no_grad()
+def count_from_evaluations(preset, device, networks, batch_size, rounds, console):
+    """Print images per second as the evaluations of 32 Heun steps take them."""
+    x, sigma = torch.randn(batch_size, networks[0].config.img_channels, 64, 64, device=device), torch.ones(1)
+    labels = torch.zeros(batch_size, dtype=torch.long, device=device)
+    conditional, other = networks
+    calls = [lambda: conditional(x, sigma.to(device), labels).sample, lambda: other(x, sigma.to(device)).sample]
+    times = [[seconds(call, device) for call in calls] for _ in range(rounds + 1)][1:]
+    main_time, guidance_time = (statistics.median(column) for column in zip(*times, strict=True))
+    console.print(f"{preset}: an evaluation of {batch_size} takes {main_time:.2f} s, the other {guidance_time:.2f} s")
+    for name, guided in {"no guidance": 0, "guidance in every step": 63, "guidance in steps 17 to 22": 12}.items():
+        images = batch_size / (63 * main_time + guided * guidance_time)
+        console.print(f"{preset}, {name}: {images:.4f} images/s from 63 + {guided} evaluations")
+
+
+def count_images(preset, device, dtype, compiled, batch_size, rounds, console, from_evaluations):
     """Print images per second of the sampler, without decoding."""
     smallest = "edm2-img512-xs" if "img512" in preset else "edm2-img64-s"
     networks = [random_network(preset, device, dtype), random_network(smallest, device, dtype, label_dim=0)]
     if compiled:
         for network in networks:
             network.compile()
+    if from_evaluations:
+        return count_from_evaluations(preset, device, networks, batch_size, rounds, console)
     pipe = EDM2Pipeline(networks[0], EDMHeunScheduler(), guidance_unet=networks[1])
     pipe.set_progress_bar_config(disable=True)
     for name, options in {
@@ -125,9 +145,10 @@ def count_images(preset, device, dtype, compiled, batch_size, rounds, console):
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile both.")
 @click.option("--images", is_flag=True, help="Images per second instead.")
-def main(preset, batch_size, rounds, device, dtype, compiled, images):
+@click.option("--from-evaluations", is_flag=True, help="With --images: from the time of one evaluation.")
+def main(preset, batch_size, rounds, device, dtype, compiled, images, from_evaluations):
     """Time EDM2 with random weights."""
-    measure = count_images if images else compare_forward
+    measure = partial(count_images, from_evaluations=from_evaluations) if images else compare_forward
     measure(preset, device, getattr(torch, dtype), compiled, batch_size, rounds, Console(soft_wrap=True))
 
 

@@ -113,7 +113,7 @@ def main(model, interval_json, pipeline, output, samples, seeds, batch_size, dev
     pipe.set_progress_bar_config(disable=True)
     steps, settings = read_settings(interval_json)
     results = ResultRows(output or interval_json.with_name("confirmed.json"))
-    console = Console()
+    console = Console(width=130)
     title = f"{model}: {samples} samples, {seeds} seeds, {steps} steps"
     table = Table("setting", *METRICS.values(), title=title, box=SIMPLE)
     rows = {name: [] for name in settings}

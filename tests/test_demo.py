@@ -12,10 +12,13 @@ from rich.console import Console
 from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, SEDDTransformer, demo, evaluation
 from diffusers_ext.demo import boost_and_skip
 from diffusers_ext.demo.boost_and_skip import BoostAndSkipSettings, run_boost_and_skip
+from diffusers_ext.cli.train_postprocessing import save_flow
 from diffusers_ext.demo.discrete import DiscreteSettings, run_discrete
+from diffusers_ext.demo.flow_postprocessing import FlowPostprocessingSettings, run_flow_postprocessing
 from diffusers_ext.demo.guidance_interval import GuidanceIntervalSettings, run_guidance_interval
 from diffusers_ext.demo.jump_your_steps import JumpYourStepsSettings, run_jump_your_steps
 from diffusers_ext.demo.pictures import grid, sequences_picture, stacked
+from diffusers_ext.flow import velocity_network
 from diffusers_ext.music import NUM_TOKENS
 
 
@@ -134,3 +137,24 @@ def test_cells_of_sequences():
     assert pixels[1, 4].tolist() == pixels[1, 5].tolist() == [220, 30, 30] and (pixels == 220).sum() == 4
     canvas = stacked({"one": Image.new("RGB", (30, 10), "red"), "two": Image.new("RGB", (20, 5), "blue")}, margin=10)
     assert canvas.size == (50, 95) and canvas.getpixel((10, 30)) == (255, 0, 0) and canvas.getpixel((10, 80))[2] == 255
+
+
+def test_flow_section_measures_before_and_after(tmp_path, capsys):
+    torch.manual_seed(0)
+    flow = velocity_network(torch.zeros(1, 1, 28, 28), num_classes=10, block_out_channels=(8, 8))
+    flow.conv_out.weight.data.mul_(8)  # an untrained flow that blurs: something to see
+    save_flow(flow, tmp_path / "flow")
+    settings = FlowPostprocessingSettings(
+        str(tmp_path / "flow"), guidance_scales=(1.0, 4.0), num_inference_steps=4, repair_steps=2, num_samples=20
+    )
+    result = run_flow_postprocessing(tmp_path, "cpu", Console(width=120), settings)
+    assert [row["title"] for row in result["rows"]] == [
+        "guidance 1", "guidance 1, repaired", "guidance 4", "guidance 4, repaired"
+    ]  # fmt: skip
+    assert len({row["knn_distance"] for row in result["rows"]}) == 4
+    for row in result["rows"]:
+        assert 0 <= row["recognised"] <= 1 and row["frechet"] > 0 and row["seconds_per_image"] > 0
+    assert json.loads(json.dumps(result))["rows"] == result["rows"]
+    panels = np.array_split(np.asarray(Image.open(tmp_path / result["files"][0]))[48:], 4, axis=1)
+    assert all((panel < 128).mean() > 0.02 for panel in panels)  # ink of digits
+    assert "guidance 4, repaired" in capsys.readouterr().out
