@@ -10,9 +10,9 @@ from PIL import Image
 from rich.console import Console
 
 from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, SEDDTransformer, demo, evaluation
+from diffusers_ext.cli.train_postprocessing import save_flow
 from diffusers_ext.demo import boost_and_skip
 from diffusers_ext.demo.boost_and_skip import BoostAndSkipSettings, run_boost_and_skip
-from diffusers_ext.cli.train_postprocessing import save_flow
 from diffusers_ext.demo.discrete import DiscreteSettings, run_discrete
 from diffusers_ext.demo.flow_postprocessing import FlowPostprocessingSettings, run_flow_postprocessing
 from diffusers_ext.demo.guidance_interval import GuidanceIntervalSettings, run_guidance_interval
