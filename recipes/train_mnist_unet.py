@@ -13,6 +13,7 @@ Metric reached by the shipped run: see diffusers_ext/assets/mnist-unet/README.md
 import json
 import math
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from shutil import rmtree
@@ -28,6 +29,7 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from diffusers_ext import BoostAndSkipPipeline
+from diffusers_ext.flow.features import as_unit
 from diffusers_ext.processes import end_processes
 
 NULL_CLASS = 10
@@ -94,24 +96,20 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
     accelerator.wait_for_everyone()
 
 
-@click.command()
-@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="mnist.npz")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--steps", default=4500, show_default=True)
-@click.option("--batch-size", default=128, show_default=True, help="Images a step and process.")
-@click.option("--lr", default=1e-3, show_default=True)
-@click.option("--label-dropout", default=0.1, show_default=True)
-@click.option("--ema-decay", default=0.999, show_default=True)
-@click.option("--mixed-precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--checkpoint-every", default=250, show_default=True, help="Steps between checkpoints.")
-def main(data, output, steps, batch_size, lr, label_dropout, ema_decay, mixed_precision, seed, checkpoint_every):
-    """Train a class-conditional UNet on MNIST."""
+def train(
+    build: Callable[[], UNet2DModel], images: torch.Tensor, labels: torch.Tensor, output: Path, *, steps: int,
+    batch_size: int, lr: float, label_dropout: float, ema_decay: float, mixed_precision: str, seed: int,
+    checkpoint_every: int,
+) -> None:  # fmt: skip
+    """Train a network of ten classes and the null class, and write the pipeline; goes on from the last checkpoint.
+
+    build: makes the network, after seeding. images: (count, channels, size, size), uint8 or in [-1, 1]. labels:
+    (count,) int64.
+    """
     accelerator = Accelerator(mixed_precision=mixed_precision)
     set_seed(seed, device_specific=True)
-    images, labels = load_images(data)
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-    unet = build_unet()
+    unet = build()
     ema = EMAModel(unet.parameters(), decay=ema_decay, model_cls=UNet2DModel, model_config=unet.config)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     unet, optimizer = accelerator.prepare(unet, optimizer)
@@ -129,9 +127,8 @@ def main(data, output, steps, batch_size, lr, label_dropout, ema_decay, mixed_pr
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         rows = torch.randint(0, len(images), (batch_size,))
-        loss = loss_of(
-            unet, scheduler, images[rows].to(accelerator.device), labels[rows].to(accelerator.device), label_dropout
-        )
+        batch, classes = as_unit(images[rows].to(accelerator.device)), labels[rows].to(accelerator.device)
+        loss = loss_of(unet, scheduler, batch, classes, label_dropout)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
@@ -145,6 +142,26 @@ def main(data, output, steps, batch_size, lr, label_dropout, ema_decay, mixed_pr
         save_pipeline(accelerator.unwrap_model(unet), ema, scheduler, output)
     accelerator.print(f"{steps - first} steps in {time.monotonic() - started:.0f} s, running loss {running}")
     end_processes(accelerator)
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="mnist.npz")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--steps", default=4500, show_default=True)
+@click.option("--batch-size", default=128, show_default=True, help="Images a step and process.")
+@click.option("--lr", default=1e-3, show_default=True)
+@click.option("--label-dropout", default=0.1, show_default=True)
+@click.option("--ema-decay", default=0.999, show_default=True)
+@click.option("--mixed-precision", type=click.Choice(["no", "bf16"]), default="no", show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--checkpoint-every", default=250, show_default=True, help="Steps between checkpoints.")
+def main(data, output, steps, batch_size, lr, label_dropout, ema_decay, mixed_precision, seed, checkpoint_every):
+    """Train a class-conditional UNet on MNIST."""
+    images, labels = load_images(data)
+    train(
+        build_unet, images, labels, output, steps=steps, batch_size=batch_size, lr=lr, label_dropout=label_dropout,
+        ema_decay=ema_decay, mixed_precision=mixed_precision, seed=seed, checkpoint_every=checkpoint_every,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

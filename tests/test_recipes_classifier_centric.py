@@ -1,14 +1,17 @@
 """The studies of recipes/classifier_centric: their closed forms, and a short run of each."""
 
 import importlib.util
+import io
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import DDIMScheduler
+from PIL import Image
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
@@ -143,3 +146,47 @@ def test_fractal_run_goes_on_and_guards_its_folder(tmp_path):
     run(FRACTAL, *options)
     assert json.loads((tmp_path / "numbers.json").read_text())["rows"] == first["rows"]
     assert "choose another folder" in run(FRACTAL, *options[:4], "--steps", 5, exit_code=1)
+
+
+@pytest.mark.slow
+def test_cifar10_from_encoded_files_to_distances(tmp_path):
+    """All commands on twenty small pictures in PNG, with networks of width 8."""
+    module, rng = recipe("cifar10"), np.random.default_rng(0)
+    pixels, files = rng.integers(0, 256, (20, 32, 32, 3), np.uint8), []
+    for picture in pixels:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        files.append(np.frombuffer(buffer.getvalue(), np.uint8))
+    offsets = np.cumsum([0, *map(len, files)])
+    encoded, real = tmp_path / "encoded.npz", tmp_path / "real.npz"
+    np.savez(encoded, train_bytes=np.concatenate(files), train_offsets=offsets, train_labels=np.arange(20) % 10)
+    run(module, "images", encoded, real)
+    with np.load(real) as data:
+        np.testing.assert_array_equal(data["arr_0"], pixels)
+
+    tiny = ("--width", 8, "--batch-size", 2, "--steps", 2)
+    run(module, "train-base", real, tmp_path / "base", *tiny)
+    drawn = ("--guidance-scales", 1, 3, "--samples", 6, "--sampling-steps", 2)
+    flow = tmp_path / "flow"
+    options = ("--features", "pixel", "--k", 3, "--layers", 1)
+    run(module, "train-flow", real, tmp_path / "base", flow, *drawn, *options, *tiny)
+    (tmp_path / "means.py").write_text("def means(images):\n    return images.float().flatten(2).mean(2) / 255\n")
+    features = ("--features", f"{tmp_path / 'means.py'}:means", "--device", "cpu")
+    arguments = (real, tmp_path / "base", flow / "pipeline", tmp_path / "measured", *drawn, *features)
+    output = run(module, "measure", *arguments)
+    assert [line for line in output.splitlines() if line.startswith("scale")] == [
+        "scale 1, before", "scale 1, after", "scale 3, before", "scale 3, after"
+    ]  # fmt: skip
+    before, after = (np.load(tmp_path / f"measured/{name}-3.npz")["arr_0"] for name in ("before", "after"))
+    assert before.shape == after.shape == (6, 32, 32, 3) and (before != after).any()
+    stamps = [path.stat().st_mtime_ns for path in sorted((tmp_path / "measured").glob("*.npz"))]
+    run(module, "measure", *arguments)  # nothing is repaired again
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "measured").glob("*.npz"))] == stamps
+
+
+def test_cifar10_networks_have_the_papers_widths():
+    unet = recipe("cifar10").build_unet(128, 4, 10)
+    assert [block.resnets[0].conv2.out_channels for block in unet.down_blocks] == [128, 256, 256, 256]
+    assert len(unet.down_blocks[0].resnets) == 4
+    heads = [block.attentions[0].heads for block in unet.down_blocks if hasattr(block, "attentions")]
+    assert heads == [256 // 64]
