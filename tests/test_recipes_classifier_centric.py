@@ -190,3 +190,25 @@ def test_cifar10_networks_have_the_papers_widths():
     assert len(unet.down_blocks[0].resnets) == 4
     heads = [block.attentions[0].heads for block in unet.down_blocks if hasattr(block, "attentions")]
     assert heads == [256 // 64]
+
+
+def test_targets_of_real_images_are_themselves(tmp_path):
+    """With k = 1 the targets are the samples; with more they are others."""
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 28, 28, 1), np.uint8)
+    np.savez(tmp_path / "real.npz", arr_0=pixels, arr_1=np.arange(60) % 10)
+    for scale in (1, 3):
+        folder = tmp_path / f"samples/guidance-{scale}"
+        folder.mkdir(parents=True)
+        np.savez(folder / "samples.npz", arr_0=pixels[:40], arr_1=np.arange(40) % 10)
+    module, common = recipe("mnist_neighbours"), (tmp_path / "real.npz", "--output", tmp_path / "out")
+    output = run(module, tmp_path / "samples", *common, "--k", 1, 4)
+    rows = json.loads((tmp_path / "out/rows.json").read_text())
+    assert [(row["scale"], row["space"], row["k"]) for row in rows] == [
+        (1, None, None), (3, None, None),
+        (1, "pixel", 1), (1, "pixel", 4), (3, "pixel", 1), (3, "pixel", 4),
+        (1, "classifier", 1), (1, "classifier", 4), (3, "classifier", 1), (3, "classifier", 4),
+    ]  # fmt: skip
+    before, nearest, further = rows[0]["frechet"], rows[2]["frechet"], rows[3]["frechet"]
+    assert nearest == pytest.approx(before) != further
+    assert "classifier" in output and (tmp_path / "out/targets.png").stat().st_size > 10_000
+    assert "no guidance-" in run(module, tmp_path, *common, exit_code=2)

@@ -1,0 +1,108 @@
+"""Study 3, the targets alone: how good the nearest real digits would be, by space and k, before any flow is trained.
+
+    diffusers-ext train-postprocessing --base mnist-unet --real digits.npz --guidance-scales 1 2 4 6 --output out/flow
+    python recipes/classifier_centric/mnist_neighbours.py out/flow/samples digits.npz --output out/neighbours
+
+A flow that learned its task perfectly would turn the samples of all scales together into draws from their neighbours.
+For the samples of each scale this draws one of the k nearest real digits for each, sought in pixels or in the features
+of the shipped classifier, and measures the draws as `mnist.py` measures repaired samples. Nothing is trained.
+
+SAMPLES holds guidance-SCALE/*.npz; REAL is an .npz with arr_0 (count, 28, 28, 1). Writes rows.json and targets.png.
+"""
+
+import json
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from diffusers_ext.cli.options import INTEGERS, ListsCommand
+from diffusers_ext.evaluation import evaluate_digits
+from diffusers_ext.features import load_extractor
+from diffusers_ext.flow import channels_first, find_neighbours
+from diffusers_ext.image_sets import read_images
+
+METRICS = ("frechet", "precision", "recall")
+
+
+def read_scales(folder: Path, count: int) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+    """The first images and labels of each guidance scale, the smallest scale first."""
+    found = {float(path.parent.name.removeprefix("guidance-")): path for path in folder.glob("guidance-*/*.npz")}
+    if not found:
+        raise click.UsageError(f"{folder} has no guidance-*/*.npz; give the samples of train-postprocessing")
+    return {scale: tuple(part[:count] for part in read_images(found[scale])) for scale in sorted(found)}
+
+
+def vectors(images: np.ndarray, space: str) -> torch.Tensor:
+    """(count, dimensions) float32 to search in, of uint8 images (count, 28, 28, 1)."""
+    if space == "pixel":
+        return torch.from_numpy(images.reshape(len(images), -1)).float()
+    extractor = load_extractor(space, device="cpu")
+    parts = [extractor(images[start : start + 500]) for start in range(0, len(images), 500)]
+    return torch.from_numpy(np.concatenate(parts)).float()
+
+
+def measure(images: np.ndarray, labels: np.ndarray) -> dict:
+    pixels = channels_first(images).float() / 255
+    return evaluate_digits(pixels, torch.from_numpy(labels), ("frechet", "precision_recall"))
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Fréchet distance of the targets over k, a line for each scale; the samples themselves at the left end."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    spaces = list(dict.fromkeys(row["space"] for row in rows if row["space"]))
+    for axes, space in zip(figure.subplots(1, len(spaces), sharey=True, squeeze=False)[0], spaces, strict=True):
+        for scale in dict.fromkeys(row["scale"] for row in rows):
+            mine = [row for row in rows if row["scale"] == scale]
+            points = [(str(row["k"]), row["frechet"]) for row in mine if row["space"] == space]
+            before = next(row["frechet"] for row in mine if row["space"] is None)
+            axes.plot(*zip(("samples", before), *points, strict=True), "o-", label=f"scale {scale:g}")
+        axes.set(title=f"neighbours by {space}", xlabel="k", yscale="log")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("Fréchet distance to the training set")
+    figure.axes[-1].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def print_rows(rows: list[dict], count: int) -> None:
+    table = Table("space", "k", *(f"scale {s:g}" for s in dict.fromkeys(row["scale"] for row in rows)), box=SIMPLE)
+    table.title = f"Fréchet distance, precision and recall of the targets of {count} samples a scale"
+    for space, k in dict.fromkeys((row["space"], row["k"]) for row in rows):
+        mine = [row for row in rows if (row["space"], row["k"]) == (space, k)]
+        cells = [" ".join(f"{row[metric]:.3f}" for metric in METRICS) for row in mine]
+        table.add_row(space or "samples", "" if k is None else str(k), *cells)
+    Console(width=40 + 18 * len(cells)).print(table)
+
+
+@click.command(cls=ListsCommand)
+@click.argument("samples", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("real", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--output", type=click.Path(path_type=Path), required=True)
+@click.option("--k", "counts", type=INTEGERS, default=[1, 5, 20, 40, 200], show_default="1 5 20 40 200")
+@click.option("--count", default=2500, show_default=True, help="Samples of each scale.")
+@click.option("--seed", default=0, show_default=True)
+def main(samples, real, output, counts, count, seed):
+    """Measure the nearest real digits of the samples of each guidance scale."""
+    scales, (pool, _) = read_scales(samples, count), read_images(real)
+    rng = np.random.default_rng(seed)
+    rows = [{"scale": scale, "space": None, "k": None, **measure(*drawn)} for scale, drawn in scales.items()]
+    for space in ("pixel", "classifier"):
+        points = vectors(pool, space)
+        for scale, (images, labels) in scales.items():
+            nearest = find_neighbours(vectors(images, space), points, max(counts)).indices.numpy()
+            for k in counts:
+                chosen = nearest[np.arange(len(images)), rng.integers(0, k, len(images))]
+                rows.append({"scale": scale, "space": space, "k": k, **measure(pool[chosen], labels)})
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "rows.json").write_text(json.dumps(rows, indent=2) + "\n")
+    plot(rows, output / "targets.png")
+    print_rows(rows, count)
+
+
+if __name__ == "__main__":
+    main()
