@@ -7,6 +7,8 @@ import click
 from .options import INTEGERS, NUMBERS, ListsCommand, Steps
 from .sample import prompts_of_file
 
+CLASSIFIER_WEIGHT = 3.0  # of its squared distance beside that of pixels; docs/flow_postprocessing.md has the search
+
 
 @click.command("train-postprocessing", cls=ListsCommand)
 @click.option("--base", required=True, help="The pipeline to repair: a shipped model, a folder or a Hub id.")
@@ -35,8 +37,10 @@ from .sample import prompts_of_file
 )  # fmt: skip
 @click.option("--num-inference-steps", type=Steps(), default=50, show_default=True, help="Of the base.")
 @click.option(
-    "--features", type=click.Choice(["pixel", "cls", "patch", "classifier"]), default="patch", show_default=True,
-    help="Where neighbours are sought: pixels, DINOv2's class token or mean of patches, the shipped classifier.",
+    "--features", type=click.Choice(["pixel", "cls", "patch", "classifier", "pixel+classifier"]), default="patch",
+    show_default=True,
+    help="Where neighbours are sought: pixels, DINOv2's class token or mean of patches, the shipped classifier, or"
+    " pixels and classifier together.",
 )  # fmt: skip
 @click.option(
     "--features-model", default="facebook/dinov2-with-registers-base", show_default=True,
@@ -94,7 +98,7 @@ def train_postprocessing(
     images, real_labels = read_images(real)
     if within_class and real_labels is None:
         raise click.UsageError(f"--within-class needs the classes of the real images; {real} has none (arr_1)")
-    extractor = _neighbour_features(features, features_model, device)
+    extractor = _neighbour_features(features, features_model, device, images)
 
     pipe = load_pipeline(base, pipeline, trust_remote_code=trust_remote_code)
     pipe.to(device, getattr(torch, dtype))
@@ -126,21 +130,26 @@ def save_flow(model, folder: Path) -> None:
     FlowPostprocessingPipeline(model.half(), FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
 
 
-def _neighbour_features(name: str, model: str, device):
-    """ "pixel", or a function of images in [-1, 1], as train_postprocessing_flow takes them."""
+def _neighbour_features(name: str, model: str, device, real):
+    """ "pixel", or a function of images in [-1, 1], as train_postprocessing_flow takes them.
+
+    real: uint8 (count, height, width, channels), whose variance sets the scales of pixels and classifier together.
+    """
     import torch
 
     from ..features import load_extractor
-    from ..flow import DINOv2Features
+    from ..flow import DINOv2Features, channels_first, combined_features, pixel_features
 
     if name == "pixel":
         return name
     if name in ("cls", "patch"):
         return DINOv2Features(model, pooling=name, device=device)
-    extractor = load_extractor(name, device=device)
+    extractor = load_extractor("classifier", device=device)
 
     def features(images):
         pixels = images.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)
         return torch.as_tensor(extractor(pixels.cpu().numpy()))
 
-    return features
+    if name == "classifier":
+        return features
+    return combined_features([(pixel_features, 1.0), (features, CLASSIFIER_WEIGHT)], channels_first(real[:10_000]))

@@ -1,6 +1,6 @@
 """The space that nearest neighbours are sought in: pixels, or tokens of DINOv2, or any function of images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -12,6 +12,35 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def pixel_features(images: torch.Tensor) -> torch.Tensor:
     """The samples themselves, flattened: (n, ...) to (n, d)."""
     return images.flatten(1)
+
+
+def combined_features(
+    parts: Sequence[tuple[Callable[[torch.Tensor], torch.Tensor], float]], real: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    r"""Features whose squared distance is a weighted sum of those of several spaces.
+
+    .. math:: d^2(a, b) = \sum_s w_s \, |f_s(a) - f_s(b)|^2 / \mathrm{var}_s
+
+    with var_s the variance of f_s over real images, summed over dimensions, so that weights compare. Pixels alone lead
+    samples to other styles than theirs, and features alone to images that look different; together they do neither.
+
+    parts: pairs of a function of images (n, ...) that returns (n, dim_s), and w_s > 0. real: images (m, ...), uint8
+    or as the functions take them.
+
+    Raises ValueError for no parts, a weight that is not positive, and features that do not vary.
+    """
+    if not parts or any(not weight > 0 for _, weight in parts):
+        raise ValueError(f"parts must be one or more (features, weight > 0), got weights {[w for _, w in parts]}")
+    variances = [extract_features(real, extractor).double().var(dim=0).sum().item() for extractor, _ in parts]
+    if not all(variance > 0 for variance in variances):
+        raise ValueError(f"features must vary over the real images, got variances {variances}")
+    scales = [(weight / variance) ** 0.5 for (_, weight), variance in zip(parts, variances, strict=True)]
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        each = zip(parts, scales, strict=True)
+        return torch.cat([extractor(images).float().cpu() * scale for (extractor, _), scale in each], dim=1)
+
+    return features
 
 
 class DINOv2Features:
