@@ -1,12 +1,15 @@
 """The small trained models that ship with the package, and how a model's name becomes something to load."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from safetensors.torch import load_file
 
+from . import models
+from .hub.downloads import download_pipeline
 from .models import ImageClassifier
 from .pipelines import ADMUpsamplerPipeline
 from .pipelines.boost_and_skip import BOOST_AND_SKIP_CLASSES, BoostAndSkipPipeline
@@ -57,19 +60,51 @@ def load_pipeline(
     scheduler that the pipeline cannot boost itself becomes the Boost-and-Skip one of its kind. trust_remote_code: run
     the .py files that lie in the model's repository. kwargs: further arguments of `from_pretrained`.
 
-    Raises ValueError for an unknown pipeline name, a shipped model that is no pipeline, and a local folder with code
-    that is not trusted.
+    Raises ValueError for an unknown pipeline name, a shipped model that is no pipeline, code that is not trusted, and
+    what `download_pipeline` raises ValueError and OSError for.
     """
     if pipeline is not None and pipeline not in PIPELINES:
         raise ValueError(f"pipeline must be one of {sorted(PIPELINES)}, got {pipeline!r}")
-    folder = Path(resolve_model(model))
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise ValueError(f"model {model!r} is no pipeline: {folder} has no model_index.json")
-    code = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py")) if folder.is_dir() else []
-    if code and not trust_remote_code:  # diffusers before 0.38 would run it
-        raise ValueError(f"model {model!r} holds code, {', '.join(code)}; read it, then pass trust_remote_code=True")
     cls = DiffusionPipeline if pipeline is None else PIPELINES[pipeline]
-    pipe = cls.from_pretrained(resolve_model(model), trust_remote_code=trust_remote_code, **kwargs)
+    folder = Path(resolve_model(model))
+    if not folder.is_dir():
+        folder = download_pipeline(model, cls, trust_remote_code=trust_remote_code, **kwargs)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"model {model!r} is no pipeline: {folder} has no model_index.json")
+    _check_trust(model, folder, trust_remote_code)
+    pipe = cls.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
+    pipe.register_to_config(_name_or_path=resolve_model(model))
     if pipeline == "boost-and-skip" and type(pipe.scheduler).__name__ in BOOST_AND_SKIP_CLASSES:
         pipe.scheduler = boost_and_skip(pipe.scheduler)
     return pipe
+
+
+def load_network(model: str, trust_remote_code: bool = False) -> ModelMixin:
+    """A shipped network by name, or the one in a folder, such as `ImageClassifier.save_pretrained` or an export wrote.
+
+    Raises ValueError for a folder that holds no network, and for code that must run and is not trusted.
+    """
+    folder = Path(resolve_model(model))
+    name = network_class(model)
+    if name is None:
+        raise ValueError(f"model {model!r} is no network: {folder} has no config.json that names a class")
+    if name in models.__all__:
+        return getattr(models, name).from_pretrained(folder)
+    _check_trust(model, folder, trust_remote_code)
+    # AutoModel refuses trust where there is no code, and takes no Path.
+    return AutoModel.from_pretrained(str(folder), trust_remote_code=any(folder.rglob("*.py")))
+
+
+def network_class(model: str) -> str | None:
+    """The class of a shipped network, or of the one that a folder holds; None for pipelines and whatever else."""
+    folder = Path(resolve_model(model))
+    config = folder / "config.json"
+    if (folder / "model_index.json").is_file() or not config.is_file():
+        return None
+    return json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+
+
+def _check_trust(model: str, folder: Path, trust_remote_code: bool) -> None:
+    code = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
+    if code and not trust_remote_code:  # diffusers before 0.38 would run it
+        raise ValueError(f"model {model!r} holds code, {', '.join(code)}; read it, then pass trust_remote_code=True")

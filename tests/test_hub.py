@@ -1,14 +1,22 @@
 """Exported folders: what they hold, and what is refused. That they load elsewhere is in contracts.py."""
 
+import hashlib
+import importlib
+import inspect
 import json
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
-from diffusers_ext import BoostAndSkipPipeline
-from diffusers_ext.hub import _with_siblings, export_pipeline
+import diffusers_ext
+from diffusers_ext import BoostAndSkipPipeline, FlowPostprocessingPipeline, __version__, pipelines
+from diffusers_ext.hub import check_download, export_code, export_pipeline
+from diffusers_ext.hub.cards import license_of
+from diffusers_ext.hub.sources import with_siblings
 from diffusers_ext.schedulers import BoostAndSkipDDIMScheduler
 
 
@@ -67,9 +75,9 @@ def test_a_class_without_a_file_is_refused_and_nothing_is_written(tmp_path):
 def test_siblings_travel(tmp_path):
     (tmp_path / "top.py").write_text("import json, torch\nfrom .near import x\n")
     (tmp_path / "near.py").write_text("from diffusers import DDPMScheduler\nx = 1\n")
-    assert [path.name for path in _with_siblings(tmp_path / "top.py")] == ["top.py", "near.py"]
+    assert [path.name for path in with_siblings(tmp_path / "top.py")] == ["top.py", "near.py"]
     (tmp_path / "top.py").write_text("def f():\n    import torchdiffeq\n")  # an optional library
-    assert [path.name for path in _with_siblings(tmp_path / "top.py")] == ["top.py"]
+    assert [path.name for path in with_siblings(tmp_path / "top.py")] == ["top.py"]
 
 
 @pytest.mark.parametrize("where", ["top", "near"])
@@ -84,7 +92,7 @@ def test_imports_that_a_repository_cannot_satisfy_are_refused(tmp_path, line, wh
     for name, text in sources.items():
         (tmp_path / f"{name}.py").write_text(text)
     with pytest.raises(ValueError, match="which a Hub repository does not hold"):
-        _with_siblings(tmp_path / "top.py")
+        with_siblings(tmp_path / "top.py")
 
 
 def test_a_sibling_of_a_sibling_is_refused_unless_the_file_imports_it_too(tmp_path):
@@ -92,9 +100,9 @@ def test_a_sibling_of_a_sibling_is_refused_unless_the_file_imports_it_too(tmp_pa
     (tmp_path / "far.py").write_text("y = 1\n")
     (tmp_path / "top.py").write_text("from .near import x\n")
     with pytest.raises(ValueError, match="far"):
-        _with_siblings(tmp_path / "top.py")
+        with_siblings(tmp_path / "top.py")
     (tmp_path / "top.py").write_text("from .near import x\nfrom .far import y\n")
-    assert len(_with_siblings(tmp_path / "top.py")) == 3
+    assert len(with_siblings(tmp_path / "top.py")) == 3
 
 
 def test_no_path_of_this_machine_is_exported(tmp_path):
@@ -122,3 +130,88 @@ def test_half_precision_weights_stay_half(tmp_path):
     folder = export_pipeline(pipe, tmp_path / "out")
     weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+
+
+def test_a_network_with_a_sibling_is_refused(tmp_path, monkeypatch):
+    """diffusers downloads one file of code from a folder with weights; schedulers and pipelines may have siblings."""
+    (tmp_path / "near_network.py").write_text("x = 1\n")
+    (tmp_path / "far_network.py").write_text(
+        "from diffusers import UNet2DModel\nfrom .near_network import x\n\n\nclass Far(UNet2DModel):\n    pass\n"
+    )
+    (tmp_path / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path.parent))
+    cls = importlib.import_module(f"{tmp_path.name}.far_network").Far
+    pipe = BoostAndSkipPipeline(cls.from_config(tiny_unet().config), DDPMScheduler())
+    with pytest.raises(ValueError, match=r"far_network\.py imports near_network beside it"):
+        export_pipeline(pipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_card_says_of_licence_and_origin(tmp_path):
+    pipe = BoostAndSkipPipeline(tiny_unet(), DDPMScheduler())
+    pipe.save_pretrained(tmp_path / "source")
+    (tmp_path / "source/README.md").write_text("---\nlibrary_name: diffusers\nlicense: cc0-1.0\n---\n# source\n")
+    loaded = BoostAndSkipPipeline.from_pretrained(tmp_path / "source")
+    card = (export_pipeline(loaded, tmp_path / "kept") / "README.md").read_text()
+    assert "license: cc0-1.0" in card and "Exported from `source`" in card and "base_model" not in card
+    card = (export_pipeline(loaded, tmp_path / "given", "mit", "me/repo") / "README.md").read_text()
+    assert "license: mit" in card and 'from_pretrained("me/repo", trust_remote_code=True)' in card
+    loaded.register_to_config(_name_or_path="google/ddpm-celebahq-256")
+    card = (export_pipeline(loaded, tmp_path / "hub") / "README.md").read_text()
+    assert "base_model: google/ddpm-celebahq-256" in card and "license:" not in card
+    loaded.register_to_config(_name_or_path="/home/someone/gone")
+    card = (export_pipeline(loaded, tmp_path / "gone") / "README.md").read_text()
+    assert "Exported from `gone`" in card and "someone" not in card and "base_model" not in card
+    assert f"diffusers_ext {__version__}" in card and "The code of BoostAndSkipPipeline is Apache-2.0." in card
+
+
+@pytest.mark.parametrize(
+    "text", ["# no metadata\n", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---\nlicense: mit\n"]
+)
+def test_cards_without_a_licence(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    assert license_of(str(tmp_path)) is None
+
+
+def test_the_code_of_a_pipeline(tmp_path):
+    folder = export_code(FlowPostprocessingPipeline, tmp_path / "out", "me/flow")
+    assert 'custom_pipeline="me/flow", trust_remote_code=True' in (folder / "README.md").read_text()
+    source = Path(inspect.getsourcefile(FlowPostprocessingPipeline))
+    assert (folder / "pipeline.py").read_text() == source.read_text()
+    assert {path.name for path in folder.glob("*.py")} == {
+        "pipeline.py", *(path.name for path in with_siblings(source)[1:])
+    }  # fmt: skip
+
+
+def test_files_are_compared_with_the_hashes_in_the_cache(tmp_path):
+    """The layout of the Hub's cache: a snapshot of links to files that are named by their hash."""
+    contents = {"weights.safetensors": b"w" * 5000, "config.json": b"{}", "odd.bin": b"o"}
+    hashes = {
+        "weights.safetensors": hashlib.sha256(contents["weights.safetensors"]).hexdigest(),
+        "config.json": "9e26dfeeb6e641a33dae4961196235bdb965b21b",  # git hash-object
+        "odd.bin": "an-etag-of-another-kind",
+    }
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot/unet").mkdir(parents=True)
+    for name, content in contents.items():
+        (tmp_path / "blobs" / hashes[name]).write_bytes(content)
+        (tmp_path / "snapshot/unet" / name).symlink_to(tmp_path / "blobs" / hashes[name])
+    (tmp_path / "snapshot/notes.txt").write_text("no link")
+    check_download(tmp_path / "snapshot")
+    (tmp_path / "blobs" / hashes["odd.bin"]).write_bytes(b"changed")
+    check_download(tmp_path / "snapshot")  # of which nothing is known
+    for name in ("weights.safetensors", "config.json"):
+        (tmp_path / "blobs" / hashes[name]).write_bytes(contents[name].swapcase() + b" ")
+        with pytest.raises(ValueError, match=f"unet/{name} in .* differ"):
+            check_download(tmp_path / "snapshot")
+        (tmp_path / "blobs" / hashes[name]).write_bytes(contents[name])
+
+
+def test_our_pipelines_are_set_on_diffusers_and_overwrite_nothing(monkeypatch):
+    """DiffusionPipeline.from_pretrained looks the name in model_index.json up there."""
+    names = [name for name in pipelines.__all__ if name.endswith("Pipeline")]
+    assert names and all(getattr(diffusers, name) is getattr(pipelines, name) for name in names)
+    monkeypatch.setattr(diffusers, "EDM2Pipeline", DDPMPipeline)  # as if diffusers had one of its own
+    monkeypatch.setattr(diffusers_ext, "__path__", list(diffusers_ext.__path__))
+    importlib.reload(diffusers_ext)
+    assert diffusers.EDM2Pipeline is DDPMPipeline

@@ -11,7 +11,14 @@ from diffusers_ext.evaluation import evaluate_digits
 from diffusers_ext.hub import export_pipeline
 from diffusers_ext.metrics import countdown_errors, frechet_distance
 from diffusers_ext.music import tokens_to_pitches
-from diffusers_ext.shipped import load_pipeline, load_shipped_classifier, resolve_model, shipped_models
+from diffusers_ext.shipped import (
+    load_network,
+    load_pipeline,
+    load_shipped_classifier,
+    network_class,
+    resolve_model,
+    shipped_models,
+)
 
 
 def size(folder) -> int:
@@ -140,3 +147,20 @@ def test_a_shipped_model_that_is_no_pipeline_is_named():
 def test_an_unknown_pipeline_name_is_refused():
     with pytest.raises(ValueError, match="pipeline must be one of"):
         load_pipeline("mnist-unet", "boost")
+
+
+def test_networks_are_told_from_pipelines(tmp_path):
+    assert network_class("mnist-classifier") == "ImageClassifier" and network_class("mnist-unet") is None
+    assert type(load_network("mnist-classifier")).__name__ == "ImageClassifier"
+    unet = load_pipeline("mnist-unet").unet
+    unet.save_pretrained(tmp_path / "stock")
+    again = load_network(str(tmp_path / "stock"), trust_remote_code=True)
+    assert type(again) is type(unet) and torch.equal(again.conv_out.weight, unet.conv_out.weight)
+    with pytest.raises(ValueError, match="'mnist-unet' is no network"):
+        load_network("mnist-unet")
+    config = json.loads((tmp_path / "stock/config.json").read_text())
+    config |= {"_class_name": "Foreign", "auto_map": {"AutoModel": "foreign.Foreign"}}
+    (tmp_path / "stock/config.json").write_text(json.dumps(config))
+    (tmp_path / "stock/foreign.py").write_text("raise RuntimeError('this was run')\n")
+    with pytest.raises(ValueError, match=r"holds code, foreign\.py"):
+        load_network(str(tmp_path / "stock"))

@@ -13,15 +13,44 @@ import click
     help="Export the model under this pipeline; by default under its own.",
 )  # fmt: skip
 @click.option("--license", default=None, help='SPDX identifier for the model card, such as "apache-2.0".')
+@click.option("--push-to-hub", "repo_id", metavar="REPO_ID", default=None, help="Push OUTPUT to this repository.")
+@click.option("--private", is_flag=True, help="Make a private repository, where there is none.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
-def export(model, output, pipeline, license, trust_remote_code):
-    """Write MODEL as a folder that loads with diffusers alone.
+def export(model, output, pipeline, license, repo_id, private, trust_remote_code):
+    """Write MODEL as a folder that loads with diffusers alone, and push it to the Hub if asked to.
 
-    MODEL is the name of a shipped model, a folder or a Hub id; OUTPUT a new folder.
+    MODEL is the name of a shipped model, a folder or a Hub id; or that of a pipeline of this package, whose code is
+    exported without weights. OUTPUT is a new folder.
     """
-    from ..hub import export_pipeline, new_folder
-    from ..shipped import load_pipeline
+    from huggingface_hub.utils import validate_repo_id
 
+    from ..hub import new_folder, push_folder
+
+    if private and repo_id is None:
+        raise click.UsageError("--private is for --push-to-hub")
     new_folder(output)  # before a large model is loaded
-    loaded = load_pipeline(model, pipeline, trust_remote_code=trust_remote_code)
-    click.echo(f"wrote {export_pipeline(loaded, output, license)}")
+    if repo_id is not None:
+        validate_repo_id(repo_id)
+    click.echo(f"wrote {_export(model, output, pipeline, license, repo_id, trust_remote_code)}")
+    if repo_id is not None:
+        click.echo(f"pushed {push_folder(output, repo_id, private or None)}")
+
+
+def _export(model, output, pipeline, license, repo_id, trust_remote_code) -> Path:
+    from ..hub import export_code, export_model, export_pipeline
+    from ..shipped import load_network, load_pipeline, network_class, resolve_model
+
+    codes = _pipelines()
+    if model in codes and not Path(resolve_model(model)).is_dir():
+        return export_code(codes[model], output, repo_id)
+    if pipeline is None and network_class(model) is not None:
+        return export_model(load_network(model, trust_remote_code), output, license, repo_id)
+    return export_pipeline(load_pipeline(model, pipeline, trust_remote_code), output, license, repo_id)
+
+
+def _pipelines() -> dict[str, type]:
+    """Each pipeline of the package by the name of its file, with hyphens."""
+    from .. import pipelines
+
+    classes = [getattr(pipelines, name) for name in pipelines.__all__ if name.endswith("Pipeline")]
+    return {cls.__module__.split(".")[-1].replace("_", "-"): cls for cls in classes}

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
-
-from .ctmc_unet import time_features
 
 
 class SequenceAttnProcessor:
@@ -154,7 +153,7 @@ class CTMCSequenceTransformer(ModelMixin, AttentionMixin, ConfigMixin):
         if self.config.integer_time:
             timestep = timestep.long()
         weight = self.embedding.weight
-        features = time_features(timestep * self.config.time_scale_factor, self.config.temb_dim)
+        features = get_timestep_embedding(timestep * self.config.time_scale_factor, self.config.temb_dim)
         temb = self.time_mlp(features.to(weight.dtype))
         if self.config.one_hot_input:
             x = F.embedding(tokens, weight.T) + self.embedding.bias

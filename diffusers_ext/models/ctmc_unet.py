@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
@@ -176,7 +177,7 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
 
     def _mean_and_log_scale(self, x: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the logistic law of each pixel and channel, each of the shape of x."""
-        features = time_features(timestep * self.config.time_scale_factor, self.config.time_embed_dim)
+        features = get_timestep_embedding(timestep * self.config.time_scale_factor, self.config.time_embed_dim)
         temb = self.time_mlp(features.to(x.dtype))
         h = self.conv_in(x)
         skips = [h]
@@ -202,14 +203,6 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
             upper = _log_minus_exp(F.logsigmoid(-scaled[..., :-1]), F.logsigmoid(-scaled[..., 1:]))
             logits = torch.minimum(logits, upper)
         return logits
-
-
-def time_features(t: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sines, then cosines, of t at dim / 2 frequencies from 1 down to 1e-4, (batch, dim) float32."""
-    half = dim // 2
-    frequencies = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def _run(layers: nn.ModuleList, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
