@@ -22,9 +22,11 @@ from .models import *  # noqa: F403
 from .pipelines import *  # noqa: F403
 from .schedulers import *  # noqa: F403
 
-# A saved pipeline names its class alone, and DiffusionPipeline.from_pretrained looks that name up on diffusers.
-for _name in pipelines.__all__:
-    if _name.endswith("Pipeline") and not hasattr(_diffusers, _name):
-        setattr(_diffusers, _name, getattr(pipelines, _name))
+# A saved pipeline names its class alone, and DiffusionPipeline.from_pretrained looks that name up on diffusers. So a
+# scheduler does for the classes that its config can be given to (`compatibles`), its own among them.
+for _module, _kind in ((pipelines, "Pipeline"), (schedulers, "Scheduler")):
+    for _name in _module.__all__:
+        if _name.endswith(_kind) and not hasattr(_diffusers, _name):
+            setattr(_diffusers, _name, getattr(_module, _name))
 
 __all__ = ["__version__", *models.__all__, *pipelines.__all__, *schedulers.__all__]

@@ -79,6 +79,23 @@ def attention_backends(device: str) -> list[str]:
     return usable
 
 
+def print_checks(device: str) -> None:
+    """Try everything in `device_check` on a device, with a line for each while it goes on, then print the table."""
+    from .device_check import check_devices
+
+    console, table = (
+        Console(),
+        Table("tried", "result", "seconds", "reason", title=f"on {device}", title_justify="left"),
+    )
+    with console.status("starting") as status:
+        for outcome in check_devices(device):
+            status.update(f"{outcome.capability}: {outcome.result}")
+            table.add_row(outcome.capability, outcome.result, f"{outcome.seconds:.1f}", outcome.reason)
+    console.print(", ".join(f"{name} {found}" for name, found in package_versions().items() if found))
+    console.print(*devices(), sep="\n")
+    console.print(table)
+
+
 def print_info() -> None:
     """Print all of the above."""
     console = Console()

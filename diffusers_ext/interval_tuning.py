@@ -20,6 +20,7 @@ from .interval_search import DistanceTable, GuidedSteps, IntervalSearch, as_rows
 from .metrics import FeatureStatistics, frechet_distance
 from .pipelines.guidance_interval import GuidanceInterval
 from .sampling import sample_batches, to_uint8
+from .shards import lock
 from .shipped import load_shipped_classifier
 
 
@@ -47,7 +48,8 @@ def tune_interval(
 
     The distance of the winner is too good by what it was chosen for: measure it again with other seeds.
 
-    Raises ValueError for weights of at most 1, a folder begun with other settings, and pipelines without guidance.
+    Raises ValueError for weights of at most 1, a folder begun with other settings or in use, and pipelines without
+    guidance.
     """
     folder = Path(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -62,10 +64,12 @@ def tune_interval(
         "seed": seed,
     }
     objective = Objective(pipe, extractor, reference, labels, num_inference_steps, seed, batch_size, on_batch)
-    table = DistanceTable(folder / "distances.json", settings, objective)
-    found = search_interval(table, guidance_scales, num_inference_steps)
-    result = {"settings": settings, "sigmas": sigmas, "candidates": as_rows(found, sigmas)}
-    (folder / "interval.json").write_text(json.dumps(result, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        table = DistanceTable(folder / "distances.json", settings, objective)
+        found = search_interval(table, guidance_scales, num_inference_steps)
+        result = {"settings": settings, "sigmas": sigmas, "candidates": as_rows(found, sigmas)}
+        (folder / "interval.json").write_text(json.dumps(result, indent=2) + "\n")
     return found
 
 

@@ -200,13 +200,14 @@ def _listed(changed: list[str], shown: int = 5) -> str:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process. Raises ValueError where another one holds it, naming it.
+def lock(output: Path) -> Iterator[None]:
+    """Hold a folder for this process, or a file that is to be written. Raises ValueError where another process holds
+    it, naming that.
 
-    The lock of a process of this machine that no longer runs is taken over; whether a process of another machine runs
-    cannot be seen from here.
+    A folder has its lock.json inside, a file beside it, under its name and .lock.json. The lock of a process of this
+    machine that no longer runs is taken over; whether a process of another machine runs cannot be seen from here.
     """
-    path = folder / LOCK
+    path = output / LOCK if output.is_dir() else output.with_name(f"{output.name}.{LOCK}")
     process = psutil.Process()
     mine = {"pid": process.pid, "host": socket.gethostname(), "started": process.create_time()}
     if not _create(path, mine):
@@ -235,8 +236,9 @@ def _create(path: Path, content: dict) -> bool:
 
 def _read_lock(path: Path) -> dict | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        return owner if {"pid", "host", "started"} <= set(owner) else None
+    except (FileNotFoundError, ValueError, TypeError):  # gone, or being written
         return None
 
 
@@ -252,8 +254,9 @@ def _take_over(path: Path, mine: dict) -> None:
                 return
             os.replace(moved, path)
     owner = owner or {"pid": "unknown", "host": "unknown"}
+    held = path.parent if path.name == LOCK else path.with_name(path.name.removesuffix(f".{LOCK}"))
     raise ValueError(
-        f"output folder {str(path.parent)!r} is in use by process {owner['pid']} on {owner['host']}; wait for it, or,"
+        f"output {str(held)!r} is in use by process {owner['pid']} on {owner['host']}; wait for it, or,"
         f" if it no longer runs, remove {path}"
     )
 

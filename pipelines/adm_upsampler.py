@@ -43,6 +43,11 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
 
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the current or last call."""
+        return self._num_timesteps
+
     @torch.no_grad()
     def __call__(
         self,
@@ -95,6 +100,7 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
         scheduler = with_precise_alphas(self.scheduler)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
+        self._num_timesteps = len(scheduler.timesteps)
 
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
             model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)

@@ -17,11 +17,15 @@ IMAGE_TYPES = ("pil", "np", "pt")
 
 @dataclass
 class DiscreteDiffusionPipelineOutput(BaseOutput):
-    """tokens: (batch, length) int64. text: a string a sample. images: PIL images or an array; where asked for."""
+    """What was asked for comes first, as in the tuple of `return_dict=False`.
 
-    tokens: torch.Tensor
-    text: list[str] | None = None
+    images: PIL images or an array; text: a string a sample; each None where not asked for. tokens: (batch, length)
+    int64.
+    """
+
     images: list | np.ndarray | torch.Tensor | None = None
+    text: list[str] | None = None
+    tokens: torch.Tensor | None = None
 
 
 class DiscreteDiffusionPipeline(DiffusionPipeline):

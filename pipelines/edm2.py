@@ -285,6 +285,8 @@ class EDM2Pipeline(DiffusionPipeline):
         if not classes:
             raise ValueError(f"class_labels={class_labels!r}: the network is unconditional; leave class_labels out")
         labels = torch.as_tensor(class_labels)
+        if labels.ndim == 2 and labels.shape[1] == 1 < classes:
+            labels = labels[:, 0]  # lists of one label, which DiTPipeline takes as well
         if labels.ndim == 2:
             if labels.shape[1] != classes:
                 raise ValueError(f"class_labels as rows must have {classes} numbers each, got {labels.shape[1]}")

@@ -58,9 +58,12 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
     scheduler: `FlowMatchEulerDiscreteScheduler` or `FlowMatchHeunDiscreteScheduler`, the ODE solver. Its sigma is
         1 - t.
     base: the pipeline whose images are repaired, if they are to be drawn here. It is moved, offloaded and saved with
-        this one; a dtype or device map given to `from_pretrained` does not reach it, `.to()` does.
+        this one; a dtype or device map given to `from_pretrained` does not reach it, `.to()` does. diffusers cannot
+        load a variant of a pipeline that holds another one.
     vae: for space="latent", the autoencoder of the latents; by default the one of the base.
     space: "pixel", where the network sees images in [-1, 1], or "latent", scaled latents of the autoencoder.
+
+    Raises ValueError for another space, and for "latent" without an autoencoder.
     """
 
     model_cpu_offload_seq = "model->vae"
@@ -265,7 +268,10 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
 
     @property
     def _vae(self) -> AutoencoderKL:
-        return self.base.vae if self.vae is None else self.vae
+        vae = getattr(self.base, "vae", None) if self.vae is None else self.vae
+        if vae is None:
+            raise ValueError('space="latent" needs an autoencoder; assign pipe.vae, or pipe.base with one')
+        return vae
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images in [0, 1] to scaled latents: the mean of the posterior."""

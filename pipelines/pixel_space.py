@@ -53,6 +53,8 @@ def checked_labels(class_labels, num_classes: int | None, null_class: int | None
     if num_classes is None:
         raise ValueError(f"class_labels={class_labels!r}: the model is unconditional; leave class_labels out")
     labels = torch.as_tensor(class_labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]  # lists of one label, which DiTPipeline takes as well
     if labels.ndim > 1 or labels.numel() == 0 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"class_labels must be an integer or a non-empty list of integers, got {class_labels!r}")
     wrong = [label for label in labels.reshape(-1).tolist() if not 0 <= label < num_classes]

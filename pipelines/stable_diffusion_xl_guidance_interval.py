@@ -61,7 +61,8 @@ def _with_interval(stock):
         parameters = list(signature.parameters.values())
         rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
         own = inspect.signature(call).parameters["guidance_interval"].replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        call = functools.wraps(stock)(call)
+        kept = [name for name in functools.WRAPPER_ASSIGNMENTS if name != "__doc__"]
+        call = functools.wraps(stock, assigned=kept)(call)
         ordered = [*(p for p in parameters if p not in rest), own, *rest]
         call.__signature__ = signature.replace(parameters=ordered)
         return call
@@ -89,6 +90,10 @@ class StableDiffusionXLGuidanceIntervalPipeline(StableDiffusionXLPipeline):
 
     @_with_interval(StableDiffusionXLPipeline.__call__)
     def __call__(self, *args, guidance_interval: tuple[float, float] | None = None, **kwargs):
+        """As of `StableDiffusionXLPipeline`, guided where sigma_lo < sigma <= sigma_hi of guidance_interval.
+
+        Raises ValueError unless that is None or a pair with 0 <= sigma_lo < sigma_hi.
+        """
         stock = StableDiffusionXLPipeline.__call__
         if guidance_interval is None:
             return stock(self, *args, **kwargs)

@@ -23,6 +23,8 @@ import functools
 import inspect
 import math
 import numbers
+from bisect import bisect_right
+from operator import neg
 
 import numpy as np
 import torch
@@ -209,19 +211,21 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
         self._drop_skipped_steps()
 
     def previous_timestep(self, timestep: int) -> int:
-        """The timestep that a step from `timestep` ends at, negative for clean data.
+        """The timestep that a step from `timestep` ends at: the next smaller one of the table; negative: clean data.
 
-        Raises ValueError if `timestep` is not in the table (the stock rule, where it holds, asks for no table).
+        Raises ValueError for a timestep before the first one of the table, and for one that is no integer >= 0 (the
+        stock rule, where it holds, asks for no table).
         """
         t, table = int(timestep), self.timesteps.tolist()
         off = self.config.gamma == 1 and self.config.skip_steps == 0
         if off and self.num_inference_steps and not self.custom_timesteps:
             return t - self.config.num_train_timesteps // self.num_inference_steps  # the stock rule
-        if t not in table or t != timestep:
+        if t != timestep or not 0 <= t <= table[0]:
             raise ValueError(
-                f"timestep={timestep} is not in the schedule: it must be one of scheduler.timesteps, {table}."
+                f"timestep={timestep} is not in the schedule, from {table[0]} to 0: it must be one of"
+                f" scheduler.timesteps, {table}, or an integer between them."
             )
-        return [*table, -1][table.index(t) + 1]
+        return [*table, -1][bisect_right(table, -t, key=neg)]
 
     def step(
         self,
@@ -243,7 +247,7 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
         Args:
             model_output: (batch, channels, ...); of learned-variance outputs, (batch, 2 * channels, ...), the second
                 half is dropped.
-            timestep: t, an entry of `timesteps`.
+            timestep: t, an entry of `timesteps`, or an integer between two of them.
             sample: x_t, (batch, channels, ...).
             eta: 0 for the deterministic sampler, 1 for the variance of DDPM.
             use_clipped_model_output: derive epsilon again from the clipped x_0, as guided-diffusion does.
@@ -251,7 +255,8 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
             return_dict: `DDIMSchedulerOutput`, or the tuple (x_s, x_0).
 
         Raises:
-            ValueError: before `set_timesteps`, for a timestep outside the table, for generator with variance_noise.
+            ValueError: before `set_timesteps`, for a timestep before the first one of the table, for generator with
+                variance_noise.
         """
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps=None: call set_timesteps before step.")

@@ -76,6 +76,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
     """
 
     order = 1
+    init_noise_sigma = 1.0  # tokens have no scale; for code that treats all schedulers alike
 
     @register_to_config
     def __init__(
@@ -123,6 +124,10 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
             "poisson" if self._kernel.ordered and self.config.sampler == "euler" else "categorical"
         )
 
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """The sample, (batch, length), as it is: tokens have no scale."""
+        return sample
+
     # Time
 
     def sigma_bar(self, timestep: float | torch.Tensor) -> torch.Tensor:
@@ -130,7 +135,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         return self._at(self._noise.sigma_bar, timestep)
 
     def sigma(self, timestep: float | torch.Tensor) -> torch.Tensor:
-        """Noise rate d sigma_bar / dt at a time in [0, 1]; as `sigma_bar`."""
+        """Noise rate d sigma_bar / dt at a time in [0, 1]; shape and dtype as of `sigma_bar`."""
         return self._at(self._noise.sigma, timestep)
 
     @staticmethod
@@ -213,7 +218,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def edges(self) -> torch.Tensor:
-        """The n + 1 edges of the schedule as set, (n + 1,) float64 on the CPU."""
+        """The n + 1 edges of the schedule as set, (n + 1,) float64 on the CPU. Raises ValueError if none is set."""
         if self._edges is None:
             raise ValueError("there is no schedule yet; call set_timesteps first")
         return torch.tensor(self._edges, dtype=torch.float64)
@@ -287,6 +292,9 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         The positions with the smallest uniforms are masked, as `add_noise` with the same uniforms masks them at that
         time. original_samples: (batch, length). noise: uniforms (batch, length) or a generator.
         Returns tokens (batch, length) int64 and times (batch,) float32 in [min_timestep, 1].
+
+        Raises ValueError for another kernel or noise schedule than absorbing and loglinear, and for a number of tokens
+        below 0 or above the length.
         """
         x0 = original_samples
         self._check_tokens(x0)
@@ -392,6 +400,9 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
             counts themselves; for gillespie a pair, uniforms (batch, length) of the holding times and (batch,
             num_decode, vocab - 1) of the tokens in the order in which they are decoded; for the final denoising of
             the absorbing kernel (batch, length, vocab - 1).
+
+        Raises ValueError for other shapes, for times that are no edges where the step's end is not given, do not
+        decrease or leave (0, 1], and for num_decode with another sampler than gillespie.
         """
         self._check_step_inputs(model_output, sample)
         if self.config.sampler == "gillespie":
@@ -435,6 +446,8 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         R_t(x, y) = sigma(t) Q[x, y] are the forward rates out of the current token (2205.14987, section 4.3).
         model_output: at `sample` and `timestep`. step_size: the time that the leap takes; it is a multiple,
         `corrector_step_size_multiplier`, of the length of the step before, in tauLDR. noise: as in `step`.
+
+        Raises ValueError for other shapes, with gillespie, and for a step_size that is not finite and > 0.
         """
         self._check_step_inputs(model_output, sample)
         if self.config.sampler == "gillespie":
@@ -581,7 +594,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
 
         At an edge t of the schedule ceil(length (t - t_n) / (1 - t_n)) tokens are still masked, t_n the last edge: a
         token-count table k_0 = 0 < k_1 < ... < k_n = length is the table of times 1 - k_i / length, t_n small.
-        Where other tokens were given from the start, the same share of the masks stays.
+        Where other tokens were given from the start, the same share of the masks stays. sample: (batch, length).
         """
         length, last = sample.shape[1], self._edges[-1]
         ends = self._edges[step_index : step_index + 2]

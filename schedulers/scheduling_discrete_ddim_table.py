@@ -25,6 +25,8 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
 
     A pipeline takes it in place of its own: `pipe.scheduler = TableDiscreteDDIMScheduler.from_config(
     pipe.scheduler.config, timestep_tables=..., timestep_spacing="table")`, and goes on counting steps from 0.
+
+    Raises ValueError for tables that do not decrease strictly in (0, 1], and for another spacing.
     """
 
     @register_to_config

@@ -61,7 +61,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
     Attributes after `set_timesteps`:
         sigmas: (n + 1,) float64 on the CPU, strictly decreasing to 0.
         timesteps: (2n - 1,) the sigma of each evaluation before churn, in order.
-        step_index: the step that the next evaluation belongs to; None before the first one.
+        step_index: the step that the next evaluation belongs to.
 
     Raises:
         ValueError: for numbers out of range; the message names them.
@@ -106,6 +106,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def step_index(self) -> int | None:
+        """The step that the next evaluation belongs to, from 0; None before `set_timesteps`."""
         return None if self.num_inference_steps is None else self._step_index
 
     def set_timesteps(
@@ -119,10 +120,11 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps: n, at least 1; n = 1 is one step from sigma_max to 0.
             device: where `timesteps` goes.
-            sigmas: the n noise levels themselves, strictly decreasing and > 0; a last 0 may be left out.
+            sigmas: the n noise levels themselves, (n,), strictly decreasing and > 0; a last 0 may be left out.
 
         Raises:
-            ValueError: unless exactly one of the two is given and it is as above.
+            ValueError: unless exactly one of the two is given and it is as above, and for a rho so small or so large
+                that float64 has no such sigmas.
         """
         if (num_inference_steps is None) == (sigmas is None):
             raise ValueError(
@@ -140,12 +142,35 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         """Equation 5, (n,) float64."""
         if isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1:
             raise ValueError(f"num_inference_steps={n!r} must be an integer >= 1.")
-        first, last = (s ** (1 / self.config.rho) for s in (self.config.sigma_max, self.config.sigma_min))
-        return (first + np.arange(n) / max(n - 1, 1) * (last - first)) ** self.config.rho
+        try:
+            first, last = (s ** (1 / self.config.rho) for s in (self.config.sigma_max, self.config.sigma_min))
+            table = (first + np.arange(n) / max(n - 1, 1) * (last - first)) ** self.config.rho
+        except OverflowError:
+            table = np.zeros(n)
+        if not np.isfinite(table).all() or table[-1] <= 0 or (table[1:] >= table[:-1]).any():
+            raise ValueError(
+                f"rho={self.config.rho} leaves no {n} decreasing sigmas from {self.config.sigma_max} to"
+                f" {self.config.sigma_min} in float64: use a value near 7, or fewer steps."
+            )
+        return table
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """The sample as it is: the network scales its own input."""
+        """The sample, (batch, ...), as it is: the network scales its own input."""
         return sample
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
+    ) -> torch.Tensor:
+        """x_0 + sigma epsilon, in the dtype of the samples.
+
+        Args:
+            original_samples: x_0, (batch, ...).
+            noise: epsilon of unit variance, the shape of the samples.
+            timesteps: sigma, one or (batch,), any numbers >= 0; entries of `timesteps` are such.
+        """
+        sigma = torch.as_tensor(timesteps, dtype=original_samples.dtype, device=original_samples.device)
+        sigma = sigma.reshape(-1, *[1] * (original_samples.ndim - 1))
+        return original_samples + sigma * noise.to(original_samples)
 
     def churn(
         self,

@@ -1,6 +1,7 @@
 """What every pipeline and every scheduler of the package must do, as mixins for test classes."""
 
 import copy
+import inspect
 import json
 import os
 import subprocess
@@ -11,16 +12,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import is_torch_version
+from conventions import PipelineConventions
+from diffusers import DiffusionPipeline, SchedulerMixin
 from packaging.version import Version
 
 from diffusers_ext.hub import export_pipeline
 
 HERE = Path(__file__).parent
-# Where torch 2.6 fails inside diffusers: its group offloading asks for an accelerator, and dynamo cannot trace how it
-# chooses an attention backend.
-newer_torch = pytest.mark.skipif(is_torch_version("<", "2.7"), reason="diffusers cannot do this with torch 2.6")
 # Before, DDPMPipeline gave arrays whatever was asked for, and there are none in bfloat16.
 ddpm_gives_tensors = pytest.mark.skipif(
     Version(diffusers.__version__) < Version("0.41"), reason="DDPMPipeline gives no tensors before diffusers 0.41"
@@ -43,32 +41,16 @@ def same_noise_in_every_type(monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda *size, dtype=None, **other: draw(*size, **other).to(dtype))
 
 
-class PipelineContract:
-    """Tests of one pipeline class over several sets of components.
+class PipelineContract(PipelineConventions):
+    """Tests of a pipeline class that makes images, beside the conventions.
 
-    A subclass gives `variants`, names for which `build(variant)` returns a tiny pipeline and `options(variant)` the
-    keyword arguments of a quick call that yields `batch` images in `steps` steps; and `file`, the pipeline's source.
+    A subclass gives besides: `options(variant)` yield `batch` images in `steps` steps; and `file`, the pipeline's
+    source.
     """
 
-    variants: tuple[str, ...]
     batch: int
     steps: int
     file: Path
-
-    def build(self, variant: str) -> DiffusionPipeline:
-        raise NotImplementedError
-
-    def options(self, variant: str) -> dict:
-        raise NotImplementedError
-
-    def one(self, variant: str) -> dict:
-        """What of options(variant) changes to draw the first image alone."""
-        raise NotImplementedError
-
-    def quiet(self, variant: str) -> DiffusionPipeline:
-        pipe = self.build(variant)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
 
     def run(self, pipe: DiffusionPipeline, variant: str, **overrides) -> np.ndarray:
         generator = torch.Generator().manual_seed(7)
@@ -85,10 +67,6 @@ class PipelineContract:
             np.testing.assert_allclose(
                 np.load(folder / f"{name}.npy"), expected, atol=1e-4, err_msg=f"{folder} {name}"
             )
-
-    def pytest_generate_tests(self, metafunc):
-        if "variant" in metafunc.fixturenames:
-            metafunc.parametrize("variant", self.variants)
 
     def test_save_and_load_in_a_fresh_process(self, tmp_path):
         """By class, and by DiffusionPipeline once diffusers_ext is imported: the same sample."""
@@ -163,7 +141,7 @@ class PipelineContract:
         together = self.run(pipe, variant, generator=seeded(*range(self.batch)))
         reversed_order = self.run(pipe, variant, generator=seeded(*reversed(range(self.batch))))
         np.testing.assert_allclose(together, reversed_order[::-1], atol=1e-4)
-        alone = self.run(pipe, variant, generator=seeded(0), **self.one(variant))
+        alone = self.run(pipe, variant, generator=seeded(0), **self.several(variant, 1))
         np.testing.assert_allclose(alone, together[:1], atol=1e-4)
         assert not np.allclose(together[0], together[1], atol=1e-3)
 
@@ -183,6 +161,15 @@ class PipelineContract:
         assert rough.dtype == np.float32 and np.isfinite(rough).all()
         assert rough.shape == exact.shape
 
+    def test_lists_of_one_label(self):
+        """[[1], [1]] are the labels [1, 1], as for diffusers' own class-conditional pipeline."""
+        variant = self.variants[0]
+        if not self.options(variant).get("class_labels"):
+            pytest.skip("has no classes")
+        pipe = self.quiet(variant)
+        listed = [[label] for label in self.options(variant)["class_labels"]]
+        np.testing.assert_array_equal(self.run(pipe, variant, class_labels=listed), self.run(pipe, variant))
+
     def test_progress_bar(self, variant, capsys):
         self.run(self.build(variant), variant)
         assert f"{self.steps}/{self.steps}" in capsys.readouterr().err
@@ -199,6 +186,97 @@ class SchedulerContract:
     cls: type
     parent: type
     config: dict
+
+    def sample(self) -> torch.Tensor:
+        return torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def output(self, sample: torch.Tensor) -> torch.Tensor:
+        """Of a network, at any time."""
+        return 0.1 * sample
+
+    def step(self, scheduler, sample: torch.Tensor, timestep, **options):
+        """One step, with the noise of one seed where it draws any."""
+        known = inspect.signature(scheduler.step).parameters
+        noise = {"generator": torch.Generator().manual_seed(1)} if "generator" in known else {}
+        scaled = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
+        assert scaled.shape == sample.shape
+        return scheduler.step(self.output(scaled), timestep, sample, **noise, **options)
+
+    def first_step(self, scheduler, **options):
+        scheduler.set_timesteps(5)
+        return self.step(scheduler, self.sample(), scheduler.timesteps[0], **options)
+
+    def test_a_whole_schedule_keeps_the_shape(self):
+        scheduler, sample = self.cls(**self.config), self.sample()
+        scheduler.set_timesteps(5)
+        for timestep in scheduler.timesteps:
+            sample = self.step(scheduler, sample, timestep).prev_sample
+        assert sample.shape == self.sample().shape and torch.isfinite(sample).all()
+        assert scheduler.order >= 1
+
+    def test_a_saved_scheduler_takes_the_same_step(self, tmp_path):
+        scheduler = self.cls(**self.config)
+        scheduler.save_pretrained(tmp_path)
+        again = self.cls.from_pretrained(tmp_path)
+        assert torch.equal(self.first_step(again).prev_sample, self.first_step(scheduler).prev_sample)
+
+    def test_tuple_and_output_agree(self):
+        output = self.first_step(self.cls(**self.config))
+        alone = self.first_step(self.cls(**self.config), return_dict=False)
+        assert isinstance(alone, tuple) and torch.equal(alone[0], output.prev_sample)
+        for one, other in zip(alone, output.values(), strict=False):  # what can be left out of a tuple comes last
+            torch.testing.assert_close(one, other, equal_nan=True)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_compatible_classes_take_and_give_back_the_config(self):
+        scheduler = self.cls(**self.config)
+        assert self.cls in scheduler.compatibles
+        real = [other for other in scheduler.compatibles if issubclass(other, SchedulerMixin)]  # others lack a package
+        for other in real:
+            assert public(self.cls.from_config(other.from_config(scheduler.config).config).config) == public(
+                scheduler.config
+            ), other
+
+    def test_config_values_are_no_attributes(self):
+        """As diffusers wants it: a warning for those that are read so, and no parameter that takes everything."""
+        scheduler = self.cls(**self.config)
+        name = next(iter(self.config))
+        assert hasattr(scheduler, "init_noise_sigma") or self.parent is not None
+        if name not in vars(scheduler) and not hasattr(self.cls, name):
+            with pytest.warns(FutureWarning, match="config"):
+                assert getattr(scheduler, name) == scheduler.config[name]
+        with pytest.raises(AttributeError, match="does_not_exist"):
+            scheduler.does_not_exist  # noqa: B018
+        kinds = {parameter.kind for parameter in inspect.signature(self.cls.__init__).parameters.values()}
+        assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+
+    def test_noise_is_added_at_one_time_or_one_a_sample(self):
+        scheduler, sample = self.cls(**self.config), self.sample()
+        if not hasattr(scheduler, "add_noise"):
+            assert not hasattr(self.parent, "add_noise")
+            return
+        scheduler.set_timesteps(5)
+        noise = torch.rand(sample.shape, generator=torch.Generator().manual_seed(2))
+        for times in (scheduler.timesteps[:1], scheduler.timesteps[:1].repeat(4)):
+            noisy = scheduler.add_noise(sample, self.noise(noise), times)
+            assert noisy.shape == sample.shape and noisy.dtype == sample.dtype
+            assert not torch.equal(noisy, sample)
+
+    def noise(self, uniforms: torch.Tensor):
+        return uniforms
+
+    @pytest.mark.parametrize("train", [100, 1000, 1100])
+    def test_numbers_of_training_steps(self, train):
+        scheduler = self.cls(**self.config, num_train_timesteps=train)
+        scheduler.set_timesteps(10)
+        assert len(scheduler) == train and scheduler.timesteps.max() < train
+        assert torch.isfinite(self.first_step(scheduler).prev_sample).all()
+
+    def test_trained_betas_are_kept(self, tmp_path):
+        scheduler = self.cls(**self.config, trained_betas=np.array([0.1, 0.3]))
+        scheduler.save_pretrained(tmp_path)
+        assert scheduler.betas.tolist() == self.cls.from_pretrained(tmp_path).betas.tolist()
+        assert scheduler.betas.tolist() == pytest.approx([0.1, 0.3])
 
     def test_config_round_trip_on_disk(self, tmp_path):
         scheduler = self.cls(**self.config)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
-from contracts import newer_torch
+from conventions import newer_torch
 from diffusers.models.attention_dispatch import attention_backend
 from safetensors.torch import load_file
 

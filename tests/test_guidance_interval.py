@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import tiny_guided_pipelines
 import torch
-from contracts import newer_torch, same_noise_in_every_type
+from contracts import same_noise_in_every_type
+from conventions import newer_torch
 from tiny_guided_pipelines import BATCH, CASES, STEPS, TWO, Case
 from tiny_pipelines import tiny_stable_diffusion
 

@@ -88,8 +88,8 @@ class TestContract(PipelineContract):
         own = {"gamma": 2.0, "skip_steps": 2} if variant == "stock" else {}
         return {"class_labels": [1, 1], "num_inference_steps": 6, "guidance_scale": 2.0, **own}
 
-    def one(self, variant):
-        return {"class_labels": [1]}
+    def several(self, variant, count):
+        return {"class_labels": [1] * count}
 
 
 def test_a_stock_repository_loads_with_custom_pipeline_alone(tmp_path):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from contracts import PipelineContract, newer_torch
+from contracts import PipelineContract
+from conventions import newer_torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler
 from safetensors.torch import load_file
 
@@ -78,8 +79,8 @@ class TestContract(PipelineContract):
         guided = {} if variant == "alone" else {"guidance_scale": 1.5, "guided_steps": [1, 2]}
         return {"class_labels": [1, 1], "num_inference_steps": self.steps, **guided}
 
-    def one(self, variant):
-        return {"class_labels": [1]}
+    def several(self, variant, count):
+        return {"class_labels": [1] * count}
 
     def test_reduced_precision(self, variant, monkeypatch):
         """The networks run in bfloat16, the state stays float64, as the method asks."""

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contracts import PipelineContract, ddpm_gives_tensors, newer_torch, run_fresh
+from contracts import PipelineContract, ddpm_gives_tensors, run_fresh
+from conventions import newer_torch
 from diffusers import (
     AutoencoderKL,
     DDIMPipeline,
@@ -104,8 +105,25 @@ class TestContract(PipelineContract):
             "base_kwargs": {"batch_size": 2, "num_inference_steps": 3},
         }
 
-    def one(self, variant):
-        return {"base_kwargs": {"batch_size": 1, "num_inference_steps": 3}}
+    def several(self, variant, count):
+        return {"base_kwargs": {"batch_size": count, "num_inference_steps": 3}}
+
+    def without_optional(self, pipe, variant):
+        return {"images": IMAGES, "base_kwargs": None}
+
+    @pytest.mark.parametrize("form", ["pickled", "variant"])
+    def test_other_forms_of_weights(self, form, tmp_path, monkeypatch):
+        """Without the base: diffusers cannot look for variants where a component is a pipeline."""
+        build = self.build
+
+        def alone(variant):
+            pipe = build(variant)
+            pipe.base = None
+            return pipe
+
+        monkeypatch.setattr(self, "build", alone)
+        monkeypatch.setattr(self, "options", lambda variant: {"images": IMAGES, "num_inference_steps": 2})
+        super().test_other_forms_of_weights(form, tmp_path)
 
     @ddpm_gives_tensors
     def test_reduced_precision(self, variant, monkeypatch):
@@ -309,6 +327,9 @@ def test_images_go_through_the_autoencoder_in_latent_space():
     torch.testing.assert_close(result, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
     vae.register_to_config(latents_mean=[0.0] * 4)
     with pytest.raises(ValueError, match="channel by channel"):
+        run(pipe, images, class_labels=0)
+    pipe.vae = None
+    with pytest.raises(ValueError, match=r"needs an autoencoder; assign pipe\.vae, or pipe\.base with one"):
         run(pipe, images, class_labels=0)
 
 

@@ -1,8 +1,10 @@
 """Every scheduler of the package goes through SchedulerContract."""
 
 import inspect
+from contextlib import suppress
 
 import pytest
+import torch
 from contracts import SchedulerContract
 from diffusers import (
     DDIMScheduler,
@@ -38,16 +40,44 @@ class TestBoostAndSkipDPMSolverMultistep(SchedulerContract):
 class TestEDMHeun(SchedulerContract):
     cls, parent, config = schedulers.EDMHeunScheduler, None, {"sigma_max": 14.6, "rho": 3.0, "S_churn": 40.0}
     test_every_parameter_reaches_the_parent = test_to_the_parent_and_back = None  # it has none
+    test_numbers_of_training_steps = test_trained_betas_are_kept = None  # its times are noise levels
+
+    def step(self, scheduler, sample, timestep, **options):
+        """The start of a step comes after churn, which is refused in the middle of one."""
+        with suppress(ValueError):
+            sample, timestep = scheduler.churn(sample, generator=torch.Generator().manual_seed(1))
+        return super().step(scheduler, sample, timestep, **options)
+
+    def test_noise_is_as_much_as_the_level_says(self):
+        x, noise = self.sample(), self.sample().flip(0)
+        noisy = self.cls().add_noise(x, noise, torch.tensor([0.0, 1.0, 2.0, 80.0]))
+        torch.testing.assert_close(noisy, x + torch.tensor([0.0, 1.0, 2.0, 80.0]).view(4, 1, 1, 1) * noise)
+        assert self.cls().add_noise(x.half(), noise, 2.0).dtype == torch.float16
 
 
-class TestCTMC(SchedulerContract):
+class _Tokens(SchedulerContract):
+    """Schedulers of tokens: no betas."""
+
+    test_every_parameter_reaches_the_parent = test_to_the_parent_and_back = None
+    test_numbers_of_training_steps = test_trained_betas_are_kept = None
+
+    def sample(self):
+        return torch.randint(0, 9, (4, 6), generator=torch.Generator().manual_seed(0))
+
+    def output(self, sample):
+        return torch.randn(*sample.shape, 9, generator=torch.Generator().manual_seed(3))
+
+
+class TestCTMC(_Tokens):
     cls, parent, config = schedulers.CTMCScheduler, None, {"kernel": "uniform", "vocab_size": 9, "sampler": "tweedie"}
-    test_every_parameter_reaches_the_parent = test_to_the_parent_and_back = None  # it has none
+
+    def noise(self, uniforms):
+        return uniforms, self.sample().flip(1)
 
 
-class TestTableDiscreteDDIM(SchedulerContract):
+class TestTableDiscreteDDIM(_Tokens):
     cls, parent, config = schedulers.TableDiscreteDDIMScheduler, DiscreteDDIMScheduler, TABLE
-    test_every_parameter_reaches_the_parent = None  # about betas, which it has none of
+    test_to_the_parent_and_back = SchedulerContract.test_to_the_parent_and_back
 
 
 def exported() -> list[type]:

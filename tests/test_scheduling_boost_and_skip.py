@@ -551,6 +551,13 @@ def test_ddim_refuses_a_timestep_outside_the_table(config, timestep):
         ours.step(EPS, timestep, EPS)
 
 
+@pytest.mark.parametrize(("timestep", "neighbour"), [(700, 600), (699, 600), (601, 600), (600, 500), (1, 0), (0, -1)])
+def test_ddim_steps_from_between_two_entries_to_the_smaller_one(timestep, neighbour):
+    ours = BoostAndSkipDDIMScheduler(skip_steps=2)
+    ours.set_timesteps(10)
+    assert ours.previous_timestep(timestep) == neighbour
+
+
 def test_ddim_refuses_a_skipped_timestep():
     ours = BoostAndSkipDDIMScheduler(skip_steps=2)
     ours.set_timesteps(10)

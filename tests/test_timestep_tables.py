@@ -166,7 +166,7 @@ def test_other_pt_files(tmp_path, content):
 
 def test_nothing_in_a_pt_file_is_executed(tmp_path, capsys):
     torch.save([[0, 64], Forbidden()], tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"'.*other.pt' holds more than lists of indices, and was not loaded"):
+    with pytest.raises(ValueError, match=r"'.*other.pt' cannot be read; is it whole, and a torch file"):
         TimestepTables.from_index_lists(tmp_path / "other.pt", SCHEDULER)
     assert "run" not in capsys.readouterr().out
 

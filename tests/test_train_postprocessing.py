@@ -1,6 +1,8 @@
 """diffusers-ext train-postprocessing: from a base pipeline to a flow that repairs its images."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -52,6 +54,22 @@ def test_trains_a_pipeline_and_goes_on_after_an_interruption(real, tmp_path):
     assert invoke(*longer).exit_code == 0
     history = json.loads((tmp_path / "out/training/history.json").read_text())
     assert [row["step"] for row in history] == [3, 5]
+
+
+@pytest.mark.slow
+def test_two_processes(real, tmp_path):
+    """torchrun starts two, which train one network and write one pipeline."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "diffusers_ext.cli", "train-postprocessing", "--real", real, "--features", "pixel", *SMALL]
+    done = subprocess.run([*map(str, command), "--output", str(tmp_path)], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"wrote {tmp_path / 'pipeline'}") == 1
+    assert json.loads((tmp_path / "training/settings.json").read_text())["processes"] == 2
+    assert len(list((tmp_path / "training").glob("checkpoint-3/random_states_*.pkl"))) == 2  # one a process
+    assert not list(tmp_path.rglob("lock.json"))
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert all(torch.isfinite(parameter).all() for parameter in pipe.model.parameters())
+    assert any(parameter.any() for parameter in pipe.model.conv_out.parameters())
 
 
 def test_neighbours_within_the_class(real, tmp_path):

@@ -15,6 +15,7 @@ from diffusers.utils import logging
 
 from ..models.adm_unet import ADMUNet2DModel
 from ..pipelines.respacing import respaced_timesteps
+from .tensor_files import read_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -221,18 +222,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by name, on the CPU. Raises ValueError for other files and cut-off ones."""
     if not Path(path).is_file():
         raise ValueError(f"checkpoint {str(path)!r} is no file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
-        first_line = str(error).split("\n", 1)[0]
-        raise ValueError(
-            f"checkpoint {str(path)!r} cannot be read; is it whole, and a torch file of tensors alone? {first_line}"
-        ) from error
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    ):
-        raise ValueError(f"checkpoint {str(path)!r} holds a {type(state).__name__}, not tensors by name")
-    return {name: value.detach() for name, value in state.items()}
+    return read_tensors(path)
 
 
 def _shape(state: Mapping[str, torch.Tensor], name: str, dims: int) -> torch.Size:

@@ -1,16 +1,15 @@
 """Checkpoints of SEDD (Hub layout: config.json, model.safetensors) and of the CountDown models of Jump Your Steps."""
 
-import json
 import re
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors.torch import load_file
 
 from ..models import SEDDTransformer
 from ..schedulers import CTMCScheduler
+from .tensor_files import read_json, read_tensors, refusing
 
 # The authors' parameter names, and ours.
 RENAMED = (
@@ -36,34 +35,42 @@ def load_sedd(path: str | Path, revision: str | None = None) -> SEDDTransformer:
     config = _read_config(path, revision)
     settings = config["model"]
     absorbing = _is_absorbing(config)
-    state = _renamed(_read_weights(path, revision))
-    model = SEDDTransformer(
-        vocab_size=config["tokens"] + absorbing,
-        hidden_size=settings["hidden_size"],
-        cond_dim=settings["cond_dim"],
-        num_blocks=settings["n_blocks"],
-        num_heads=settings["n_heads"],
-        dropout=settings["dropout"],
-        scale_by_sigma=settings["scale_by_sigma"],
-        sequence_length=settings.get("length"),
-    )
-    return _filled(model, state, path)
+    state = _read_weights(path, revision)
+    with refusing(f"config.json of {str(path)!r} is not SEDD's"):
+        sizes = {
+            "vocab_size": config["tokens"] + absorbing,
+            "hidden_size": settings["hidden_size"],
+            "cond_dim": settings["cond_dim"],
+            "num_blocks": settings["n_blocks"],
+        }
+        _check_sizes(sizes, state, path)  # before a network of any size is built
+        model = SEDDTransformer(
+            **sizes,
+            num_heads=settings["n_heads"],
+            dropout=settings["dropout"],
+            scale_by_sigma=settings["scale_by_sigma"],
+            sequence_length=settings.get("length"),
+        )
+    return _filled(model, _renamed(state), path)
 
 
 def sedd_scheduler(path: str | Path, revision: str | None = None, **overrides) -> CTMCScheduler:
     """The scheduler that belongs to a SEDD checkpoint: its kernel, vocabulary and noise schedule.
 
     path, revision: as of `load_sedd`. overrides: any other arguments of CTMCScheduler, such as sampler="tweedie".
+
+    Raises ValueError if the configuration is not SEDD's, OSError if it is not there.
     """
     config = _read_config(path, revision)
     absorbing, noise = _is_absorbing(config), config["noise"]
-    settings = {
-        "kernel": "absorbing" if absorbing else "uniform",
-        "vocab_size": config["tokens"] + absorbing,
-        "noise_schedule": noise["type"],
-    }
-    if noise["type"] == "geometric":
-        settings |= {"sigma_min": float(noise["sigma_min"]), "sigma_max": float(noise["sigma_max"])}
+    with refusing(f"config.json of {str(path)!r} is not SEDD's"):
+        settings = {
+            "kernel": "absorbing" if absorbing else "uniform",
+            "vocab_size": config["tokens"] + absorbing,
+            "noise_schedule": noise["type"],
+        }
+        if noise["type"] == "geometric":
+            settings |= {"sigma_min": float(noise["sigma_min"]), "sigma_max": float(noise["sigma_max"])}
     return CTMCScheduler(**{**settings, **overrides})
 
 
@@ -76,33 +83,45 @@ def load_countdown(path: str | Path, num_heads: int | None = None) -> SEDDTransf
     Raises ValueError if the tensors are not of such a network.
     """
     path = Path(path)
-    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    state = {re.sub(r"^module\.", "", name): tensor for name, tensor in state.items()}
-    try:
-        vocab_size, hidden_size = state["vocab_embed.embedding"].shape
-        cond_dim = len(state["sigma_map.mlp.0.bias"])
-        mlp_ratio = len(state["blocks.0.mlp.0.bias"]) // hidden_size
-    except KeyError as error:
-        raise ValueError(f"{str(path)!r} is no CountDown checkpoint, it has no {error}") from None
+    state = {re.sub(r"^module\.", "", name): tensor for name, tensor in read_tensors(path).items()}
+    sizes = _sizes(state, path)
     if num_heads is None and INV_FREQ not in state:
         raise ValueError(f"{str(path)!r} has no {INV_FREQ}, from which the heads are counted; pass num_heads=")
-    model = SEDDTransformer(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        cond_dim=cond_dim,
-        num_blocks=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        num_heads=num_heads or hidden_size // (2 * len(state[INV_FREQ])),
-        mlp_ratio=mlp_ratio,
-    )
+    with refusing(f"{str(path)!r} is no CountDown checkpoint"):
+        model = SEDDTransformer(
+            **sizes,
+            num_heads=num_heads or sizes["hidden_size"] // (2 * len(state[INV_FREQ])),
+            mlp_ratio=len(state["blocks.0.mlp.0.bias"]) // sizes["hidden_size"],
+        )
     return _filled(model, _renamed(state), path)
 
 
+def _sizes(state: dict[str, torch.Tensor], path) -> dict[str, int]:
+    """The sizes of the network as arguments of SEDDTransformer, read off its tensors."""
+    with refusing(f"{str(path)!r} is no CountDown checkpoint, nor one of SEDD"):
+        vocab_size, hidden_size = state["vocab_embed.embedding"].shape
+        return {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "cond_dim": len(state["sigma_map.mlp.0.bias"]),
+            "num_blocks": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        }
+
+
+def _check_sizes(sizes: dict[str, int], state: dict[str, torch.Tensor], path) -> None:
+    if (found := _sizes(state, path)) != sizes:
+        raise ValueError(f"the weights of {str(path)!r} do not fit its configuration: {found}, not {sizes}")
+
+
 def _read_config(path: str | Path, revision: str | None) -> dict:
-    config = json.loads(Path(_file(path, "config.json", revision)).read_text(encoding="utf-8"))
-    config.get("model", {}).setdefault("dropout", 0.0)
+    config = read_json(_file(path, "config.json", revision))
     needed = {"model": ("hidden_size", "cond_dim", "n_blocks", "n_heads", "scale_by_sigma"), "graph": ("type",)}
     needed["noise"] = ("type",)
-    missing = [f"{part}.{key}" for part, keys in needed.items() for key in keys if key not in config.get(part, {})]
+    for part in needed:
+        if not isinstance(config.setdefault(part, {}), dict):
+            raise ValueError(f"config.json of {str(path)!r} is not SEDD's: {part} is no object")
+    config["model"].setdefault("dropout", 0.0)
+    missing = [f"{part}.{key}" for part, keys in needed.items() for key in keys if key not in config[part]]
     missing += ["tokens"] * ("tokens" not in config)
     if missing:
         raise ValueError(f"config.json of {str(path)!r} is not SEDD's: it lacks {', '.join(missing)}")
@@ -118,9 +137,9 @@ def _is_absorbing(config: dict) -> bool:
 
 def _read_weights(path: str | Path, revision: str | None) -> dict[str, torch.Tensor]:
     try:
-        return load_file(_file(path, "model.safetensors", revision))
+        return read_tensors(_file(path, "model.safetensors", revision))
     except (EntryNotFoundError, FileNotFoundError):
-        return torch.load(_file(path, "pytorch_model.bin", revision), "cpu", weights_only=True)
+        return read_tensors(_file(path, "pytorch_model.bin", revision))
 
 
 def _file(path: str | Path, name: str, revision: str | None) -> str:

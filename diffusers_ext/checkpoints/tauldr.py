@@ -8,6 +8,7 @@ import yaml
 
 from ..models import CTMCSequenceTransformer, CTMCUNet
 from ..schedulers import CTMCScheduler
+from .tensor_files import read_torch_file, refusing
 
 # The authors' names inside a layer, and ours. NiN matrices map from the left and are transposed.
 LAYER = {
@@ -37,6 +38,10 @@ SEQUENCE = (
     (r"\.film_from_temb\.", ".film.linear."),
 )
 
+# Numbers of layers, and the most that are believed: a damaged file would keep us building.
+LAYERS = ("num_layers", "num_output_FFresiduals", "num_res_blocks")
+MOST_LAYERS = 1000
+
 
 def load_tauldr(
     checkpoint: str | Path, config: str | Path, weights: str = "ema", integer_time: bool = True
@@ -50,27 +55,39 @@ def load_tauldr(
     Raises ValueError for networks that are not known and for weights that do not fit the configuration.
     """
     settings = _read_config(config)
+    with refusing(f"{str(config)!r} describes no network of tauLDR"), torch.device("meta"):
+        sketch = _build(settings, integer_time)  # without memory, whatever sizes a damaged file gives
+    state = _state(read_torch_file(checkpoint), weights, str(checkpoint))
+    with refusing(f"the weights of {str(checkpoint)!r} do not fit {str(config)!r}"):
+        renamed = _unet_state(sketch, state) if isinstance(sketch, CTMCUNet) else _sequence_state(state)
+        _check_shapes(sketch, renamed)
     model = _build(settings, integer_time)
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    state = _state(content, weights, str(checkpoint))
-    if isinstance(model, CTMCUNet):
-        renamed = _unet_state(model, state)
-    else:
-        renamed = {_renamed(name): tensor for name, tensor in state.items()}
-    try:
-        model.load_state_dict(renamed)
-    except RuntimeError as error:
-        raise ValueError(f"the weights of {str(checkpoint)!r} do not fit {str(config)!r}: {error}") from None
+    model.load_state_dict(renamed)
     return model.eval()
+
+
+def _check_shapes(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    expected, found = ({name: tuple(t.shape) for name, t in each.items()} for each in (model.state_dict(), state))
+    different = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    if different:
+        first = ", ".join(f"{name} is {found.get(name)}, not {expected.get(name)}" for name in different[:3])
+        raise ValueError(f"{len(different)} tensors differ, such as {first}")
 
 
 def tauldr_scheduler(config: str | Path, **overrides) -> CTMCScheduler:
     """The scheduler that belongs to a tauLDR checkpoint: its kernel, noise and tau-leaping down to t = 0.01.
 
     config: its config.yaml. overrides: any other arguments of CTMCScheduler.
+
+    Raises ValueError for a file of something else, and for processes that are not known.
     """
-    settings = _read_config(config)
-    model, size, name = settings["model"], settings["data"]["S"], settings["model"]["name"]
+    with refusing(f"{str(config)!r} describes no process of tauLDR"):
+        settings = _scheduler_settings(_read_config(config))
+    return CTMCScheduler(**{**settings, **overrides})
+
+
+def _scheduler_settings(config: dict) -> dict:
+    model, size, name = config["model"], config["data"]["S"], config["model"]["name"]
     common = {
         "vocab_size": size,
         "prediction_type": "x0",
@@ -90,16 +107,19 @@ def tauldr_scheduler(config: str | Path, **overrides) -> CTMCScheduler:
         kernel = {"kernel": "birth_death", "noise_schedule": "exponential", **time}
     else:
         raise ValueError(f"model.name must begin with GaussianTargetRate, UniformRate or BirthDeath, got {name!r}")
-    return CTMCScheduler(**{**common, **kernel, **overrides})
+    return {**common, **kernel}
 
 
 def _read_config(path: str | Path) -> dict:
-    try:
+    with refusing(f"{str(path)!r} is not plain YAML"):
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} is not plain YAML: {error}") from None
-    if not isinstance(config, dict) or "name" not in config.get("model", {}) or "S" not in config.get("data", {}):
+    parts = [config.get(part) for part in ("model", "data")] if isinstance(config, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or "S" not in parts[1] or "name" not in parts[0]:
         raise ValueError(f"{str(path)!r} is no config of tauLDR: it needs model.name and data.S")
+    for name in LAYERS:
+        number = parts[0].get(name, 0)
+        if not isinstance(number, int) or not 0 <= number <= MOST_LAYERS:
+            raise ValueError(f"{str(path)!r}: {name} must be an integer in [0, {MOST_LAYERS}], got {number!r}"[:300])
     return config
 
 
@@ -139,15 +159,17 @@ def _build(config: dict, integer_time: bool) -> CTMCUNet | CTMCSequenceTransform
     raise ValueError(f"model.name must contain ImageX0Pred or SequenceTransformer, got {model['name']!r}")
 
 
-def _state(content: dict, weights: str, path: str) -> dict[str, torch.Tensor]:
+def _state(content, weights: str, path: str) -> dict[str, torch.Tensor]:
     """Parameters of the network by the authors' names, without prefixes, float32.
 
     The averaged ones are a list in the order of the model's parameters, which is that of the raw ones in the file.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f'weights must be "ema" or "raw", got {weights!r}')
+    if not isinstance(content, dict):
+        raise ValueError(f"{path!r} holds a {type(content).__name__}, not the checkpoint of a tauLDR network")
     entries = {**content, **content["model"]} if isinstance(content.get("model"), dict) else content
-    raw = {name: value for name, value in entries.items() if name.startswith("net.") and torch.is_tensor(value)}
+    raw = {name: value for name, value in entries.items() if str(name).startswith("net.") and torch.is_tensor(value)}
     if not raw:
         raise ValueError(f"{path!r} holds no parameters of a tauLDR network (net.*)")
     values = list(raw.values())
@@ -155,16 +177,21 @@ def _state(content: dict, weights: str, path: str) -> dict[str, torch.Tensor]:
         if "ema_shadow_params" not in entries:
             raise ValueError(f"{path!r} holds no averaged weights; use weights='raw'")
         values = entries["ema_shadow_params"]
-        if [v.shape for v in values] != [v.shape for v in raw.values()]:
+        tensors = isinstance(values, list) and all(map(torch.is_tensor, values))
+        if not tensors or [v.shape for v in values] != [v.shape for v in raw.values()]:
             raise ValueError(f"{path!r}: the averaged weights do not match the raw ones in number or shape")
     names = [re.sub(r"^net\.(module\.)?", "", name) for name in raw]
     return {name: value.float() for name, value in zip(names, values, strict=True)}
 
 
-def _renamed(name: str) -> str:
-    for pattern, ours in SEQUENCE:
-        name = re.sub(pattern, ours, name)
-    return name
+def _sequence_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parameters of the sequence network by our names."""
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, ours in SEQUENCE:
+            name = re.sub(pattern, ours, name)
+        renamed[name] = tensor
+    return renamed
 
 
 def _unet_state(model: CTMCUNet, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,8 +4,14 @@ import click
 
 
 @click.command()
-def info():
+@click.option(
+    "--check", is_flag=True, help="Try each way of placing and speeding up a pipeline here, on tiny random models."
+)
+@click.option("--device", default=None, help="torch device of --check; by default the fastest one here.")
+def info(check, device):
     """Versions, devices, usable attention backends and shipped models of this machine."""
-    from ..info import print_info
+    from ..info import best_device, print_checks, print_info
 
-    print_info()
+    if device is not None and not check:
+        raise click.UsageError("--device is for --check; give both or none")
+    print_checks(device or best_device()) if check else print_info()

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,8 @@ from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
 
 from ..pipelines.flow_postprocessing import velocity
+from ..processes import Processes
+from ..shards import lock
 from .features import as_unit, extract_features, pixel_features
 from .neighbours import Neighbours, find_neighbours
 
@@ -120,7 +122,7 @@ def train_postprocessing_flow(
     Runs on one process or, under `accelerate launch`, on many. A continued run draws what an uninterrupted one would
     have drawn.
 
-    Raises ValueError for data or arguments that do not fit, and for an output folder of another run;
+    Raises ValueError for data or arguments that do not fit, and for an output folder of another run or in use by one;
     FloatingPointError when the loss or the weights stop being finite, with the last good checkpoint kept.
     """
     if optimizer not in OPTIMIZERS:
@@ -137,33 +139,33 @@ def train_postprocessing_flow(
     settings = {"k": k, "batch_size": batch_size, "processes": accelerator.num_processes, "optimizer": optimizer}
     settings |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "ema_decay": ema_decay, "seed": seed}
     settings |= {"held_out": held_out, "samples": _summary(samples), "real": _summary(real)}
-    run = _Run(accelerator, output, settings)
-    neighbours = neighbours or run.neighbours(samples, real, k, features, sample_labels, real_labels)
-    indices = _checked_indices(neighbours, len(samples), len(real), k)
-    pairs = Pairs(samples, real, indices, None if _classes(model) is None else sample_labels)
+    with _Run(accelerator, output, settings) as run:
+        neighbours = neighbours or run.neighbours(samples, real, k, features, sample_labels, real_labels)
+        indices = _checked_indices(neighbours, len(samples), len(real), k)
+        pairs = Pairs(samples, real, indices, None if _classes(model) is None else sample_labels)
 
-    decay = {"weight_decay": weight_decay} if optimizer == "adamw" else {}
-    optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=learning_rate, **decay)
-    run.prepare(model, optimizer, EMAModel(model.parameters(), decay=ema_decay))
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
-    validation, training = order[:held_out], order[held_out:]
-    total, since = torch.zeros((), device=accelerator.device), 0
-    for step in run.bar(steps, progress):
-        generator = _generator(seed, accelerator.process_index, step)
-        rows = training[torch.randint(len(training), (batch_size,), generator=generator)]
-        loss = flow_loss(run.model, *pairs.draw(rows, generator, accelerator.device))
-        run.update(loss, max_grad_norm)
-        total, since = total + loss.detach(), since + 1
-        done = step + 1
-        if done % log_every == 0 or done % checkpoint_every == 0 or done == steps:
-            mean = accelerator.reduce(total / since, "mean").item()
-            run.check_finite(mean, done)
-            total, since = torch.zeros_like(total), 0
-            measured = {"validation_loss": run.validate(pairs, validation, batch_size)} if held_out else {}
-            run.history.append({"step": done, "loss": mean, **measured})
-        if done % checkpoint_every == 0 or done == steps:
-            run.save(done)
-    return run.finish()
+        decay = {"weight_decay": weight_decay} if optimizer == "adamw" else {}
+        optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=learning_rate, **decay)
+        run.prepare(model, optimizer, EMAModel(model.parameters(), decay=ema_decay))
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
+        validation, training = order[:held_out], order[held_out:]
+        total, since = torch.zeros((), device=accelerator.device), 0
+        for step in run.bar(steps, progress):
+            generator = _generator(seed, accelerator.process_index, step)
+            rows = training[torch.randint(len(training), (batch_size,), generator=generator)]
+            loss = flow_loss(run.model, *pairs.draw(rows, generator, accelerator.device))
+            run.update(loss, max_grad_norm)
+            total, since = total + loss.detach(), since + 1
+            done = step + 1
+            if done % log_every == 0 or done % checkpoint_every == 0 or done == steps:
+                mean = accelerator.reduce(total / since, "mean").item()
+                run.check_finite(mean, done)
+                total, since = torch.zeros_like(total), 0
+                measured = {"validation_loss": run.validate(pairs, validation, batch_size)} if held_out else {}
+                run.history.append({"step": done, "loss": mean, **measured})
+            if done % checkpoint_every == 0 or done == steps:
+                run.save(done)
+        return run.finish()
 
 
 def _check_data(model, samples, real, labels) -> torch.Tensor | None:
@@ -225,25 +227,39 @@ def _generator(*numbers: int) -> torch.Generator:
 
 
 class _Run:
-    """The state of a training run in memory and in its folder."""
+    """The state of a training run in memory and in its folder, which it holds, as a context, while it goes on."""
 
     def __init__(self, accelerator: Accelerator, output: str | Path | None, settings: dict):
         self.accelerator, self.folder = accelerator, None if output is None else Path(output)
+        self.settings = settings
         self.history: list[dict] = []
         self.saved = 0
-        if self.folder is None:
-            return
+        self._held = ExitStack()
+
+    def __enter__(self) -> "_Run":
+        try:
+            if self.folder is not None:
+                Processes(self.accelerator).agreed(self._open)
+        except BaseException:
+            self._held.close()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._held.close()
+
+    def _open(self) -> None:
+        """In the main process: lock the folder, and begin it or go on with what it holds."""
         path = self.folder / "settings.json"
-        if path.exists() and (old := json.loads(path.read_text())) != settings:
-            changed = sorted(name for name in settings if old.get(name) != settings[name])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(lock(self.folder))
+        if path.exists() and (old := json.loads(path.read_text())) != self.settings:
+            changed = sorted(name for name in self.settings if old.get(name) != self.settings[name])
             raise ValueError(
                 f"output {str(self.folder)!r} holds a run with other {', '.join(changed)}; go on with the same, or"
                 " choose a new folder"
             )
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps(settings, indent=2))
+        _write(path, json.dumps(self.settings, indent=2))
 
     def neighbours(self, samples, real, k: int, features, sample_labels, real_labels) -> Neighbours:
         """Those of the folder, or found by the main process, which the others wait for."""

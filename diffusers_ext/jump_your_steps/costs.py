@@ -63,9 +63,11 @@ class Cost:
     # The divergence summed over y is a product of two matrices, left(R) and right(F), and sums of R and of F alone.
 
     def left(self, rates: torch.Tensor) -> torch.Tensor:
+        """left(R), of rates of any shape."""
         return rates if self.alpha is None else rates**self.alpha
 
     def right(self, held: torch.Tensor) -> torch.Tensor:
+        """right(F), of held rates of any shape."""
         return (held + FLOOR).log() if self.alpha is None else held ** (1 - self.alpha)
 
     def from_products(self, cross: torch.Tensor, total: torch.Tensor, held: torch.Tensor) -> torch.Tensor:

@@ -147,6 +147,7 @@ class KLUB:
 
     @property
     def gillespie(self) -> bool:
+        """Whether the sampler is k-Gillespie, so that the objective is about numbers of tokens and not about times."""
         return self.network.scheduler.config.sampler == "gillespie"
 
     def _rounded(self, t1: float, t2: float, t3: float) -> tuple[float, float, float]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from diffusers.utils import logging
 from ..processes import Processes
 from ..provenance import describe_component, drawing_versions
 from ..schedulers import CTMCScheduler
-from ..shards import differences, replacing
+from ..shards import differences, lock, replacing
 from .costs import Cost, Grid, cheapest_schedules, total_cost
 from .golden import Bracket, best_hierarchy, golden_middle, hierarchical_tables, levels_of
 from .klub import KLUB
@@ -75,7 +75,8 @@ def optimize_timesteps(
     accelerator: shares the work out among its processes, all of which get the same tables.
 
     Raises ValueError for arguments that are out of range or contradict each other, more steps than the grid has, data
-    that are not of the scheduler's vocabulary, and rates that are not finite, with the time and the position.
+    that are not of the scheduler's vocabulary, a file of other settings or in use, and rates that are not finite, with
+    the time and the position.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
@@ -96,7 +97,7 @@ def optimize_timesteps(
         "inputs": _hash(data, given, noise),
     }  # fmt: skip
     work = _Work(Processes(accelerator), None if resume is None else Path(resume), kept, progress)
-    with _evaluating(model):
+    with _evaluating(model), work.held():
         if method == "golden":
             klub = KLUB(
                 model, scheduler, data, coupling=coupling, given=given, seed=seed, noise=noise, batch_size=batch_size,
@@ -201,6 +202,19 @@ class _Work:
         with logging.tqdm(total=total, disable=not (self.progress and self.processes.is_main)) as bar:
             yield lambda done, _: bar.update(done - bar.n)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The file for this search alone, for as long as it goes on."""
+        with ExitStack() as held:
+
+            def take() -> None:
+                if self.path is not None:
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(lock(self.path))
+
+            self.processes.agreed(take)
+            yield
+
     def load_values(self) -> dict[tuple[float, ...], float]:
         """Values of the golden search that an earlier start has computed."""
 
@@ -209,14 +223,14 @@ class _Work:
                 return []
             try:
                 kept = json.loads(self.path.read_text(encoding="utf-8"))
-                before, values = kept["settings"], kept["values"]
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+                before, values = kept["settings"], [(tuple(times), float(value)) for times, value in kept["values"]]
+            except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{str(self.path)!r} holds no values of a search; choose another file") from error
             if changed := "; ".join(differences(before, self.settings)):
                 raise ValueError(f"{str(self.path)!r} was begun with other settings: {changed}; choose another file")
             return values
 
-        return {tuple(times): value for times, value in self.processes.agreed(read)}
+        return dict(self.processes.agreed(read))
 
     def save_values(self, values: dict[tuple[float, ...], float]) -> None:
         if self.path is None or not self.processes.is_main:

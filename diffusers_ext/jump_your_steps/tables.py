@@ -5,10 +5,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 
-import torch
-
+from ..checkpoints.tensor_files import read_torch_file
 from ..schedulers import CTMCScheduler
 from ..schedulers.timestep_edges import check_edges
 
@@ -90,8 +88,10 @@ class TimestepTables:
             if content["format"] != FORMAT:
                 raise KeyError("format")
             return cls(content["tables"], content["chain"], content["info"])
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{str(path)!r} is not a file of timestep tables as `save` writes them") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{str(path)!r} is not a file of timestep tables as `save` writes them: {error}"
+            ) from error
 
     # The authors' files
 
@@ -105,22 +105,18 @@ class TimestepTables:
 
         Raises ValueError for a file that holds anything else.
         """
-        try:
-            lists = torch.load(path, map_location="cpu", weights_only=True)
-        except UnpicklingError:
-            raise ValueError(f"{str(path)!r} holds more than lists of indices, and was not loaded") from None
+        lists = read_torch_file(path)
         whole = isinstance(lists, list) and lists and all(isinstance(entry, list) and entry for entry in lists)
-        if not whole or not all(isinstance(i, int) and i >= 0 for entry in lists for i in entry):
+        if not whole or not all(isinstance(i, int) and 0 <= i < 2**31 for entry in lists for i in entry):
             raise ValueError(f"{str(path)!r} must hold a list of lists of indices, got {str(lists)[:100]}")
         ends = {(entry[0], entry[-1]) for entry in lists}
-        if len(ends) != 1 or next(iter(ends))[0] != 0:
+        if len(ends) != 1 or min(ends)[0] != 0 or min(ends)[1] == 0:
             raise ValueError(f"{str(path)!r}: every list must run from 0 to the size of the grid, got {sorted(ends)}")
         size = lists[0][-1]
         if scheduler.config.sampler == "gillespie":
             tables = {len(entry) - 1: times_of_counts(entry, scheduler.config.min_timestep) for entry in lists}
         else:
-            grid = torch.linspace(1, 1e-5, size + 1, dtype=torch.float64).tolist()
-            tables = {len(entry) - 1: [grid[i] for i in entry] for entry in lists}
+            tables = {len(entry) - 1: [1 + i * (1e-5 - 1) / size for i in entry] for entry in lists}
         info = {n: {"method": "imported", "file": Path(path).name, "grid_size": size} for n in tables}
         return cls(tables, chain_of(scheduler), info)
 

@@ -124,4 +124,5 @@ class ClassifierGuidance(ModelMixin):
         return factor.to(timestep.device, torch.float32 if timestep.device.type == "mps" else torch.float64)
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Raises ValueError: the two networks are saved one by one."""
         raise ValueError("ClassifierGuidance is not saved; save its .unet and its .classifier, and wrap them again")

@@ -100,6 +100,8 @@ class CTMCSequenceTransformer(ModelMixin, AttentionMixin, ConfigMixin):
     integer_time: cut the time to an integer before it is embedded, so that the network sees 0 for all t < 1. The
     authors' code does, so their checkpoints were trained with it; off, the network sees t.
     sequence_length: that the network was trained on and is sampled at; it takes any.
+
+    Raises ValueError unless d_model is even and a multiple of num_heads, and temb_dim even and at least 4.
     """
 
     _repeated_blocks = ["SequenceBlock"]  # noqa: RUF012  diffusers' name and form
@@ -126,6 +128,8 @@ class CTMCSequenceTransformer(ModelMixin, AttentionMixin, ConfigMixin):
         super().__init__()
         if d_model % num_heads or d_model % 2:
             raise ValueError(f"d_model must be even and a multiple of num_heads, got {d_model}, {num_heads}")
+        if temb_dim < 4 or temb_dim % 2:
+            raise ValueError(f"temb_dim must be even and at least 4, got {temb_dim}")
         time_hidden_dim, film_dim = time_hidden_dim or dim_feedforward, film_dim or 4 * temb_dim
         self.time_mlp = nn.Sequential(
             nn.Linear(temb_dim, time_hidden_dim), nn.ReLU(), nn.Linear(time_hidden_dim, film_dim)
@@ -143,7 +147,8 @@ class CTMCSequenceTransformer(ModelMixin, AttentionMixin, ConfigMixin):
     def forward(self, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """Logits (batch, length, vocab_size) of the clean tokens; 1 is added at the current token.
 
-        tokens: (batch, length) int64, any length. timestep: t in [0, 1], (batch,).
+        tokens: (batch, length) int64, any length. timestep: t in [0, 1], (batch,). Raises ValueError for
+        other shapes.
         """
         if tokens.ndim != 2 or timestep.shape != tokens.shape[:1]:
             raise ValueError(

@@ -100,6 +100,8 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
     vocabulary. channels, channel_mult, num_res_blocks: width of the first level, factors of all, blocks a level.
     attention_level: which level has attention after each block. skip_rescale: residual sums are divided by sqrt 2.
     fix_logistic: compute each mass from both tails and take the smaller, which is exact far to the right of the mean.
+
+    Raises ValueError unless time_embed_dim is even and at least 4.
     """
 
     _repeated_blocks = ["ResBlock"]  # noqa: RUF012  diffusers' name and form
@@ -120,6 +122,8 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
         fix_logistic: bool = False,
     ):
         super().__init__()
+        if time_embed_dim < 4 or time_embed_dim % 2:
+            raise ValueError(f"time_embed_dim must be even and at least 4, got {time_embed_dim}")
         colours, temb_dim = shape[0], 4 * time_embed_dim
         residual_scale = math.sqrt(0.5) if skip_rescale else 1.0
         widths = [channels * factor for factor in channel_mult]
@@ -162,7 +166,8 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
     def forward(self, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """Logits (batch, channels * height * width, num_levels) of the clean levels.
 
-        tokens: (batch, channels * height * width) int64 levels. timestep: t in [0, 1], (batch,).
+        tokens: (batch, channels * height * width) int64 levels. timestep: t in [0, 1], (batch,). Raises
+        ValueError for other shapes.
         """
         colours, height, width = self.config.shape
         if tokens.ndim != 2 or tokens.shape[1] != colours * height * width or timestep.shape != tokens.shape[:1]:

@@ -120,6 +120,8 @@ class SEDDTransformer(ModelMixin, AttentionMixin, ConfigMixin):
     num_streams: voices that take turns in a sequence, a token each. Rotary attention sees distances alone, so an
     embedding tells each position its voice, position % num_streams; with 1 there is none, as in SEDD.
     A fresh network returns zeros (before scale_by_sigma).
+
+    Raises ValueError unless hidden_size / num_heads is even and num_streams is at least 1.
     """
 
     _supports_gradient_checkpointing = True
@@ -161,7 +163,8 @@ class SEDDTransformer(ModelMixin, AttentionMixin, ConfigMixin):
     def forward(self, tokens: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """Log scores (batch, length, vocab_size), 0 at the current token.
 
-        tokens: (batch, length) int64, any length. sigma: total noise sigma_bar, (batch,).
+        tokens: (batch, length) int64, any length. sigma: total noise sigma_bar, (batch,). Raises ValueError
+        for other shapes.
         """
         if tokens.ndim != 2 or sigma.shape != tokens.shape[:1]:
             raise ValueError(

@@ -1,0 +1,169 @@
+"""Every public name has a docstring, which says what is raised and what shapes tensors have; read from the sources."""
+
+import ast
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import pytest
+
+from diffusers_ext.cli import main
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = (
+    *ROOT.glob("diffusers_ext/**/__init__.py"),
+    ROOT / "pipelines/__init__.py",
+    ROOT / "schedulers/__init__.py",
+)
+FILES = [path for folder in ("diffusers_ext", "pipelines", "schedulers") for path in ROOT.glob(f"{folder}/**/*.py")]
+# "(batch, 3)", "(n,)", "(batch ...)", or in words.
+SHAPE = re.compile(r"\(\)|\([^()]*,[^()]*\)|\bshape|\bscalar|\bone a sample")
+Definition = ast.FunctionDef | ast.ClassDef
+
+
+class Public(NamedTuple):
+    """A public function, class or method. owner: the class that a method belongs to."""
+
+    path: Path
+    node: Definition
+    owner: ast.ClassDef | None = None
+
+    def __str__(self):
+        name = f"{self.owner.name}.{self.node.name}" if self.owner else self.node.name
+        return f"{self.path.relative_to(ROOT)}:{self.node.lineno} {name}"
+
+    @property
+    def doc(self) -> str:
+        """Its docstring; of a constructor, and of the call of a class, that of the class as well. A method that takes
+        over the docstring of the one that it wraps is documented by that."""
+        decorators = map(ast.unparse, self.node.decorator_list)
+        if wrapped := [name for name in decorators if name.startswith("functools.wraps")]:
+            return wrapped[0]
+        own = ast.get_docstring(self.node) or ""
+        shared = self.node.name in ("__init__", "__call__", "forward", "__post_init__")
+        return f"{own} {ast.get_docstring(self.owner) or ''}" if self.owner and shared else own
+
+
+def exported(path: Path) -> set[str]:
+    """The names in the __all__ of a package."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Assign | ast.AugAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if ast.unparse(target) == "__all__":
+                names |= {element.value for element in node.value.elts if isinstance(element, ast.Constant)}
+    return names
+
+
+def definitions(path: Path) -> list[Definition]:
+    return [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, Definition)]
+
+
+def public_names() -> list[Public]:
+    names = set().union(*map(exported, PACKAGES))
+    found = []
+    for path in FILES:
+        for node in definitions(path):
+            if node.name not in names:
+                continue
+            found.append(Public(path, node))
+            if isinstance(node, ast.ClassDef):
+                methods = [member for member in node.body if isinstance(member, ast.FunctionDef)]
+                called = {"__init__", "__call__", "__post_init__"}
+                found += [Public(path, m, node) for m in methods if not m.name.startswith("_") or m.name in called]
+    return found
+
+
+PUBLIC = public_names()
+
+
+def raises_value_error(node: Definition) -> bool:
+    """Whether a function's own statements, not those of functions inside it, raise a ValueError."""
+    pending = list(ast.iter_child_nodes(node))
+    while pending:
+        one = pending.pop()
+        if isinstance(one, ast.Raise) and one.exc is not None and ast.unparse(one.exc).startswith("ValueError"):
+            return True
+        if not isinstance(one, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+            pending += ast.iter_child_nodes(one)
+    return False
+
+
+def takes_tensors(node: Definition) -> list[str]:
+    """Parameters that are annotated as tensors or arrays."""
+    if not isinstance(node, ast.FunctionDef):
+        return []
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    annotated = [(one.arg, ast.unparse(one.annotation)) for one in arguments if one.annotation is not None]
+    kinds = re.compile(r"\b(torch\.(\w*)Tensor|np\.ndarray)\b")
+    return [name for name, kind in annotated if kinds.search(kind) and "Callable" not in kind and "dict" not in kind]
+
+
+def test_the_names_are_found():
+    names = {str(one).split(" ")[1] for one in PUBLIC}
+    assert len(names) > 150
+    assert {"DiscreteDiffusionPipeline.__call__", "EDMHeunScheduler.step", "optimize_timesteps", "PrecisionRecall",
+            "ClassifierGuidance.forward", "TableDiscreteDDIMScheduler", "convert_edm2"} <= names  # fmt: skip
+
+
+def test_every_public_name_has_a_docstring():
+    bare = [one for one in PUBLIC if not one.doc.strip()]
+    assert not bare, "\n".join(map(str, bare))
+
+
+def test_every_module_says_what_it_is():
+    bare = [
+        path for path in FILES if path.name != "__main__.py" and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert not bare
+
+
+def test_errors_are_named_where_they_are_raised():
+    """A constructor's may be named in the docstring of its class."""
+    silent = [one for one in PUBLIC if raises_value_error(one.node) and "ValueError" not in one.doc]
+    assert not silent, "\n".join(map(str, silent))
+
+
+def test_tensors_have_shapes():
+    """Where a public function takes tensors, its docstring has shapes, or that of the class whose call it is."""
+    silent = [f"{one}: {takes_tensors(one.node)}" for one in PUBLIC
+              if takes_tensors(one.node) and not SHAPE.search(one.doc)]  # fmt: skip
+    assert not silent, "\n".join(silent)
+
+
+def commands(group: click.Group, name: str = "diffusers-ext") -> list[tuple[str, click.Command]]:
+    found = []
+    for key, command in group.commands.items():
+        found += commands(command, f"{name} {key}") if isinstance(command, click.Group) else []
+        found.append((f"{name} {key}", command))
+    return found
+
+
+@pytest.mark.parametrize(("name", "command"), commands(main))
+def test_every_command_says_what_it_does(name, command):
+    """And so does every option that is not told by its name, its default and its type."""
+    assert command.help and len(command.help.split(".")[0]) > 10, name
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help or parameter.show_default or parameter.is_flag, f"{name} {parameter.opts}"
+
+
+def test_the_checks_see_what_is_missing():
+    tree = ast.parse(
+        '''
+def plain(x: torch.Tensor): ...
+def raising(n):
+    """Does it."""
+    if n:
+        raise ValueError("n")
+def inner(x: np.ndarray | None = None):
+    """x: (batch, 3)."""
+    def deeper():
+        raise ValueError
+'''
+    ).body
+    plain, raising, inner = (Public(ROOT / "x.py", node) for node in tree)
+    assert not plain.doc and takes_tensors(plain.node) == ["x"]
+    assert raises_value_error(raising.node) and "ValueError" not in raising.doc
+    assert not raises_value_error(inner.node) and takes_tensors(inner.node) == ["x"] and SHAPE.search(inner.doc)

@@ -1,0 +1,133 @@
+"""Training, searches of tables and of intervals: full disks and kills lose nothing finished; one at a time."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_flow_training import images, train, unet
+from test_sampling import tiny_ddpm
+from test_timestep_search import countdown_tables
+
+from diffusers_ext import interval_tuning
+from diffusers_ext.interval_search import DistanceTable, GuidedSteps
+from diffusers_ext.shards import lock
+
+TRAINING = {"steps": 6, "checkpoint_every": 2, "log_every": 2}
+TABLES = {"num_inference_steps": [4], "batch_size": 2}
+
+
+def trained(output=None):
+    return train(images(30), images(40, 1), model=unet(), output=output, **TRAINING)
+
+
+def full_disk(monkeypatch, name: str, after: int = 0):
+    """A path of this name is put in place so often, and then no more."""
+    replace, done = os.replace, []
+
+    def replacing(source, target):
+        done.extend([target] * (Path(target).name == name))
+        if len(done) > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replacing)
+
+
+def assert_same_weights(one, other):
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        full_disk(patch, "checkpoint-4")
+        with pytest.raises(OSError, match="No space left"):
+            trained(tmp_path)
+    assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "checkpoint-4").exists()
+    assert not (tmp_path / "lock.json").exists()
+    assert_same_weights(trained(tmp_path), trained())
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_a_full_disk_keeps_the_statistics_of_tables(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        full_disk(patch, "kept", after=2)
+        with pytest.raises(OSError, match="No space left"):
+            countdown_tables(**TABLES, resume=tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    whole, resumed = countdown_tables(**TABLES), countdown_tables(**TABLES, resume=tmp_path / "kept")
+    assert resumed.tables == whole.tables
+    evaluations = [tables.info[4]["network_evaluations"] for tables in (whole, resumed)]
+    assert 0 < evaluations[1] < evaluations[0]
+
+
+def test_a_full_disk_keeps_the_distances_of_intervals(tmp_path, monkeypatch):
+    asked = []
+
+    def distance(candidate):
+        asked.append(candidate)
+        return 1.0
+
+    first, second = GuidedSteps(2.0, 0, 3), GuidedSteps(2.0, 1, 3)
+    table = DistanceTable(tmp_path / "distances.json", {}, distance)
+    with monkeypatch.context() as patch:
+        full_disk(patch, "distances.json", after=1)
+        table(first)
+        with pytest.raises(OSError, match="No space left"):
+            table(second)
+    again = DistanceTable(tmp_path / "distances.json", {}, distance)
+    assert again(first) == again(second) == 1.0
+    assert asked == [first, second, second]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+@pytest.mark.parametrize(("work", "name", "number"), [("training", "checkpoint-4", 1), ("tables", "kept", 3)])
+def test_a_kill_loses_nothing_finished(work, name, number, tmp_path):
+    """Killed the moment before a finished checkpoint, or round of batches, gets its name; then taken up again."""
+    script = Path(__file__).parent / "killed_at_work.py"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, str(script), work, str(tmp_path), name, str(number)], env=environment, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert len(list(tmp_path.glob("*lock.json"))) == 1  # of the dead process, which the next start takes over
+    if work == "training":
+        assert json.loads((tmp_path / "checkpoint-2/history.json").read_text())[-1]["step"] == 2
+        assert_same_weights(trained(tmp_path), trained())
+    else:
+        resumed, whole = countdown_tables(**TABLES, resume=tmp_path / "kept"), countdown_tables(**TABLES)
+        assert resumed.tables == whole.tables
+        assert resumed.info[4]["network_evaluations"] < whole.info[4]["network_evaluations"]
+    assert not list(tmp_path.glob("*lock.json"))
+
+
+def tuned(folder):
+    extractor = SimpleNamespace(name="none", identity="none")
+    return interval_tuning.tune_interval(
+        tiny_ddpm(), extractor, None, [2.0], torch.zeros(2, dtype=torch.int64), folder
+    )
+
+
+def test_one_start_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(interval_tuning, "step_sigmas", lambda *_: [1.0, 0.0])
+    work = {
+        tmp_path / "training": trained,
+        tmp_path / "tuning": tuned,
+        tmp_path / "kept": lambda path: countdown_tables(**TABLES, resume=path),
+    }
+    for path, start in work.items():
+        if path.name != "kept":
+            path.mkdir()
+        with lock(path), pytest.raises(ValueError, match=rf"'{path}' is in use by process {os.getpid()}"):
+            start(path)
+        if path.name != "kept":
+            assert not list(path.iterdir())  # neither touched by the refused start nor left locked
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["training", "tuning"]

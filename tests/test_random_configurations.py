@@ -1,0 +1,235 @@
+"""Configurations at random: a public constructor or table raises ValueError, or what it makes works."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusers_ext import (
+    BoostAndSkipDDIMScheduler,
+    BoostAndSkipDDPMScheduler,
+    BoostAndSkipDPMSolverMultistepScheduler,
+    BoostAndSkipEulerDiscreteScheduler,
+    CTMCScheduler,
+    CTMCSequenceTransformer,
+    CTMCUNet,
+    EDM2UNet2DModel,
+    EDMHeunScheduler,
+    SEDDTransformer,
+    TableDiscreteDDIMScheduler,
+)
+from diffusers_ext.jump_your_steps import TimestepTables
+
+FIXED = {"derandomize": True, "deadline": None, "database": None}
+BAD = st.sampled_from([-1, 0, math.nan, math.inf, -math.inf, True, "4", None, 1e-300])
+BOOSTED = (
+    BoostAndSkipDDPMScheduler,
+    BoostAndSkipDDIMScheduler,
+    BoostAndSkipEulerDiscreteScheduler,
+    BoostAndSkipDPMSolverMultistepScheduler,
+)
+
+
+def mostly(good: st.SearchStrategy) -> st.SearchStrategy:
+    """Values of a kind, and now and then what is none."""
+    return st.one_of(good, good, good, good, good, good, BAD)
+
+
+def decreasing(times: list[float]) -> bool:
+    return all(a > b for a, b in pairwise(times))
+
+
+@pytest.mark.parametrize("cls", BOOSTED)
+@given(data=st.data())
+@settings(max_examples=40, **FIXED)
+def test_boost_and_skip(cls, data):
+    draw, at = data.draw, st.sampled_from
+    config = {
+        "num_train_timesteps": draw(st.integers(100, 1000)),
+        "beta_start": draw(st.floats(1e-5, 1e-3)),
+        "beta_end": draw(st.floats(2e-3, 0.03)),
+        "beta_schedule": draw(at(["linear", "scaled_linear", "squaredcos_cap_v2"])),
+        "prediction_type": draw(at(["epsilon", "sample", "v_prediction"])),
+        "timestep_spacing": draw(at(["linspace", "leading", "trailing"])),
+    }
+    boost = {"gamma": draw(mostly(st.floats(0.1, 5))), "skip_steps": draw(mostly(st.integers(0, 15)))}
+    steps = draw(st.integers(1, 20))
+    try:
+        scheduler = cls(**config, **boost)
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        assert str(boost["gamma"]) in str(error) or str(boost["skip_steps"]) in str(error)
+        return
+    assert boost["gamma"] > 0 and 0 <= boost["skip_steps"] < steps
+    times = scheduler.timesteps.tolist()
+    assert len(times) == steps - boost["skip_steps"] and decreasing(times)
+    x = torch.ones(1, 1, 2, 2) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        x = scheduler.step(0.3 * scheduler.scale_model_input(x, t).clamp(-3, 3), t, x).prev_sample
+    assert torch.isfinite(x).all()
+
+
+@given(
+    numbers=st.fixed_dictionaries(
+        {"sigma_min": mostly(st.floats(1e-3, 1)), "sigma_max": mostly(st.floats(0.5, 1000))},
+        optional={
+            "rho": mostly(st.one_of(st.floats(1, 10), st.floats(1e-6, 1e9))),
+            "S_churn": mostly(st.floats(0, 100)),
+            "S_min": mostly(st.floats(0, 1)),
+            "S_max": mostly(st.floats(0, 100)),
+            "S_noise": mostly(st.floats(0, 2)),
+        },
+    ),
+    steps=mostly(st.integers(1, 12)),
+)
+@settings(max_examples=150, **FIXED)
+def test_edm_heun(numbers, steps):
+    try:
+        scheduler = EDMHeunScheduler(**numbers)
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        assert len(str(error)) > 10
+        return
+    assert decreasing(scheduler.sigmas.tolist()) and scheduler.sigmas[-1] == 0 and len(scheduler.sigmas) == steps + 1
+    x, generator = torch.ones(1, 2) * scheduler.init_noise_sigma, torch.Generator().manual_seed(0)
+    for sigma in scheduler.sigmas[1:].tolist():
+        x, hat = scheduler.churn(x, generator=generator)
+        x = scheduler.step(0.5 * x, hat, x).prev_sample
+        if sigma:
+            x = scheduler.step(0.5 * x, sigma, x).prev_sample
+    assert torch.isfinite(x).all()
+
+
+@given(data=st.data())
+@settings(max_examples=200, **FIXED)
+def test_ctmc(data):
+    draw, at = data.draw, st.sampled_from
+    vocab = draw(st.integers(2, 6))
+    config = {
+        "kernel": draw(at(["absorbing", "uniform", "gaussian", "birth_death", "other"])),
+        "vocab_size": draw(mostly(st.just(vocab))),
+        "noise_schedule": draw(at(["loglinear", "cosine", "arccos", "geometric", "exponential", "constant"])),
+        "sampler": draw(at(["euler", "tweedie", "gillespie"])),
+        "prediction_type": draw(at(["log_score", "x0", "probabilities"])),
+        "jumps": draw(at([None, None, "categorical", "poisson"])),
+        "num_corrector_steps": draw(at([0, 0, 0, 1])),
+        "min_timestep": draw(mostly(st.floats(1e-5, 0.1))),
+        "eps": draw(mostly(st.floats(1e-5, 0.1))),
+        "sigma_max": draw(mostly(st.floats(1e-2, 30))),
+        "time_exponential": draw(mostly(st.floats(1.1, 100))),
+        "constant_rate": draw(mostly(st.floats(0.1, 10))),
+        "timestep_tables": draw(at([None, {"2": [1.0, 0.5, 0.1]}, {"2": [1.0, 1.0, 0.1]}, {"3": [1.0, 0.5]}])),
+        "timestep_spacing": draw(at(["uniform", "table", "interpolated_table"])),
+    }
+    try:
+        scheduler = CTMCScheduler(**config)
+        scheduler.set_timesteps(draw(mostly(st.integers(1, 5))))
+    except ValueError as error:
+        assert len(str(error)) > 10
+        return
+    assert decreasing(scheduler.edges.tolist()) and 0 < scheduler.edges[-1] <= scheduler.edges[0] <= 1
+    generator = torch.Generator().manual_seed(0)
+    sample = scheduler.sample_prior((2, 3), generator)
+    for t in scheduler.timesteps:
+        output = torch.randn(2, 3, vocab, generator=generator)
+        if config["prediction_type"] == "probabilities":
+            output = output.softmax(-1)
+        if config["prediction_type"] == "log_score":
+            output = output.scatter(-1, sample.unsqueeze(-1), 0)
+        assert torch.isfinite(scheduler.model_time(t, 2)).all()
+        assert torch.isfinite(scheduler.reverse_rates(output, t, sample)).all()
+        sample = scheduler.step(output, t, sample, generator).prev_sample
+        assert sample.shape == (2, 3) and sample.min() >= 0 and sample.max() < vocab
+
+
+EDGES = st.lists(st.one_of(st.floats(0, 1), st.floats(), st.sampled_from([True, "1", None])), max_size=5)
+
+
+@given(
+    edges=st.one_of(
+        EDGES, EDGES, st.lists(st.floats(1e-6, 1), unique=True, max_size=6).map(sorted).map(lambda x: x[::-1])
+    )
+)
+@settings(max_examples=200, **FIXED)
+def test_tables(edges):
+    """Accepted in every place where tables go, or refused in every one."""
+    plain = all(isinstance(t, float) for t in edges)
+    good = len(edges) >= 2 and plain and decreasing(edges) and edges[-1] > 0 and edges[0] <= 1
+    name = str(len(edges) - 1)
+    makers = (
+        lambda: TimestepTables({name: edges}, {}),
+        lambda: CTMCScheduler(vocab_size=3, timestep_tables={name: edges}),
+        lambda: TableDiscreteDDIMScheduler(timestep_tables={name: edges}),
+    )
+    for make in makers:
+        if good:
+            make()
+        else:
+            with pytest.raises(ValueError, match=r".{10}"):
+                make()
+
+
+SMALL = st.integers(1, 12)
+
+
+@given(hidden_size=SMALL, cond_dim=SMALL, num_heads=st.integers(1, 4), num_streams=st.integers(0, 3),
+       num_blocks=st.integers(0, 2), vocab_size=st.integers(2, 5))  # fmt: skip
+@settings(max_examples=25, **FIXED)
+def test_sedd(**sizes):
+    try:
+        model = SEDDTransformer(**sizes, scale_by_sigma=False)
+    except ValueError as error:
+        assert "hidden_size / num_heads must be even" in str(error) or "num_streams" in str(error)
+        return
+    output = model(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2))
+    assert output.shape == (2, 4, sizes["vocab_size"]) and torch.isfinite(output).all()
+
+
+@given(d_model=SMALL, num_heads=st.integers(1, 4), num_layers=st.integers(0, 2), temb_dim=SMALL,
+       dim_feedforward=SMALL, one_hot_input=st.booleans(), vocab_size=st.integers(2, 5))  # fmt: skip
+@settings(max_examples=25, **FIXED)
+def test_sequence_transformer(**sizes):
+    try:
+        model = CTMCSequenceTransformer(**sizes)
+    except ValueError as error:
+        assert "d_model must be even and a multiple of num_heads" in str(error) or "temb_dim" in str(error)
+        return
+    output = model.eval()(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2))
+    assert output.shape == (2, 4, sizes["vocab_size"]) and torch.isfinite(output).all()
+
+
+@given(channels=st.integers(1, 3).map(lambda n: 4 * n), factors=st.lists(st.integers(1, 2), min_size=1, max_size=2),
+       num_res_blocks=st.integers(1, 2), attention_level=st.integers(0, 2), size=st.integers(1, 3))  # fmt: skip
+@settings(max_examples=15, **FIXED)
+def test_ctmc_unet(channels, factors, num_res_blocks, attention_level, size):
+    side = size * 2 ** (len(factors) - 1)
+    with pytest.raises(ValueError, match="time_embed_dim must be even and at least 4"):
+        CTMCUNet(shape=(1, side, side), time_embed_dim=size)
+    model = CTMCUNet(
+        shape=(1, side, side), num_levels=4, channels=channels, channel_mult=tuple(factors),
+        num_res_blocks=num_res_blocks, attention_level=attention_level, time_embed_dim=8,
+    )  # fmt: skip
+    output = model.eval()(torch.zeros(1, side * side, dtype=torch.int64), torch.ones(1))
+    assert output.shape == (1, side * side, 4) and torch.isfinite(output).all()
+
+
+@given(img_channels=st.integers(1, 3), label_dim=st.integers(0, 3), model_channels=st.sampled_from([8, 16, 24]),
+       factors=st.lists(st.integers(1, 2), min_size=1, max_size=2), channels_per_head=st.sampled_from([4, 8, 16]),
+       num_blocks=st.integers(1, 2))  # fmt: skip
+@settings(max_examples=15, **FIXED)
+def test_edm2_unet(img_channels, label_dim, model_channels, factors, channels_per_head, num_blocks):
+    sizes = {"model_channels": model_channels, "channel_mult": tuple(factors), "num_blocks": num_blocks}
+    try:
+        model = EDM2UNet2DModel(
+            img_resolution=8, img_channels=img_channels, label_dim=label_dim, attn_resolutions=(4, 8),
+            channels_per_head=channels_per_head, **sizes,
+        )  # fmt: skip
+    except ValueError as error:
+        assert "channels_per_head" in str(error)
+        return
+    x = torch.randn(2, img_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    output = model(x, torch.ones(1), class_labels=torch.zeros(2, dtype=torch.int64) if label_dim else None).sample
+    assert output.shape == x.shape and torch.isfinite(output).all()
