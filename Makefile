@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help install demo test lint format clean
 
 help:
-	@echo "make demo     sample a shipped model with and without each method; results go to out/"
+	@echo "make demo     sample a shipped model with and without each method; ARGS=--quick; results go to out/"
 	@echo "make test     run the tests; ARGS=\"-k name -x\" goes to pytest"
 	@echo "make lint     check style and formatting with ruff; make format repairs them"
 	@echo "make clean    remove $(VENV), builds and caches"

@@ -27,6 +27,8 @@ METRICS = ["scikit-learn>=1.5.0", "scipy>=1.13.0", "faiss-cpu>=1.9.0.post1"]
 PLOTS = ["matplotlib>=3.8.0"]
 TRAIN = ["tqdm>=4.66.0"]
 ODE = ["torchdiffeq>=0.2.5"]
+# Tested with this version alone. It does not take pillow 13, so constraints.txt has no place for it on Python 3.11.
+APP = ["gradio>=6.31.0"]
 TEST = ["pytest>=8.0.0", "hypothesis>=6.100.0", "ruff>=0.17.5", "build>=1.2.1", *METRICS, *PLOTS, *TRAIN, *ODE]
 
 setup(
@@ -44,13 +46,14 @@ setup(
         "diffusers_ext.schedulers",
     ],
     package_dir={"diffusers_ext.pipelines": "pipelines", "diffusers_ext.schedulers": "schedulers"},
-    package_data={"diffusers_ext": ["assets/**/*"]},
+    package_data={"diffusers_ext": ["assets/**/*", "demo/*.css"]},
     install_requires=BASE,
     extras_require={
         "metrics": METRICS,
         "plots": PLOTS,
         "train": TRAIN,
         "ode": ODE,
+        "app": APP,
         "xformers": ["xformers"],
         "fid": ["torch-fidelity"],
         "test": TEST,

@@ -147,7 +147,7 @@ def test_bad_input_is_one_line_without_a_traceback(tmp_path):
 
 
 def test_a_missing_extra_is_named(monkeypatch, tmp_path):
-    def fail(*_):
+    def fail(*_, **__):
         raise ImportError('needs scikit-learn: pip install "diffusers_ext[metrics]"')
 
     monkeypatch.setattr(demo, "run_demo", fail)

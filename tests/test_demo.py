@@ -6,19 +6,25 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from PIL import Image
 from rich.console import Console
 
-from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, SEDDTransformer, demo, evaluation
-from diffusers_ext.cli.train_postprocessing import save_flow
-from diffusers_ext.demo import boost_and_skip
+from diffusers_ext import (
+    CTMCScheduler,
+    DiscreteDiffusionPipeline,
+    FlowPostprocessingPipeline,
+    SEDDTransformer,
+    demo,
+    evaluation,
+)
+from diffusers_ext.demo import boost_and_skip, jump_your_steps
 from diffusers_ext.demo.boost_and_skip import BoostAndSkipSettings, run_boost_and_skip
 from diffusers_ext.demo.discrete import DiscreteSettings, run_discrete
 from diffusers_ext.demo.flow_postprocessing import FlowPostprocessingSettings, run_flow_postprocessing
 from diffusers_ext.demo.guidance_interval import GuidanceIntervalSettings, run_guidance_interval
 from diffusers_ext.demo.jump_your_steps import JumpYourStepsSettings, run_jump_your_steps
-from diffusers_ext.demo.pictures import grid, sequences_picture, stacked
-from diffusers_ext.flow import velocity_network
+from diffusers_ext.demo.pictures import grid, places_stacked, sequences_picture, stacked
 from diffusers_ext.music import NUM_TOKENS
 
 
@@ -48,6 +54,43 @@ def test_demo_draws_a_panel_for_each_gamma(small_demo):
     for panel in (picture[48:, :half], picture[48:, half:]):
         assert (panel < 128).mean() > 0.02  # ink of digits
     assert Image.open(small_demo[0] / "boost_and_skip_metrics.png").width > 500
+    boxes = small_demo[1]["boost_and_skip"]["pictures"]["boost_and_skip.png"]
+    assert list(boxes) == ["stock sampler", "gamma 4, skip 1"]
+    for left, top, right, bottom in boxes.values():
+        assert (right - left, bottom - top) == (10 * 28 * 2, 2 * 28 * 2)  # twenty digits at twice their size
+        assert (picture[top:bottom, left:right] < 128).mean() > 0.02
+
+
+def test_demo_leaves_a_report_after_each_section(tmp_path):
+    def fails(output, device, console):
+        assert "Not run yet: guidance interval" in (output / "report.html").read_text()
+        raise KeyboardInterrupt
+
+    settings = BoostAndSkipSettings(gammas=(1.0,), num_inference_steps=2, num_samples=10)
+    first = partial(run_boost_and_skip, settings=settings)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_demo(tmp_path, "cpu", {"boost_and_skip": first, "guidance_interval": fails})
+    saved = json.loads((tmp_path / "demo.json").read_text())
+    assert list(saved["boost_and_skip"]["pictures"]) == ["boost_and_skip.png"]
+    assert "data:image/png" in (tmp_path / "report.html").read_text()
+
+
+def test_quick_sections_are_the_same_with_less_to_do(monkeypatch, tmp_path):
+    assert list(demo.QUICK_SECTIONS) == list(demo.SECTIONS)
+    for name, quick in demo.QUICK_SECTIONS.items():
+        assert quick.func is demo.SECTIONS[name]
+        fewer = {key for key in vars(quick.keywords["settings"]) if key.startswith(("num_", "chorale_steps"))}
+        stock = type(quick.keywords["settings"])()
+        for key in fewer:
+            assert getattr(quick.keywords["settings"], key) < getattr(stock, key), (name, key)
+    called = []
+    section = {"seen": lambda output, device, console: called.append(1) or {"files": []}}
+    monkeypatch.setattr(demo, "QUICK_SECTIONS", section)
+    monkeypatch.setattr(demo, "SECTIONS", {})
+    result = demo.run_demo(tmp_path, "cpu", quick=True)
+    assert called == [1] and result["quick"] is True
+    assert "This is the quick demo" in (tmp_path / "report.html").read_text()
+    assert demo.run_demo(tmp_path, "cpu")["quick"] is False and called == [1]
 
 
 def test_demo_without_extras_leaves_out_what_needs_them(tmp_path, monkeypatch, capsys):
@@ -69,15 +112,19 @@ def test_grid_is_row_by_row_ink_on_white():
 
 
 def test_guidance_section_counts_rows_and_draws_three_panels(tmp_path, capsys):
-    settings = GuidanceIntervalSettings(num_inference_steps=4, num_samples=20, sigma_lo=0.0, sigma_hi=1.0)
+    settings = GuidanceIntervalSettings(
+        further_scales=(2.0,), num_inference_steps=4, num_samples=20, sigma_lo=0.0, sigma_hi=1.0
+    )
     result = run_guidance_interval(tmp_path, "cpu", Console(width=120), settings)
-    plain, everywhere, interval = result["rows"]
+    plain, everywhere, interval, *further = result["rows"]
+    assert [(row["guidance_scale"], row["limited"]) for row in further] == [(2, False), (2, True)]
     assert (plain["rows_per_image"], everywhere["rows_per_image"]) == (4, 8)
     assert 4 < interval["rows_per_image"] < 8
     for row in result["rows"]:
         assert 0 <= row["precision"] <= 1 and 0 <= row["recall"] <= 1 and row["frechet"] > 0
-    assert len({row["frechet"] for row in result["rows"]}) == 3
-    assert json.loads(json.dumps(result)) == result
+    assert len({row["frechet"] for row in result["rows"]}) == 5
+    assert len(result["pictures"]["guidance_interval.png"]) == 3
+    assert json.loads(json.dumps(result))["rows"] == result["rows"]
     picture = np.asarray(Image.open(tmp_path / result["files"][0]))
     for panel in np.array_split(picture[48:], 3, axis=1):
         assert (panel < 128).mean() > 0.02  # ink of digits
@@ -129,32 +176,39 @@ def test_jump_your_steps_section_makes_and_measures_tables(tmp_path, sequence_mo
     assert "10 sequences a number" in capsys.readouterr().out
 
 
+def test_jump_your_steps_section_needs_no_matplotlib(tmp_path, sequence_models, monkeypatch):
+    monkeypatch.setattr(jump_your_steps, "find_spec", lambda name: None)
+    settings = JumpYourStepsSettings(
+        sequence_models["countdown_model"], steps=(2,), grid_size=4, num_search=1, num_samples=2
+    )
+    result = run_jump_your_steps(tmp_path, "cpu", Console(), settings)
+    assert result["files"] == [] and not list(tmp_path.glob("*.png"))
+
+
+def test_flow_section_measures_before_and_after(tmp_path, capsys):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    sizes = {"sample_size": 28, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4}
+    unet = UNet2DModel(**blocks, **sizes, num_class_embeds=10)
+    FlowPostprocessingPipeline(unet, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "flow")
+    (tmp_path / "out").mkdir()
+    settings = FlowPostprocessingSettings(str(tmp_path / "flow"), (1.0, 4.0), num_inference_steps=3, num_samples=20)
+    result = run_flow_postprocessing(tmp_path / "out", "cpu", Console(width=120), settings)
+    assert [(row["guidance_scale"], row["repaired"]) for row in result["rows"]] == [
+        (1, False), (1, True), (4, False), (4, True)
+    ]  # fmt: skip
+    assert len({row["frechet"] for row in result["rows"]}) == 4  # the untrained flow changes the digits
+    assert list(result["pictures"]["flow_postprocessing.png"]) == [row["title"] for row in result["rows"]]
+    assert "guidance 4, repaired" in capsys.readouterr().out
+
+
 def test_cells_of_sequences():
     tokens, marked = torch.tensor([[0, 31], [31, 0]]), torch.tensor([[False, True], [False, False]])
     pixels = np.asarray(sequences_picture(tokens, 32, marked, width=4, height=2))
     assert pixels.shape == (4, 8, 3)
     assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[0, 7].tolist() == [13, 44, 92]
     assert pixels[1, 4].tolist() == pixels[1, 5].tolist() == [220, 30, 30] and (pixels == 220).sum() == 4
-    canvas = stacked({"one": Image.new("RGB", (30, 10), "red"), "two": Image.new("RGB", (20, 5), "blue")}, margin=10)
+    panels = {"one": Image.new("RGB", (30, 10), "red"), "two": Image.new("RGB", (20, 5), "blue")}
+    canvas = stacked(panels, margin=10)
+    assert places_stacked(panels, margin=10) == {"one": [10, 30, 40, 40], "two": [10, 80, 30, 85]}
     assert canvas.size == (50, 95) and canvas.getpixel((10, 30)) == (255, 0, 0) and canvas.getpixel((10, 80))[2] == 255
-
-
-def test_flow_section_measures_before_and_after(tmp_path, capsys):
-    torch.manual_seed(0)
-    flow = velocity_network(torch.zeros(1, 1, 28, 28), num_classes=10, block_out_channels=(8, 8))
-    flow.conv_out.weight.data.mul_(8)  # an untrained flow that blurs: something to see
-    save_flow(flow, tmp_path / "flow")
-    settings = FlowPostprocessingSettings(
-        str(tmp_path / "flow"), guidance_scales=(1.0, 4.0), num_inference_steps=4, repair_steps=2, num_samples=20
-    )
-    result = run_flow_postprocessing(tmp_path, "cpu", Console(width=120), settings)
-    assert [row["title"] for row in result["rows"]] == [
-        "guidance 1", "guidance 1, repaired", "guidance 4", "guidance 4, repaired"
-    ]  # fmt: skip
-    assert len({row["knn_distance"] for row in result["rows"]}) == 4
-    for row in result["rows"]:
-        assert 0 <= row["recognised"] <= 1 and row["frechet"] > 0 and row["seconds_per_image"] > 0
-    assert json.loads(json.dumps(result))["rows"] == result["rows"]
-    panels = np.array_split(np.asarray(Image.open(tmp_path / result["files"][0]))[48:], 4, axis=1)
-    assert all((panel < 128).mean() > 0.02 for panel in panels)  # ink of digits
-    assert "guidance 4, repaired" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from transformers import (
     ViTModel,
 )
 
-from diffusers_ext.flow import DINOv2Features, extract_features, pixel_features
+from diffusers_ext.flow import DINOv2Features, combined_features, extract_features, pixel_features
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 IMAGES = torch.rand(3, 3, 20, 20, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -81,3 +81,29 @@ def test_extraction_in_batches():
 def test_extractors_must_give_one_row_a_sample(extractor):
     with pytest.raises(ValueError, match="one row a sample"):
         extract_features(IMAGES, extractor)
+
+
+def test_combined_features_add_squared_distances_in_units_of_their_variance():
+    real = torch.rand(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def bright(images):
+        return images.flatten(1).sum(1, keepdim=True) * 100
+
+    combined = combined_features([(pixel_features, 1.0), (bright, 3.0)], real)
+    a, b = combined(real[:5]), combined(real[5:10])
+    pixels = (real[:5] - real[5:10]).flatten(1).square().sum(1) / real.flatten(1).var(0).sum()
+    brightness = (bright(real[:5]) - bright(real[5:10])).square().sum(1) / bright(real).var(0).sum()
+    torch.testing.assert_close((a - b).square().sum(1), pixels + 3 * brightness)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([], "one or more"),
+        ([(pixel_features, 0.0)], "weight > 0"),
+        ([(lambda images: torch.ones(len(images), 2), 1.0)], "must vary"),
+    ],
+)
+def test_combined_features_refuse(parts, message):
+    with pytest.raises(ValueError, match=message):
+        combined_features(parts, torch.rand(5, 1, 2, 2))

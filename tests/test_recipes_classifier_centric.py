@@ -207,6 +207,7 @@ def test_targets_of_real_images_are_themselves(tmp_path):
         (1, None, None), (3, None, None),
         (1, "pixel", 1), (1, "pixel", 4), (3, "pixel", 1), (3, "pixel", 4),
         (1, "classifier", 1), (1, "classifier", 4), (3, "classifier", 1), (3, "classifier", 4),
+        *((scale, "pixel+classifier", k) for scale in (1, 3) for k in (1, 4)),
     ]  # fmt: skip
     before, nearest, further = rows[0]["frechet"], rows[2]["frechet"], rows[3]["frechet"]
     assert nearest == pytest.approx(before) != further

@@ -73,7 +73,7 @@ def test_two_processes(real, tmp_path):
 
 
 def test_neighbours_within_the_class(real, tmp_path):
-    result = invoke("--real", real, "--features", "pixel", *SMALL, "--within-class", "--output", tmp_path)
+    result = invoke("--real", real, "--features", "pixel+classifier", *SMALL, "--within-class", "--output", tmp_path)
     assert result.exit_code == 0, result.output
     from diffusers_ext.flow import Neighbours
 

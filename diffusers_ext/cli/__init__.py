@@ -3,6 +3,7 @@
 import click
 
 from .. import __version__
+from .app import app
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
@@ -32,6 +33,7 @@ def main():
 
 
 for command in (
-    convert, demo, evaluate, export, info, optimize_timesteps, sample, train_postprocessing, tune_interval, upsample,
+    app, convert, demo, evaluate, export, info, optimize_timesteps, sample, train_postprocessing, tune_interval,
+    upsample,
 ):  # fmt: skip
     main.add_command(command)

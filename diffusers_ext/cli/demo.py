@@ -8,11 +8,12 @@ import click
 @click.command()
 @click.option(
     "--output", type=click.Path(path_type=Path, file_okay=False), default=Path("out"), show_default=True,
-    help="Folder for pictures and numbers.",
+    help="Folder for report.html, pictures and numbers.",
 )  # fmt: skip
 @click.option("--device", default=None, help="torch device; by default the fastest one here.")
-def demo(output, device):
-    """Try each method on the models that ship; pictures and numbers."""
+@click.option("--quick", is_flag=True, help="Few samples and steps, rough numbers.")
+def demo(output, device, quick):
+    """Try each method on the models that ship; pictures, numbers and a report."""
     from ..demo import run_demo
 
-    run_demo(output, device)
+    run_demo(output, device, quick=quick)

@@ -135,21 +135,13 @@ def _neighbour_features(name: str, model: str, device, real):
 
     real: uint8 (count, height, width, channels), whose variance sets the scales of pixels and classifier together.
     """
-    import torch
-
-    from ..features import load_extractor
-    from ..flow import DINOv2Features, channels_first, combined_features, pixel_features
+    from ..flow import DINOv2Features, channels_first, classifier_features, combined_features, pixel_features
 
     if name == "pixel":
         return name
     if name in ("cls", "patch"):
         return DINOv2Features(model, pooling=name, device=device)
-    extractor = load_extractor("classifier", device=device)
-
-    def features(images):
-        pixels = images.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)
-        return torch.as_tensor(extractor(pixels.cpu().numpy()))
-
+    classifier = classifier_features(device)
     if name == "classifier":
-        return features
-    return combined_features([(pixel_features, 1.0), (features, CLASSIFIER_WEIGHT)], channels_first(real[:10_000]))
+        return classifier
+    return combined_features([(pixel_features, 1.0), (classifier, CLASSIFIER_WEIGHT)], channels_first(real[:10_000]))

@@ -1,7 +1,9 @@
-"""`diffusers-ext demo`: each method on the models that ship; pictures, numbers, plots. One file a section."""
+"""`diffusers-ext demo`: each method on the models that ship; pictures, numbers, a report. One file a section."""
 
 import json
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,11 +11,13 @@ from rich.console import Console
 
 from .. import __version__
 from ..info import best_device
+from . import boost_and_skip, discrete, flow_postprocessing, guidance_interval, jump_your_steps
 from .boost_and_skip import run_boost_and_skip
 from .discrete import run_discrete
 from .flow_postprocessing import run_flow_postprocessing
 from .guidance_interval import run_guidance_interval
 from .jump_your_steps import run_jump_your_steps
+from .report import write_report
 
 Section = Callable[[Path, str, Console], dict]
 SECTIONS: dict[str, Section] = {
@@ -24,20 +28,38 @@ SECTIONS: dict[str, Section] = {
     "flow_postprocessing": run_flow_postprocessing,
 }
 
+QUICK_SECTIONS: dict[str, Section] = {
+    "boost_and_skip": partial(run_boost_and_skip, settings=boost_and_skip.QUICK),
+    "guidance_interval": partial(run_guidance_interval, settings=guidance_interval.QUICK),
+    "discrete": partial(run_discrete, settings=discrete.QUICK),
+    "jump_your_steps": partial(run_jump_your_steps, settings=jump_your_steps.QUICK),
+    "flow_postprocessing": partial(run_flow_postprocessing, settings=flow_postprocessing.QUICK),
+}
 
-def run_demo(output: Path, device: str | None = None, sections: dict[str, Section] | None = None) -> dict:
+
+def run_demo(
+    output: Path, device: str | None = None, sections: dict[str, Section] | None = None, quick: bool = False
+) -> dict:
     """Run the sections one after the other; each writes its pictures into the folder and prints its table.
 
     sections: by default all of `SECTIONS`, functions of the folder, the device and the console that return the
-    settings, the numbers and the names of the files. demo.json is written after each section and holds what they
-    returned; so does the result.
+    settings, the numbers, a table in words and the names of the files. quick: `QUICK_SECTIONS` instead, which take
+    few samples and steps, and the report says so. demo.json, with what they returned and the seconds of each, and
+    report.html are written after each section; so an interrupted demo leaves both. Returns what demo.json holds.
     """
     device = device or best_device()
     console = Console()
     output.mkdir(parents=True, exist_ok=True)
-    result = {"version": __version__, "device": device, "torch_threads": torch.get_num_threads()}
-    for name, run in (SECTIONS if sections is None else sections).items():
+    result = {"version": __version__, "device": device, "torch_threads": torch.get_num_threads(), "quick": quick}
+    if sections is None:
+        sections = QUICK_SECTIONS if quick else SECTIONS
+    report = output / "report.html"
+    for name, run in sections.items():
+        started = time.perf_counter()
         result[name] = run(output, device, console)
-        (output / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
+        result[name]["seconds_in_all"] = time.perf_counter() - started
+        (output / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_report(output)
         console.print("wrote " + ", ".join(str(output / file) for file in result[name]["files"]))
+    console.print(f"wrote {report}: open it in a browser")
     return result

@@ -7,15 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from ..evaluation import NEIGHBOURS, evaluate_digits
 from ..sampling import sample_images
 from ..shipped import load_pipeline
-from .pictures import grid, side_by_side
+from .pictures import grid, places_beside, side_by_side
+from .tables import print_table, words_table
 
 CLASSES = 10
 SHOWN = 100  # images in each panel of the picture
@@ -55,12 +54,16 @@ class BoostAndSkipSettings:
         return "stock sampler" if gamma == 1 else f"gamma {gamma:g}, skip {self.skip_steps}"
 
 
+QUICK = BoostAndSkipSettings(gammas=(1.0, 2.0, 4.0), skip_steps=1, num_inference_steps=16, num_samples=50)
+
+
 def run_boost_and_skip(
     output: Path, device: str, console: Console, settings: BoostAndSkipSettings | None = None
 ) -> dict:
     """Sample, measure and print; write boost_and_skip.png and, with matplotlib, a plot into the folder.
 
-    Every gamma has the same seeds and labels. Returns the settings, a row of numbers for each gamma and the files.
+    Every gamma has the same seeds and labels. Returns the settings, a row of numbers for each gamma, the table in
+    words, the files, and where the panels lie in the picture.
     """
     settings = settings or BoostAndSkipSettings()
     pipe = load_pipeline("mnist-unet", "boost-and-skip").to(device)
@@ -83,8 +86,13 @@ def run_boost_and_skip(
     side_by_side(panels).save(written[0])
     if find_spec("matplotlib") is not None:
         written.append(plot(rows, settings, output / "boost_and_skip_metrics.png"))
-    print_table(console, rows, settings)
-    return {"settings": asdict(settings), "rows": rows, "files": [path.name for path in written]}
+    table = in_words(rows, settings)
+    print_table(console, table)
+    if "lof" not in rows[0]:
+        console.print('for the local outlier factor: pip install "diffusers_ext[metrics]"', markup=False)
+    files = [path.name for path in written]
+    pictures = {files[0]: places_beside(panels)}
+    return {"settings": asdict(settings), "rows": rows, "table": table, "files": files, "pictures": pictures}
 
 
 def plot(rows: list[dict], settings: BoostAndSkipSettings, path: Path) -> Path:
@@ -111,21 +119,15 @@ def format_number(name: str, value: float | None) -> str:
     return f"{value:.1%}" if name in ("recognised", "inside") else f"{value:.3f}"
 
 
-def print_table(console: Console, rows: list[dict], settings: BoostAndSkipSettings) -> None:
-    """The rows of the sweep; what was not measured says what to install."""
+def in_words(rows: list[dict], settings: BoostAndSkipSettings) -> dict:
+    """The rows of the sweep as a table."""
     names = [name for name in COLUMNS if name in rows[0]]
     title = (
         f"Boost-and-Skip on MNIST, skip {settings.skip_steps} of {settings.num_inference_steps} steps;"
         f" {settings.num_samples} images a row"
     )
-    table = Table(title=title, caption=LEGEND, caption_justify="left", box=SIMPLE)
-    table.add_column("gamma", no_wrap=True)
-    for name in names:
-        table.add_column(COLUMNS[name], justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            "stock" if row["gamma"] == 1 else f"{row['gamma']:g}", *(format_number(name, row[name]) for name in names)
-        )
-    console.print(table)
-    if "lof" not in names:
-        console.print('for the local outlier factor: pip install "diffusers_ext[metrics]"', markup=False)
+    words = [
+        ["stock" if row["gamma"] == 1 else f"{row['gamma']:g}", *(format_number(name, row[name]) for name in names)]
+        for row in rows
+    ]
+    return words_table(title, LEGEND, ["gamma", *(COLUMNS[name] for name in names)], words)

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from ..metrics import countdown_errors, countdown_errors_original, countdown_wrong
 from ..music import REST, piano_roll, tokens_to_pitches, write_midi
 from ..sampling import sample_batches
 from ..shipped import load_pipeline
-from .pictures import sequences_picture, stacked
+from .pictures import Box, places_stacked, sequences_picture, stacked
+from .tables import print_table, words_table
 
 SHOWN = 16  # CountDown sequences in each panel of the picture
 SHOWN_CHORALES = 4
@@ -38,23 +37,28 @@ class DiscreteSettings:
     seed: int = 0
 
 
+QUICK = DiscreteSettings(countdown_steps=(4, 16), num_countdowns=8, chorale_steps=16, num_chorales=2)
+
+
 def run_discrete(output: Path, device: str, console: Console, settings: DiscreteSettings | None = None) -> dict:
     """Sample, measure and print; write countdown.png, chorales.png and chorales.mid into the folder.
 
-    Returns the settings, a row of numbers for each number of steps on CountDown, the seconds that a chorale took, and
-    the files.
+    Returns the settings, a row of numbers for each number of steps on CountDown, the table in words, the seconds that
+    a chorale took, the files, and where the panels lie in the pictures.
     """
     settings = settings or DiscreteSettings()
-    rows = draw_countdowns(output / "countdown.png", device, settings)
-    print_table(console, rows, settings)
-    seconds = draw_chorales(output, device, settings)
+    rows, countdowns = draw_countdowns(output / "countdown.png", device, settings)
+    table = in_words(rows, settings)
+    print_table(console, table)
+    seconds, chorales = draw_chorales(output, device, settings)
     console.print(f"chorales: {settings.num_chorales} of {settings.chorale_steps} steps, {seconds:.2f} s each")
-    files = ["countdown.png", "chorales.png", "chorales.mid"]
-    return {"settings": asdict(settings), "rows": rows, "seconds_per_chorale": seconds, "files": files}
+    result = {"settings": asdict(settings), "rows": rows, "table": table, "seconds_per_chorale": seconds}
+    pictures = {"countdown.png": countdowns, "chorales.png": chorales}
+    return {**result, "files": ["countdown.png", "chorales.png", "chorales.mid"], "pictures": pictures}
 
 
-def draw_countdowns(picture: Path, device: str, settings: DiscreteSettings) -> list[dict]:
-    """Sample CountDown at each number of steps with the same seeds; a panel and a row each."""
+def draw_countdowns(path: Path, device: str, settings: DiscreteSettings) -> tuple[list[dict], dict[str, Box]]:
+    """Sample CountDown at each number of steps with the same seeds; a row and the place of a panel each."""
     pipe = load_pipeline(settings.countdown_model).to(device)
     num_tokens = pipe.scheduler.config.vocab_size - (pipe.scheduler.mask_token_id is not None)
     rows, panels = [], {}
@@ -67,12 +71,12 @@ def draw_countdowns(picture: Path, device: str, settings: DiscreteSettings) -> l
         panels[f"CountDown, {steps} steps: {strict:.1%} of transitions wrong"] = sequences_picture(
             shown, num_tokens, wrong
         )
-    stacked(panels).save(picture)
-    return rows
+    stacked(panels).save(path)
+    return rows, places_stacked(panels)
 
 
-def draw_chorales(output: Path, device: str, settings: DiscreteSettings) -> float:
-    """Sample chorales, draw the first ones, put all into one MIDI file; returns seconds a chorale."""
+def draw_chorales(output: Path, device: str, settings: DiscreteSettings) -> tuple[float, dict[str, Box]]:
+    """Sample chorales, draw the first ones, put all into one MIDI file; returns seconds a chorale and the panels."""
     pipe = load_pipeline(settings.chorale_model).to(device)
     tokens, seconds = sample_tokens(pipe, settings.num_chorales, settings.seed, settings.chorale_steps)
     chorales = tokens_to_pitches(tokens.numpy())
@@ -80,7 +84,7 @@ def draw_chorales(output: Path, device: str, settings: DiscreteSettings) -> floa
     stacked(panels).save(output / "chorales.png")
     spaced = np.pad(chorales, ((0, 0), (0, PAUSE), (0, 0)), constant_values=REST)
     write_midi(output / "chorales.mid", spaced.reshape(-1, chorales.shape[-1]))
-    return seconds
+    return seconds, places_stacked(panels)
 
 
 def sample_tokens(pipe, count: int, seed: int, steps: int) -> tuple[torch.Tensor, float]:
@@ -92,13 +96,11 @@ def sample_tokens(pipe, count: int, seed: int, steps: int) -> tuple[torch.Tensor
     return tokens, (time.perf_counter() - started) / count
 
 
-def print_table(console: Console, rows: list[dict], settings: DiscreteSettings) -> None:
-    """A row of numbers for each number of steps."""
+def in_words(rows: list[dict], settings: DiscreteSettings) -> dict:
+    """A row of the table for each number of steps."""
     title = f"Discrete diffusion on CountDown; {settings.num_countdowns} sequences a row"
-    table = Table(title=title, caption=LEGEND, caption_justify="left", box=SIMPLE, min_width=78)
-    for name in ("steps", "strict", "original", "s"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        numbers = (f"{row['strict']:.2%}", f"{row['original']:.2%}", f"{row['seconds_per_sequence']:.2f}")
-        table.add_row(str(row["steps"]), *numbers)
-    console.print(table)
+    words = [
+        [str(row["steps"]), f"{row['strict']:.2%}", f"{row['original']:.2%}", f"{row['seconds_per_sequence']:.2f}"]
+        for row in rows
+    ]
+    return words_table(title, LEGEND, ["steps", "strict", "original", "s"], words)

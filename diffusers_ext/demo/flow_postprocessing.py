@@ -6,15 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from ..evaluation import NEIGHBOURS, evaluate_digits
 from ..sampling import sample_images
 from ..shipped import load_pipeline
-from .pictures import grid, side_by_side
+from .pictures import grid, places_beside, side_by_side
+from .tables import print_table, words_table
 
 CLASSES = 10
 SHOWN = 100  # images in each panel of the picture
@@ -26,6 +25,7 @@ COLUMNS = {
     "recall": "{:.3f}",
     "seconds_per_image": "{:.4f}",
 }
+NAMES = {"knn_distance": "AvgkNN", "frechet": "Fréchet", "seconds_per_image": "s/image"}  # of columns, if others
 LEGEND = (
     f"AvgkNN: mean distance to the {NEIGHBOURS['knn_distance']} nearest training images. Fréchet: distance to the"
     " training set. precision: share of samples among real images; recall: share of real images among samples; k"
@@ -45,13 +45,16 @@ class FlowPostprocessingSettings:
     seed: int = 0
 
 
+QUICK = FlowPostprocessingSettings(guidance_scales=(1.0, 6.0), num_inference_steps=10, num_samples=80)
+
+
 def run_flow_postprocessing(
     output: Path, device: str, console: Console, settings: FlowPostprocessingSettings | None = None
 ) -> dict:
     """Sample, repair, measure and print; write flow_postprocessing.png into the folder.
 
     Every guidance scale has the same seeds and labels, and the repaired images are those of the row above. Returns the
-    settings, the rows of numbers and the files.
+    settings, the rows of numbers, the table in words, the files, and where the panels lie in the picture.
     """
     settings = settings or FlowPostprocessingSettings()
     base = load_pipeline("mnist-unet", "boost-and-skip").to(device)
@@ -71,30 +74,29 @@ def run_flow_postprocessing(
             steps = {"num_inference_steps": settings.repair_steps}
             repaired = flow(images, class_labels=labels, output_type="pt", **steps).images.float().cpu()
             finished = time.perf_counter()
-            for title, sheet, seconds in (
-                (f"guidance {scale:g}", images, drawn - started),
-                (f"guidance {scale:g}, repaired", repaired, finished - drawn),
-            ):
+            for is_repaired, sheet, seconds in ((False, images, drawn - started), (True, repaired, finished - drawn)):
+                title = f"guidance {scale:g}" + (", repaired" if is_repaired else "")
                 numbers = evaluate_digits(sheet, labels, ("knn_distance", "frechet", "precision_recall"))
                 numbers["seconds_per_image"] = seconds / len(labels)
-                rows.append({"title": title, **{name: numbers[name] for name in COLUMNS}})
+                row = {"title": title, "guidance_scale": scale, "repaired": is_repaired}
+                rows.append({**row, **{name: numbers[name] for name in COLUMNS}})
                 panels[title] = grid(sheet[:SHOWN], columns=CLASSES)
     side_by_side(panels).save(output / "flow_postprocessing.png")
-    print_table(console, rows, settings)
-    return {"settings": asdict(settings), "rows": rows, "files": ["flow_postprocessing.png"]}
+    table = in_words(rows, settings)
+    print_table(console, table)
+    result = {"settings": asdict(settings), "rows": rows, "table": table}
+    return {
+        **result,
+        "files": ["flow_postprocessing.png"],
+        "pictures": {"flow_postprocessing.png": places_beside(panels)},
+    }
 
 
-def print_table(console: Console, rows: list[dict], settings: FlowPostprocessingSettings) -> None:
-    """A row of numbers before and one after the repair, for each guidance scale."""
+def in_words(rows: list[dict], settings: FlowPostprocessingSettings) -> dict:
+    """A row of the table before and one after the repair, for each guidance scale."""
     title = (
         f"Flow postprocessing on MNIST, {settings.num_inference_steps} steps, repaired in {settings.repair_steps};"
         f" {settings.num_samples} images a row"
     )
-    table = Table(title=title, caption=LEGEND, caption_justify="left", box=SIMPLE)
-    table.add_column("", no_wrap=True)
-    names = {"knn_distance": "AvgkNN", "frechet": "Fréchet", "seconds_per_image": "s/image"}
-    for name in COLUMNS:
-        table.add_column(names.get(name, name), justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(row["title"], *(style.format(row[name]) for name, style in COLUMNS.items()))
-    console.print(table)
+    words = [[row["title"], *(style.format(row[name]) for name, style in COLUMNS.items())] for row in rows]
+    return words_table(title, LEGEND, ["digits", *(NAMES.get(name, name) for name in COLUMNS)], words)

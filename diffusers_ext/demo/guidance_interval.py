@@ -8,16 +8,15 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from ..evaluation import NEIGHBOURS, evaluate_digits
 from ..pipelines import GuidanceInterval
 from ..sampling import sample_images
 from ..shipped import load_pipeline
-from .pictures import grid, side_by_side
+from .pictures import grid, places_beside, side_by_side
+from .tables import print_table, words_table
 
 CLASSES = 10
 SHOWN = 100  # images in each panel of the picture
@@ -29,6 +28,7 @@ COLUMNS = {
     "rows_per_image": "{:.1f}",
     "seconds_per_image": "{:.3f}",
 }
+NAMES = {"frechet": "Fréchet", "rows_per_image": "rows", "seconds_per_image": "s/image"}  # of columns, if others
 LEGEND = (
     "Fréchet: distance to the training set, lower is nearer. precision: share of samples among real images; recall:"
     f" share of real images among samples; k {NEIGHBOURS['precision_recall']}. rows: network evaluations an image."
@@ -38,23 +38,28 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class GuidanceIntervalSettings:
-    """What is sampled; the interval is (sigma_lo, sigma_hi]."""
+    """What is sampled; the interval is (sigma_lo, sigma_hi]. The picture shows guidance_scale alone."""
 
     guidance_scale: float = 3.0
+    further_scales: tuple[float, ...] = (2.0, 5.0)
     sigma_lo: float = 0.75
     sigma_hi: float = 1.7
     num_inference_steps: int = 16
-    num_samples: int = 300
+    num_samples: int = 200
     seed: int = 0
 
-    def variants(self) -> dict[str, tuple[float, dict | None]]:
-        """Title of each row: guidance weight, and the bounds of its interval if it has one."""
-        bounds = {"sigma_lo": self.sigma_lo, "sigma_hi": self.sigma_hi}
-        return {
-            "no guidance": (1.0, None),
-            f"weight {self.guidance_scale:g} everywhere": (self.guidance_scale, None),
-            f"weight {self.guidance_scale:g} in ({self.sigma_lo:g}, {self.sigma_hi:g}]": (self.guidance_scale, bounds),
-        }
+    def variants(self) -> list[tuple[float, bool]]:
+        """Guidance weight of each row, and whether it is limited to the interval; the first three are shown."""
+        weights = (self.guidance_scale, *self.further_scales)
+        return [(1.0, False), *((weight, limited) for weight in weights for limited in (False, True))]
+
+    def title(self, weight: float, limited: bool) -> str:
+        if weight == 1:
+            return "no guidance"
+        return f"weight {weight:g} " + (f"in ({self.sigma_lo:g}, {self.sigma_hi:g}]" if limited else "everywhere")
+
+
+QUICK = GuidanceIntervalSettings(further_scales=(5.0,), num_inference_steps=10, num_samples=80)
 
 
 def run_guidance_interval(
@@ -62,7 +67,8 @@ def run_guidance_interval(
 ) -> dict:
     """Sample, measure and print; write guidance_interval.png into the folder.
 
-    Every row has the same seeds and labels. Returns the settings, the rows of numbers and the files.
+    Every row has the same seeds and labels. Returns the settings, the rows of numbers, the table in words, the files,
+    and where the panels lie in the picture.
     """
     settings = settings or GuidanceIntervalSettings()
     pipe = load_pipeline("mnist-unet", "boost-and-skip").to(device)
@@ -71,21 +77,27 @@ def run_guidance_interval(
 
     rows, panels = [], {}
     with Progress(console=console) as progress:
-        for title, (weight, bounds) in settings.variants().items():
+        for weight, limited in settings.variants():
+            title = settings.title(weight, limited)
             advance = partial(progress.advance, progress.add_task(f"{title:>25}", total=len(labels)))
             call = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": weight}
+            bounds = {"sigma_lo": settings.sigma_lo, "sigma_hi": settings.sigma_hi}
             started = time.perf_counter()
-            with nullcontext() if bounds is None else GuidanceInterval(pipe, **bounds), counted_rows(pipe) as count:
+            with GuidanceInterval(pipe, **bounds) if limited else nullcontext(), counted_rows(pipe) as count:
                 images = sample_images(pipe, labels, settings.seed, on_batch=advance, **call)
             seconds = time.perf_counter() - started
             numbers = evaluate_digits(images, labels, ("frechet", "precision_recall"))
             numbers["rows_per_image"] = sum(count) / len(labels)
             numbers["seconds_per_image"] = seconds / len(labels)
-            rows.append({"title": title, **{name: numbers[name] for name in COLUMNS}})
-            panels[title] = grid(images[:SHOWN], columns=CLASSES)
+            row = {"title": title, "guidance_scale": weight, "limited": limited}
+            rows.append({**row, **{name: numbers[name] for name in COLUMNS}})
+            if weight in (1, settings.guidance_scale):
+                panels[title] = grid(images[:SHOWN], columns=CLASSES)
     side_by_side(panels).save(output / "guidance_interval.png")
-    print_table(console, rows, settings)
-    return {"settings": asdict(settings), "rows": rows, "files": ["guidance_interval.png"]}
+    table = in_words(rows, settings)
+    print_table(console, table)
+    result = {"settings": asdict(settings), "rows": rows, "table": table}
+    return {**result, "files": ["guidance_interval.png"], "pictures": {"guidance_interval.png": places_beside(panels)}}
 
 
 @contextmanager
@@ -99,13 +111,9 @@ def counted_rows(pipe: DiffusionPipeline):
         handle.remove()
 
 
-def print_table(console: Console, rows: list[dict], settings: GuidanceIntervalSettings) -> None:
-    """A row of numbers for each way of guiding."""
+def in_words(rows: list[dict], settings: GuidanceIntervalSettings) -> dict:
+    """A row of the table for each way of guiding."""
     title = f"Guidance on MNIST, {settings.num_inference_steps} steps; {settings.num_samples} images a row"
-    table = Table(title=title, caption=LEGEND, caption_justify="left", box=SIMPLE)
-    table.add_column("guidance", no_wrap=True)
-    for name in COLUMNS:
-        table.add_column(name.removesuffix("_per_image"), justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(row["title"], *(style.format(row[name]) for name, style in COLUMNS.items()))
-    console.print(table)
+    columns = ["guidance", *(NAMES.get(name, name) for name in COLUMNS)]
+    words = [[row["title"], *(style.format(row[name]) for name, style in COLUMNS.items())] for row in rows]
+    return words_table(title, LEGEND, columns, words)

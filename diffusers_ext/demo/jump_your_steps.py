@@ -2,13 +2,12 @@
 
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from ..jump_your_steps import Cost, RateStatistics
 from ..jump_your_steps.costs import cheapest_schedules
@@ -16,6 +15,7 @@ from ..jump_your_steps.golden import best_hierarchy
 from ..metrics import countdown_errors, countdown_sequences
 from ..sampling import sample_batches
 from ..shipped import load_pipeline
+from .tables import print_table, words_table
 
 PAPER, OURS = Cost("klub", held="rates"), Cost()
 LEGEND = (
@@ -36,13 +36,16 @@ class JumpYourStepsSettings:
     seed: int = 0
 
 
+QUICK = JumpYourStepsSettings(steps=(2, 4), grid_size=32, num_search=4, num_samples=16)
+
+
 def run_jump_your_steps(
     output: Path, device: str, console: Console, settings: JumpYourStepsSettings | None = None
 ) -> dict:
-    """Optimise, sample, measure and print; write jump_your_steps.png into the folder.
+    """Optimise, sample, measure and print; with matplotlib, write jump_your_steps.png into the folder.
 
-    Returns the settings, the edges of each table, a row of errors for each number of steps, the seconds that the
-    tables took, and the files.
+    Returns the settings, the edges of each table, a row of errors for each number of steps, the table of these in
+    words, the seconds that the timestep tables took, and the files.
     """
     settings = settings or JumpYourStepsSettings()
     pipe = load_pipeline(settings.model).to(device, torch.float32)
@@ -59,10 +62,13 @@ def run_jump_your_steps(
                 errors[name] = measure(pipe, by_steps[n], settings)
                 progress.advance(work, n + 1)
             rows.append({"steps": n, **errors})
-    print_errors(console, rows, seconds, settings)
-    plot(tables, rows, output / "jump_your_steps.png")
-    files = ["jump_your_steps.png"]
-    return {"settings": asdict(settings), "tables": tables, "rows": rows, "seconds": seconds, "files": files}
+    table, files = in_words(rows, seconds, settings), []
+    print_table(console, table)
+    if find_spec("matplotlib") is not None:
+        files.append("jump_your_steps.png")
+        plot(tables, rows, output / files[0])
+    result = {"settings": asdict(settings), "tables": tables, "rows": rows, "table": table}
+    return {**result, "seconds": seconds, "files": files}
 
 
 def make_tables(pipe, settings: JumpYourStepsSettings) -> dict[str, dict[int, list[float]]]:
@@ -89,16 +95,14 @@ def measure(pipe, edges: list[float], settings: JumpYourStepsSettings) -> tuple[
     return float(errors.mean()), float(errors.std() / len(errors) ** 0.5)
 
 
-def print_errors(console: Console, rows: list[dict], seconds: float, settings: JumpYourStepsSettings) -> None:
-    """A row for each number of steps."""
+def in_words(rows: list[dict], seconds: float, settings: JumpYourStepsSettings) -> dict:
+    """A row of the table for each number of steps."""
     title = f"Jump Your Steps on CountDown; {settings.num_samples} sequences a number; all tables in {seconds:.0f} s"
-    table = Table(title=title, caption=LEGEND, caption_justify="left", box=SIMPLE, min_width=78)
-    for name in rows[0]:
-        table.add_column(name, justify="right", no_wrap=True)
+    words = []
     for row in rows:
-        errors = (f"{mean:.1%} ± {spread:.1%}" for name, (mean, spread) in list(row.items())[1:])
-        table.add_row(str(row["steps"]), *errors)
-    console.print(table)
+        errors = [f"{mean:.1%} ± {spread:.1%}" for mean, spread in list(row.values())[1:]]
+        words.append([str(row["steps"]), *errors])
+    return words_table(title, LEGEND, list(rows[0]), words)
 
 
 def plot(tables: dict[str, dict[int, list[float]]], rows: list[dict], path: Path) -> None:

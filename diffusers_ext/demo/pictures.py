@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+Box = list[int]  # left, top, right and bottom of a panel in its picture, in pixels
+
 
 def grid(images: torch.Tensor, columns: int, scale: int = 2) -> Image.Image:
     """A sheet of grey images (count, 1, height, width) in [0, 1], ink on white, row by row."""
@@ -14,31 +16,47 @@ def grid(images: torch.Tensor, columns: int, scale: int = 2) -> Image.Image:
     return Image.fromarray(pixels).resize((columns * width * scale, rows * height * scale), Image.Resampling.BICUBIC)
 
 
+def places_beside(panels: dict[str, Image.Image], margin: int = 24) -> dict[str, Box]:
+    """Where `side_by_side` puts each panel."""
+    boxes, left = {}, margin
+    for title, panel in panels.items():
+        boxes[title] = [left, 2 * margin, left + panel.width, 2 * margin + panel.height]
+        left += panel.width + margin
+    return boxes
+
+
 def side_by_side(panels: dict[str, Image.Image], margin: int = 24) -> Image.Image:
     """Sheets of one mode beside each other, each under its title."""
-    font = ImageFont.load_default(size=22)
-    width = sum(panel.width + margin for panel in panels.values()) + margin
-    height = max(panel.height for panel in panels.values()) + 3 * margin
+    font, boxes = ImageFont.load_default(size=22), places_beside(panels, margin)
+    width = max(box[2] for box in boxes.values()) + margin
+    height = max(box[3] for box in boxes.values()) + margin
     canvas = Image.new(next(iter(panels.values())).mode, (width, height), "white")
-    draw, left = ImageDraw.Draw(canvas), margin
-    for title, panel in panels.items():
+    draw = ImageDraw.Draw(canvas)
+    for title, (left, top, _, _) in boxes.items():
         draw.text((left, margin // 2), title, fill="black", font=font)
-        canvas.paste(panel, (left, 2 * margin))
-        left += panel.width + margin
+        canvas.paste(panels[title], (left, top))
     return canvas
+
+
+def places_stacked(panels: dict[str, Image.Image], margin: int = 12) -> dict[str, Box]:
+    """Where `stacked` puts each panel."""
+    boxes, top = {}, 0
+    for title, panel in panels.items():
+        boxes[title] = [margin, top + 3 * margin, margin + panel.width, top + 3 * margin + panel.height]
+        top = boxes[title][3] + margin
+    return boxes
 
 
 def stacked(panels: dict[str, Image.Image], margin: int = 12) -> Image.Image:
     """Coloured pictures above each other, each under its title."""
-    font = ImageFont.load_default(size=18)
-    width = max(panel.width for panel in panels.values()) + 2 * margin
-    height = sum(panel.height + 4 * margin for panel in panels.values())
+    font, boxes = ImageFont.load_default(size=18), places_stacked(panels, margin)
+    width = max(box[2] for box in boxes.values()) + margin
+    height = max(box[3] for box in boxes.values()) + margin
     canvas = Image.new("RGB", (width, height), "white")
-    draw, top = ImageDraw.Draw(canvas), 0
-    for title, panel in panels.items():
-        draw.text((margin, top + margin // 2), title, fill="black", font=font)
-        canvas.paste(panel, (margin, top + 3 * margin))
-        top += panel.height + 4 * margin
+    draw = ImageDraw.Draw(canvas)
+    for title, (left, top, _, _) in boxes.items():
+        draw.text((left, top - 5 * margin // 2), title, fill="black", font=font)
+        canvas.paste(panels[title], (left, top))
     return canvas
 
 

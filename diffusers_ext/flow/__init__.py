@@ -1,7 +1,7 @@
 """Training of flows for FlowPostprocessingPipeline: neighbours, the features that they are sought in, the loss."""
 
 from .base_samples import channels_first, draw_base_samples, velocity_network
-from .features import DINOv2Features, combined_features, extract_features, pixel_features
+from .features import DINOv2Features, classifier_features, combined_features, extract_features, pixel_features
 from .neighbours import Neighbours, find_neighbours
 from .training import TrainedFlow, flow_loss, train_postprocessing_flow
 
@@ -10,6 +10,7 @@ __all__ = [
     "Neighbours",
     "TrainedFlow",
     "channels_first",
+    "classifier_features",
     "combined_features",
     "draw_base_samples",
     "extract_features",

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
+from ..features import load_extractor
+
 POOLINGS = ("patch", "cls")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -12,6 +14,17 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def pixel_features(images: torch.Tensor) -> torch.Tensor:
     """The samples themselves, flattened: (n, ...) to (n, d)."""
     return images.flatten(1)
+
+
+def classifier_features(device: str | torch.device | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The 64 features of the shipped digit classifier, of images (n, 1, 28, 28) in [-1, 1], as (n, 64) on the CPU."""
+    extractor = load_extractor("classifier", device=device)
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        pixels = images.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)
+        return torch.as_tensor(extractor(pixels.cpu().numpy()))
+
+    return features
 
 
 def combined_features(

@@ -4,13 +4,14 @@
     python recipes/classifier_centric/mnist_neighbours.py out/flow/samples digits.npz --output out/neighbours
 
 A flow that learned its task perfectly would turn the samples of all scales together into draws from their neighbours.
-For the samples of each scale this draws one of the k nearest real digits for each, sought in pixels or in the features
-of the shipped classifier, and measures the draws as `mnist.py` measures repaired samples. Nothing is trained.
+This draws one of the k nearest real digits for each sample, sought in pixels, in features of the shipped classifier or
+in both, and measures the draws of each scale as `mnist.py` measures repaired samples. Nothing is trained.
 
 SAMPLES holds guidance-SCALE/*.npz; REAL is an .npz with arr_0 (count, 28, 28, 1). Writes rows.json and targets.png.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -22,9 +23,16 @@ from rich.console import Console
 from rich.table import Table
 
 from diffusers_ext.cli.options import INTEGERS, ListsCommand
+from diffusers_ext.cli.train_postprocessing import CLASSIFIER_WEIGHT
 from diffusers_ext.evaluation import evaluate_digits
-from diffusers_ext.features import load_extractor
-from diffusers_ext.flow import channels_first, find_neighbours
+from diffusers_ext.flow import (
+    channels_first,
+    classifier_features,
+    combined_features,
+    extract_features,
+    find_neighbours,
+    pixel_features,
+)
 from diffusers_ext.image_sets import read_images
 
 METRICS = ("frechet", "precision", "recall")
@@ -38,13 +46,11 @@ def read_scales(folder: Path, count: int) -> dict[float, tuple[np.ndarray, np.nd
     return {scale: tuple(part[:count] for part in read_images(found[scale])) for scale in sorted(found)}
 
 
-def vectors(images: np.ndarray, space: str) -> torch.Tensor:
-    """(count, dimensions) float32 to search in, of uint8 images (count, 28, 28, 1)."""
-    if space == "pixel":
-        return torch.from_numpy(images.reshape(len(images), -1)).float()
-    extractor = load_extractor(space, device="cpu")
-    parts = [extractor(images[start : start + 500]) for start in range(0, len(images), 500)]
-    return torch.from_numpy(np.concatenate(parts)).float()
+def spaces(real: torch.Tensor) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """What train-postprocessing can seek neighbours in, by name. real: uint8 (count, 1, 28, 28)."""
+    classifier = classifier_features("cpu")
+    both = combined_features([(pixel_features, 1.0), (classifier, CLASSIFIER_WEIGHT)], real[:10_000])
+    return {"pixel": pixel_features, "classifier": classifier, "pixel+classifier": both}
 
 
 def measure(images: np.ndarray, labels: np.ndarray) -> dict:
@@ -91,10 +97,11 @@ def main(samples, real, output, counts, count, seed):
     scales, (pool, _) = read_scales(samples, count), read_images(real)
     rng = np.random.default_rng(seed)
     rows = [{"scale": scale, "space": None, "k": None, **measure(*drawn)} for scale, drawn in scales.items()]
-    for space in ("pixel", "classifier"):
-        points = vectors(pool, space)
+    for space, extractor in spaces(channels_first(pool)).items():
+        points = extract_features(channels_first(pool), extractor)
         for scale, (images, labels) in scales.items():
-            nearest = find_neighbours(vectors(images, space), points, max(counts)).indices.numpy()
+            queries = extract_features(channels_first(images), extractor)
+            nearest = find_neighbours(queries, points, max(counts)).indices.numpy()
             for k in counts:
                 chosen = nearest[np.arange(len(images)), rng.integers(0, k, len(images))]
                 rows.append({"scale": scale, "space": space, "k": k, **measure(pool[chosen], labels)})

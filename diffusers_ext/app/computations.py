@@ -1,0 +1,287 @@
+"""What the tabs of the app compute: the stock sampler and ours, with the same seeds. Plain functions of numbers."""
+
+import inspect
+import math
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from ..charts import axis_chart, tick_chart
+from ..demo.pictures import sequences_picture, stacked
+from ..discrete_sampling import draws_sequences, is_discrete
+from ..jump_your_steps import optimize_timesteps
+from ..metrics import countdown_errors, countdown_wrong
+from ..music import piano_roll, tokens_to_pitches
+from ..pipelines import BoostAndSkipPipeline, FlowPostprocessingPipeline, GuidanceInterval
+from ..pipelines.guidance_interval import GuidedStep, read_step
+from ..sampling import cycled_labels, sample_batches
+from ..schedulers import boost_and_skip
+from .models import Models
+
+LARGEST = 64  # samples a picture
+SMALLEST_PICTURE = 320  # pixels; smaller sheets are enlarged
+TABLES = ("even steps", "the model's table", "Jump Your Steps, made now")
+SEARCH = {"sequences": 6, "steps": 32, "grid_size": 32}  # of a table that is made now, from the model's own samples
+PICTURES = ("tokens", "CountDown", "chorales")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What both tabs' pictures hold: how many, of what, from which seeds on.
+
+    label: class of all images; None is every class in turn. prompt: for pipelines that take one.
+    """
+
+    count: int = 8
+    seed: int = 0
+    label: int | None = None
+    prompt: str = ""
+
+    def __post_init__(self):
+        if not 1 <= self.count <= LARGEST:
+            raise ValueError(f"number of samples must be 1 to {LARGEST}, got {self.count}")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The picture of the stock sampler, ours, what to say of them, and a chart as SVG where there is one."""
+
+    stock: Image.Image
+    ours: Image.Image
+    note: str
+    chart: str = ""
+
+
+def compare_boost_and_skip(
+    models: Models, model: str, gamma: float, skip_steps: int, num_inference_steps: int, drawn: Drawn
+) -> Pair:
+    """The stock sampler beside Boost-and-Skip, of a pixel-space model or one that takes prompts.
+
+    Raises ValueError for arguments out of range and models that cannot be boosted.
+    """
+    with models.lock:
+        pipe = models.load(model)
+        if _takes(pipe, "prompt"):
+            stock = draw(pipe, drawn, num_inference_steps=num_inference_steps)
+            with _scheduler(pipe, boost_and_skip(pipe.scheduler, gamma, skip_steps)):
+                ours = draw(pipe, drawn, num_inference_steps=num_inference_steps)
+        else:
+            if not isinstance(pipe, BoostAndSkipPipeline):
+                pipe = models.load(model, "boost-and-skip")
+            call = {"num_inference_steps": num_inference_steps}
+            stock = draw(pipe, drawn, gamma=1.0, skip_steps=0, **call)
+            ours = draw(pipe, drawn, gamma=gamma, skip_steps=skip_steps, **call)
+    note = f"left: gamma 1, no step skipped; right: gamma {gamma:g}, the first {skip_steps} skipped"
+    return Pair(sheet(stock), sheet(ours), note)
+
+
+def compare_guidance_interval(
+    models: Models,
+    model: str,
+    guidance_scale: float,
+    sigma_lo: float,
+    sigma_hi: float,
+    num_inference_steps: int,
+    drawn: Drawn,
+) -> Pair:
+    """Guidance in every step beside guidance in (sigma_lo, sigma_hi], and the steps on the sigma axis.
+
+    Raises ValueError for arguments out of range and pipelines that do not guide in a way that is understood.
+    """
+    with models.lock:
+        pipe = models.load(model)
+        call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        stock = draw(pipe, drawn, **call)
+        if _takes(pipe, "guidance_interval"):  # EDM2 and others that have it built in
+            ours = draw(pipe, drawn, guidance_interval=(sigma_lo, sigma_hi), **call)
+            chart = planned_steps(models, model, num_inference_steps, sigma_lo, sigma_hi)
+            return Pair(sheet(stock), sheet(ours), "left: guidance in all steps; right: in the interval", chart)
+        with GuidanceInterval(pipe, sigma_lo=sigma_lo, sigma_hi=sigma_hi) as interval:
+            ours = draw(pipe, drawn, **call)
+    steps, rows, saved = interval.report.steps, interval.report.rows, interval.report.rows_saved
+    note = (
+        f"left: guidance in all {len(steps)} steps, {rows + saved} network rows; right: in"
+        f" {len(interval.report.guided_steps)} of them, {rows} rows"
+    )
+    return Pair(sheet(stock), sheet(ours), note, sigma_chart(steps, sigma_lo, sigma_hi))
+
+
+def planned_steps(models: Models, model: str, num_inference_steps: int, sigma_lo: float, sigma_hi: float) -> str:
+    """The steps on the sigma axis before anything is drawn; "" for a model that is not loaded or shows no sigmas."""
+    if not models.holds(model):
+        return ""
+    scheduler = models.load(model).scheduler
+    scheduler = type(scheduler).from_config(scheduler.config)
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+        starts = [read_step(scheduler, t) for t in scheduler.timesteps]
+    except (ValueError, TypeError):  # schedulers that need more than a number, such as the size of the image
+        return ""
+    steps = [GuidedStep(start.index, start.sigma, _within(start.sigma, sigma_lo, sigma_hi)) for start in starts]
+    return sigma_chart(steps, sigma_lo, sigma_hi)
+
+
+def sigma_chart(steps: Iterable[GuidedStep], sigma_lo: float, sigma_hi: float) -> str:
+    """The sigma axis with the interval and the steps, as SVG; "" where no step has a finite sigma > 0."""
+    known = [step for step in steps if step.sigma is not None and 0 < step.sigma < math.inf]
+    if not known:
+        return ""
+    guided = [step.guided for step in known]
+    title = f"{sum(guided)} of {len(known)} steps guided, in ({sigma_lo:g}, {sigma_hi:g}]"
+    return axis_chart([step.sigma for step in known], guided, (sigma_lo, sigma_hi), title)
+
+
+def compare_discrete(
+    models: Models, model: str, num_inference_steps: int, table: str, picture: str, drawn: Drawn
+) -> Pair:
+    """Even steps beside those of a table, one of `TABLES`, drawn as one of `PICTURES`; the edges as a chart.
+
+    Raises ValueError for other names, models that are no discrete diffusion, and where the model has no such table.
+    """
+    if table not in TABLES or picture not in PICTURES:
+        raise ValueError(f"table must be one of {TABLES} and picture one of {PICTURES}, got {table!r} and {picture!r}")
+    with models.lock:
+        pipe = models.load(model)
+        if not is_discrete(pipe):
+            raise ValueError(f"{type(pipe).__name__} is no discrete diffusion; choose a DiscreteDiffusionPipeline")
+        even = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="uniform")
+        even.set_timesteps(num_inference_steps)
+        edges = {"even": even.edges.tolist(), "table": table_edges(pipe, num_inference_steps, table)}
+        sheets, notes = [], []
+        for name, times in edges.items():
+            shown, note = draw_discrete(pipe, times, picture, drawn)
+            sheets.append(shown)
+            notes.append(f"{name}: {note}")
+    chart = tick_chart(edges, f"{num_inference_steps} steps", "time")
+    return Pair(*sheets, "\n\n".join(notes), chart)
+
+
+def table_edges(pipe: DiffusionPipeline, num_inference_steps: int, table: str) -> list[float]:
+    """The edges of the steps. A table that is made now is optimised on a few of the model's own samples.
+
+    Raises ValueError where the model has no table for so many steps.
+    """
+    config = pipe.scheduler.config
+    if table == TABLES[2]:
+        search = {"batch_size": SEARCH["sequences"], "num_inference_steps": SEARCH["steps"], "output_type": "tokens"}
+        data = pipe(**search, generator=torch.Generator().manual_seed(0)).tokens.cpu()
+        call = {"grid_size": max(SEARCH["grid_size"], num_inference_steps + 1), "progress": False}
+        tables = optimize_timesteps(pipe.model, pipe.scheduler, data, (num_inference_steps,), **call)
+        return list(tables[num_inference_steps])
+    spacing = "uniform"
+    if table == TABLES[1]:
+        known = config.timestep_tables or {}
+        if str(num_inference_steps) not in known:
+            there = ", ".join(sorted(known, key=int)) or "none"
+            raise ValueError(f"the model has no table for {num_inference_steps} steps; it has for: {there}")
+        spacing = "table"
+    scheduler = type(pipe.scheduler).from_config(config, timestep_spacing=spacing)
+    scheduler.set_timesteps(num_inference_steps)
+    return scheduler.edges.tolist()
+
+
+def draw_discrete(pipe: DiffusionPipeline, edges: list[float], picture: str, drawn: Drawn) -> tuple[Image.Image, str]:
+    """Samples at these edges as a picture, and what to say of them: errors of CountDown, text of a text model."""
+    call = {"timesteps": edges, "output_type": "tokens"}
+    if not draws_sequences(pipe):
+        call["output_type"] = "pil"
+        return sheet([image for batch in _batches(pipe, drawn, call) for image in batch]), "images"
+    tokens = torch.cat(list(_batches(pipe, drawn, call))).cpu()
+    if picture == "chorales":
+        rolls = {f"chorale {i}": piano_roll(pitches) for i, pitches in enumerate(tokens_to_pitches(tokens.numpy()))}
+        return stacked(rolls), f"{len(tokens)} chorales"
+    marked = torch.zeros(tokens.shape, dtype=torch.bool)
+    note = "a row a sequence, darker for later tokens of the vocabulary"
+    if picture == "CountDown":
+        marked = torch.nn.functional.pad(countdown_wrong(tokens), (1, 0))
+        note = f"{countdown_errors(tokens).mean():.1%} of transitions wrong, red"
+    elif pipe.tokenizer is not None:
+        note = pipe.tokenizer.batch_decode(tokens)[0]
+    num_tokens = pipe.scheduler.config.vocab_size - (pipe.scheduler.mask_token_id is not None)
+    return sequences_picture(tokens, num_tokens, marked), note
+
+
+def compare_flow(
+    models: Models,
+    model: str,
+    flow: str,
+    guidance_scale: float,
+    num_inference_steps: int,
+    strength: float,
+    repair_steps: int,
+    drawn: Drawn,
+) -> Pair:
+    """Images of a model before and after their repair by a flow.
+
+    Raises ValueError for arguments out of range, and for a flow that is no flow or was trained on other images.
+    """
+    with models.lock:
+        base, repair = models.load(model), models.load(flow)
+        if not isinstance(repair, FlowPostprocessingPipeline):
+            raise ValueError(
+                f"{type(repair).__name__} is no flow; train one with `diffusers-ext train-postprocessing` and give its"
+                " folder"
+            )
+        call = {"num_inference_steps": num_inference_steps}
+        if guidance_scale != 1 or _takes(base, "guidance_scale"):
+            call["guidance_scale"] = guidance_scale
+        images = draw(base, drawn, **call)
+        labels = {}
+        if repair.model.config.get("num_class_embeds") is not None:
+            labels["class_labels"] = _labels(base, drawn).tolist()
+        repaired = repair(images, num_inference_steps=repair_steps, strength=strength, **labels).images
+    note = f"left: guidance {guidance_scale:g}; right: repaired to strength {strength:g} in {repair_steps} steps"
+    return Pair(sheet(images), sheet(repaired), note)
+
+
+def draw(pipe: DiffusionPipeline, drawn: Drawn, **call) -> list[Image.Image]:
+    """Images, each with a seed of its own. Raises ValueError for arguments that the pipeline does not take."""
+    return [image for batch in _batches(pipe, drawn, call) for image in batch]
+
+
+def _batches(pipe: DiffusionPipeline, drawn: Drawn, call: dict):
+    if unknown := sorted(name for name in call if not _takes(pipe, name)):
+        raise ValueError(f"{type(pipe).__name__} does not take {', '.join(unknown)}; choose another model")
+    if _takes(pipe, "prompt") and not is_discrete(pipe):
+        if not drawn.prompt:
+            raise ValueError(f"{type(pipe).__name__} needs a prompt")
+        generators = [torch.Generator().manual_seed(drawn.seed + i) for i in range(drawn.count)]
+        return [pipe(prompt=[drawn.prompt] * drawn.count, generator=generators, **call).images]
+    return sample_batches(pipe, drawn.count, _labels(pipe, drawn), drawn.seed, drawn.count, **call)
+
+
+def _labels(pipe: DiffusionPipeline, drawn: Drawn) -> torch.Tensor | None:
+    return cycled_labels(pipe, drawn.count, None if drawn.label is None else [drawn.label])
+
+
+def _takes(pipe: DiffusionPipeline, name: str) -> bool:
+    return name in inspect.signature(pipe.__call__).parameters
+
+
+def _within(sigma: float | None, sigma_lo: float, sigma_hi: float) -> bool:
+    return sigma is not None and sigma_lo < sigma <= sigma_hi
+
+
+@contextmanager
+def _scheduler(pipe: DiffusionPipeline, scheduler):
+    """Another scheduler for a block."""
+    own, pipe.scheduler = pipe.scheduler, scheduler
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+def sheet(images: list[Image.Image]) -> Image.Image:
+    """Images of one size in a sheet about as wide as high, small ones enlarged by a whole factor."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows, (width, height) = math.ceil(len(images) / columns), images[0].size
+    canvas = Image.new(images[0].mode, (columns * width, rows * height))
+    for i, image in enumerate(images):
+        canvas.paste(image, (i % columns * width, i // columns * height))
+    factor = max(1, math.ceil(SMALLEST_PICTURE / canvas.width))
+    return canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.BICUBIC)

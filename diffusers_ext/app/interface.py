@@ -1,0 +1,203 @@
+"""The interface of the app: a tab a method. Needs gradio, which is imported where the app is built."""
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+
+from ..shipped import shipped_models
+from .computations import (
+    LARGEST,
+    PICTURES,
+    TABLES,
+    Drawn,
+    Pair,
+    compare_boost_and_skip,
+    compare_discrete,
+    compare_flow,
+    compare_guidance_interval,
+    planned_steps,
+)
+from .models import Models
+
+ADDRESS = "127.0.0.1"
+FONTS = ("system-ui", "Segoe UI", "Roboto", "Arial", "sans-serif")
+MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
+STYLE = """
+.chart { width: 100%; max-width: 560px; height: auto; --c0: #2563b0; --c1: #c8501f; }
+.dark .chart { --c0: #6ea8f0; --c1: #f08a5d; }
+.chart text { font: 12px system-ui, sans-serif; fill: currentColor; }
+.chart .chart-title { font-weight: 600; }
+.chart .grid-line { stroke: currentColor; opacity: 0.25; fill: none; }
+.chart .line path { stroke: var(--line); stroke-width: 2; fill: none; }
+.chart .line circle { fill: var(--line); stroke: var(--line); }
+.chart .line circle.off { fill: none; }
+.chart .band { fill: var(--c0); opacity: 0.18; }
+.chart .c0 { --line: var(--c0); }
+.chart .c1 { --line: var(--c1); }
+"""
+
+
+def import_gradio():
+    """gradio, told to send nothing home. Raises ImportError with what to install where it is missing."""
+    if find_spec("gradio") is None:
+        raise ImportError('the app needs gradio: pip install "diffusers_ext[app]"')
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which reads it
+    import gradio
+
+    return gradio
+
+
+def build_app(models: Models):
+    """The interface as gradio Blocks; `serve` shows it. Raises ImportError without gradio."""
+    gr = import_gradio()
+    with gr.Blocks(title="diffusers_ext", analytics_enabled=False) as app:
+        gr.Markdown("# diffusers_ext\nEach method beside the stock sampler, with the same seeds.")
+        with gr.Tab("Boost-and-Skip"):
+            _boost_tab(gr, models)
+        with gr.Tab("Guidance interval"):
+            _interval_tab(gr, models)
+        with gr.Tab("Discrete diffusion"):
+            _discrete_tab(gr, models)
+        with gr.Tab("Flow postprocessing"):
+            _flow_tab(gr, models)
+    return app
+
+
+def serve(models: Models, port: int, block: bool = True):
+    """Serve the app on this machine alone, without a link to share; returns it. block: until Ctrl+C."""
+    app = build_app(models)
+    gr = import_gradio()
+    app.queue(default_concurrency_limit=1)
+    app.launch(
+        server_name=ADDRESS, server_port=port, share=False, ssr_mode=False, run_history=False, show_error=True,
+        footer_links=[], prevent_thread_lock=not block,
+        theme=gr.themes.Default(font=FONTS, font_mono=MONO), css=STYLE,
+    )  # fmt: skip
+    return app
+
+
+def _boost_tab(gr, models: Models) -> None:
+    with gr.Row():
+        with gr.Column(scale=1):
+            model = _model(gr, "mnist-unet")
+            gamma = gr.Slider(1, 8, 4, step=0.25, label="gamma: factor on the initial noise")
+            skip = gr.Slider(0, 20, 3, step=1, label="skip: first steps left out")
+            steps = gr.Slider(2, 250, 50, step=1, label="steps")
+            drawn = _drawn(gr)
+            button = gr.Button("Draw both", variant="primary")
+        shown = _pictures(gr)
+
+    def compute(model, gamma, skip, steps, *drawn) -> tuple:
+        return _shown(gr, compare_boost_and_skip, models, model, gamma, int(skip), int(steps), _of(drawn))[:3]
+
+    button.click(compute, [model, gamma, skip, steps, *drawn], shown)
+
+
+def _interval_tab(gr, models: Models) -> None:
+    with gr.Row():
+        with gr.Column(scale=1):
+            model = _model(gr, "mnist-unet")
+            weight = gr.Slider(1, 20, 3, step=0.1, label="guidance weight")
+            low = gr.Slider(0, 10, 0.75, step=0.01, label="interval: sigma above")
+            high = gr.Slider(0.01, 100, 1.7, step=0.01, label="interval: sigma at most")
+            steps = gr.Slider(2, 250, 16, step=1, label="steps")
+            drawn = _drawn(gr)
+            button = gr.Button("Draw both", variant="primary")
+        with gr.Column(scale=2):
+            axis = gr.HTML()
+            shown = _pictures(gr)
+
+    def compute(model, weight, low, high, steps, *drawn) -> tuple:
+        return _shown(gr, compare_guidance_interval, models, model, weight, low, high, int(steps), _of(drawn))
+
+    def plan(model, steps, low, high) -> str:
+        return planned_steps(models, model, int(steps), low, high)
+
+    button.click(compute, [model, weight, low, high, steps, *drawn], [*shown, axis])
+    for control in (model, steps, low, high):
+        control.change(plan, [model, steps, low, high], axis, show_progress="hidden")
+
+
+def _discrete_tab(gr, models: Models) -> None:
+    with gr.Row():
+        with gr.Column(scale=1):
+            model = _model(gr, "countdown-sedd")
+            steps = gr.Slider(1, 256, 8, step=1, label="steps")
+            table = gr.Radio(list(TABLES), value=TABLES[2], label="table for the right picture")
+            picture = gr.Radio(list(PICTURES), value="CountDown", label="show as")
+            count, seed = _count(gr), _seed(gr)
+            button = gr.Button("Draw both", variant="primary")
+        with gr.Column(scale=2):
+            edges = gr.HTML()
+            shown = _pictures(gr, ("even steps", "with the table"))
+
+    def compute(model, steps, table, picture, count, seed) -> tuple:
+        drawn = Drawn(int(count), int(seed))
+        return _shown(gr, compare_discrete, models, model, int(steps), table, picture, drawn)
+
+    def suited(model) -> str:
+        return {"countdown-sedd": "CountDown", "jsb-sedd": "chorales"}.get(model, "tokens")
+
+    button.click(compute, [model, steps, table, picture, count, seed], [*shown, edges])
+    model.change(suited, model, picture, show_progress="hidden")
+
+
+def _flow_tab(gr, models: Models) -> None:
+    with gr.Row():
+        with gr.Column(scale=1):
+            model = _model(gr, "mnist-unet")
+            flow = _model(
+                gr, "mnist-flow" if "mnist-flow" in shipped_models() else None, "flow, trained on its images"
+            )
+            weight = gr.Slider(1, 20, 6, step=0.1, label="guidance weight")
+            steps = gr.Slider(2, 250, 16, step=1, label="steps")
+            strength = gr.Slider(0, 1, 1, step=0.05, label="strength of the repair")
+            repair = gr.Slider(1, 50, 4, step=1, label="steps of the repair")
+            drawn = _drawn(gr)
+            button = gr.Button("Draw both", variant="primary")
+        shown = _pictures(gr, ("before", "after the repair"))
+
+    def compute(model, flow, weight, steps, strength, repair, *drawn) -> tuple:
+        numbers = (weight, int(steps), strength, int(repair))
+        return _shown(gr, compare_flow, models, model, flow or "", *numbers, _of(drawn))[:3]
+
+    button.click(compute, [model, flow, weight, steps, strength, repair, *drawn], shown)
+
+
+def _model(gr, value: str | None, label: str = "model: shipped, a folder or a Hub id"):
+    names = [name for name in shipped_models() if name != "mnist-classifier"]
+    return gr.Dropdown(names, value=value, label=label, allow_custom_value=True)
+
+
+def _drawn(gr) -> list:
+    label = gr.Number(None, label="class; empty: every class in turn", precision=0)
+    return [_count(gr), _seed(gr), label, gr.Textbox("", label="prompt, for text-to-image models")]
+
+
+def _count(gr):
+    return gr.Slider(1, LARGEST, 9, step=1, label="samples")
+
+
+def _seed(gr):
+    return gr.Number(0, label="seed", precision=0)
+
+
+def _pictures(gr, titles: tuple[str, str] = ("stock sampler", "this method")) -> list:
+    with gr.Column(scale=2):
+        with gr.Row():
+            pictures = [gr.Image(label=title, format="png", interactive=False) for title in titles]
+        return [*pictures, gr.Markdown()]
+
+
+def _of(values: tuple) -> Drawn:
+    count, seed, label, prompt = values
+    return Drawn(int(count), int(seed or 0), None if label is None else int(label), prompt.strip())
+
+
+def _shown(gr, compare: Callable[..., Pair], *arguments) -> tuple:
+    """Both pictures, what to say of them, and the chart; what is wrong with the input is shown as a message."""
+    try:
+        pair = compare(*arguments)
+    except (ValueError, OSError, ImportError) as error:
+        raise gr.Error(str(error)) from error
+    return pair.stock, pair.ours, pair.note, pair.chart

@@ -1,0 +1,197 @@
+"""What the app computes, and its command; the interface itself is tried in test_app_browser.py."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from PIL import Image
+from tiny_discrete import build
+
+from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, FlowPostprocessingPipeline, SEDDTransformer, cli
+from diffusers_ext.app import computations, interface
+from diffusers_ext.app.computations import (
+    SEARCH,
+    TABLES,
+    Drawn,
+    compare_boost_and_skip,
+    compare_discrete,
+    compare_flow,
+    compare_guidance_interval,
+    planned_steps,
+    sheet,
+    table_edges,
+)
+from diffusers_ext.app.models import Models
+from diffusers_ext.music import NUM_TOKENS
+from diffusers_ext.shipped import load_pipeline
+
+SMALL = {
+    "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": (8,), "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",),
+}  # fmt: skip
+TWO = Drawn(count=2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return Models("cpu")
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    return a.size == b.size and np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def save_sequences(folder, vocab_size: int):
+    sizes = {"hidden_size": 8, "cond_dim": 8, "num_blocks": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    model = SEDDTransformer(vocab_size=vocab_size, sequence_length=16, **sizes)
+    DiscreteDiffusionPipeline(model, CTMCScheduler(vocab_size=vocab_size)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_boost_and_skip_off_is_the_stock_sampler(models):
+    off = compare_boost_and_skip(models, "mnist-unet", 1.0, 0, 4, TWO)
+    assert same(off.stock, off.ours)
+    on = compare_boost_and_skip(models, "mnist-unet", 4.0, 1, 4, TWO)
+    assert same(on.stock, off.stock) and not same(on.stock, on.ours)
+    assert "gamma 4, the first 1 skipped" in on.note
+    pipe = load_pipeline("mnist-unet")
+    pipe.set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    alone = pipe(class_labels=[0, 1], num_inference_steps=4, gamma=4.0, skip_steps=1, generator=seeds).images
+    assert same(on.ours, sheet(alone))
+
+
+def test_boost_and_skip_takes_any_folder(models, tmp_path):
+    DDPMPipeline(UNet2DModel(sample_size=8, **SMALL), DDPMScheduler()).save_pretrained(tmp_path)
+    pair = compare_boost_and_skip(models, str(tmp_path), 4.0, 1, 3, Drawn(count=1))
+    assert not same(pair.stock, pair.ours)
+
+
+def test_interval_over_all_noise_is_plain_guidance(models):
+    whole = compare_guidance_interval(models, "mnist-unet", 3.0, 0.0, 1e9, 4, TWO)
+    assert same(whole.stock, whole.ours) and "right: in 4 of them, 16 rows" in whole.note
+    part = compare_guidance_interval(models, "mnist-unet", 3.0, 0.2, 2.0, 4, Drawn(2, 3, label=7))
+    assert not same(part.stock, part.ours)
+    assert 'class="on"' in part.chart and 'class="off"' in part.chart
+
+
+def test_steps_are_planned_as_they_are_run(models):
+    pair = compare_guidance_interval(models, "mnist-unet", 3.0, 0.2, 2.0, 5, Drawn(count=1))
+    assert planned_steps(models, "mnist-unet", 5, 0.2, 2.0) == pair.chart != ""
+    assert planned_steps(models, "mnist-unet", 5, 0.2, 1.0) != pair.chart
+    assert planned_steps(models, "some/model", 5, 0.2, 2.0) == ""  # nothing is loaded to draw an axis
+
+
+def test_discrete_tables_beside_even_steps(models, tmp_path):
+    model = save_sequences(tmp_path / "model", 33)
+    even = compare_discrete(models, model, 3, TABLES[0], "CountDown", TWO)
+    assert same(even.stock, even.ours) and "of transitions wrong" in even.note and "<svg" in even.chart
+    made = compare_discrete(models, model, 3, TABLES[2], "tokens", TWO)
+    assert not same(made.stock, made.ours)
+    pipe = models.load(model)
+    for steps in (1, SEARCH["grid_size"]):  # as many as the usual grid has
+        assert len(table_edges(pipe, steps, TABLES[2])) == steps + 1
+    with pytest.raises(ValueError, match="no table for 3 steps; it has for: none"):
+        compare_discrete(models, model, 3, TABLES[1], "tokens", TWO)
+    pipe.scheduler = CTMCScheduler.from_config(pipe.scheduler.config, timestep_tables={"3": [1.0, 0.9, 0.8, 1e-5]})
+    own = compare_discrete(models, model, 3, TABLES[1], "tokens", TWO)
+    assert not same(own.stock, own.ours)
+
+
+def test_discrete_pictures(models, tmp_path):
+    chorales = compare_discrete(models, save_sequences(tmp_path / "a", NUM_TOKENS + 1), 2, TABLES[0], "chorales", TWO)
+    assert chorales.stock.mode == "RGB" and "2 chorales" in chorales.note
+    build("text").save_pretrained(tmp_path / "text")
+    assert len(compare_discrete(models, str(tmp_path / "text"), 2, TABLES[0], "tokens", TWO).note) > 20
+    build("image").save_pretrained(tmp_path / "image")
+    assert compare_discrete(models, str(tmp_path / "image"), 2, TABLES[0], "tokens", TWO).ours.mode == "RGB"
+
+
+def test_flow_of_no_strength_changes_nothing(models, tmp_path):
+    torch.manual_seed(0)
+    flow = FlowPostprocessingPipeline(
+        UNet2DModel(sample_size=28, **SMALL, num_class_embeds=10), FlowMatchEulerDiscreteScheduler()
+    )
+    flow.save_pretrained(tmp_path)
+    pairs = [
+        compare_flow(models, "mnist-unet", str(tmp_path), 3.0, 3, strength, 2, TWO) for strength in (0.0, 0.5, 1.0)
+    ]
+    assert same(pairs[0].stock, pairs[0].ours) and same(pairs[0].stock, pairs[2].stock)
+    assert not same(pairs[1].ours, pairs[0].ours) and not same(pairs[1].ours, pairs[2].ours)
+
+
+def test_sheet_is_row_by_row_and_enlarged():
+    images = [Image.new("L", (10, 10), level) for level in (10, 20, 30)]
+    canvas = sheet(images)
+    assert canvas.size == (320, 320)
+    assert [canvas.getpixel(place) for place in ((80, 80), (240, 80), (80, 240), (240, 240))] == [10, 20, 30, 0]
+
+
+def test_models_are_kept_and_forgotten(monkeypatch):
+    loaded = []
+
+    class Pipe:
+        def to(self, device, dtype):
+            self.where = device, dtype
+
+        def set_progress_bar_config(self, disable):
+            pass
+
+    def load(model, pipeline, trust_remote_code):
+        loaded.append((model, pipeline, trust_remote_code))
+        return Pipe()
+
+    monkeypatch.setattr("diffusers_ext.app.models.load_pipeline", load)
+    kept = Models("cpu", trust_remote_code=True)
+    first = kept.load(" a ")
+    assert kept.load("a") is first and loaded == [("a", None, True)] and first.where == ("cpu", torch.float32)
+    for name in ("b", "c", "a", "d"):
+        kept.load(name)
+    assert kept.holds("a") and not kept.holds("b")
+    with pytest.raises(ValueError, match="no model is given"):
+        kept.load("  ")
+
+
+def test_wrong_input_is_said(models, tmp_path):
+    for call, message in (
+        (lambda: Drawn(count=65), "1 to 64, got 65"),
+        (lambda: compare_discrete(models, "mnist-unet", 2, TABLES[0], "tokens", TWO), "is no discrete diffusion"),
+        (lambda: compare_guidance_interval(models, "jsb-sedd", 2.0, 0, 1, 2, TWO), "does not take guidance_scale"),
+        (lambda: compare_discrete(models, "x", 2, "best", "tokens", TWO), "'best'"),
+        (lambda: compare_flow(models, "mnist-unet", "mnist-unet", 3.0, 3, 1.0, 2, TWO), "is no flow"),
+        (lambda: compare_flow(models, "mnist-unet", "", 3.0, 3, 1.0, 2, TWO), "no model is given"),
+        (lambda: compare_boost_and_skip(models, "mnist-unet", -1.0, 0, 4, TWO), "gamma"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_code_in_a_folder_is_not_run(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "pipeline.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(ValueError, match=r"holds code, pipeline\.py"):
+        compare_boost_and_skip(Models("cpu"), str(tmp_path), 2.0, 1, 3, TWO)
+
+
+def test_command_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(interface, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    result = CliRunner().invoke(cli.main, ["app"])
+    assert result.exit_code == 1 and 'pip install "diffusers_ext[app]"' in result.output
+
+
+def test_command_passes_its_options(monkeypatch):
+    served = []
+    monkeypatch.setattr(interface, "import_gradio", lambda: None)
+    monkeypatch.setattr(interface, "serve", lambda models, port: served.append((models, port)))
+    for options in ((), ("--port", "8000", "--trust-remote-code", "--device", "meta")):
+        result = CliRunner().invoke(cli.main, ["app", *options])
+        assert result.exit_code == 0, result.output
+    (first, port), (second, other) = served
+    assert (first.trust_remote_code, port) == (False, 7860)
+    assert (second.trust_remote_code, second.device, other) == (True, "meta", 8000)
+    assert computations.LARGEST == 64 and interface.ADDRESS == "127.0.0.1"

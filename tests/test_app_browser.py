@@ -1,0 +1,148 @@
+"""The app in a real browser, on loopback: each tab's button draws two pictures."""
+
+import contextlib
+import re
+import socket
+
+import pytest
+import torch
+from browser import BROWSER, needs_browser
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+pytest.importorskip("gradio", reason="needs gradio")
+
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel  # noqa: E402
+
+from diffusers_ext import (  # noqa: E402
+    CTMCScheduler,
+    DiscreteDiffusionPipeline,
+    FlowPostprocessingPipeline,
+    SEDDTransformer,
+)
+from diffusers_ext.app.interface import serve  # noqa: E402
+from diffusers_ext.app.models import Models  # noqa: E402
+
+pytestmark = needs_browser
+WAIT = 240_000  # milliseconds; machines may be busy
+
+
+@pytest.fixture(scope="module")
+def address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    app = serve(Models("cpu"), port, block=False)
+    yield f"http://127.0.0.1:{port}"
+    app.close()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """An untrained flow and an untrained model of sequences."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models")
+    unet = UNet2DModel(
+        sample_size=28, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    FlowPostprocessingPipeline(unet, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder / "flow")
+    model = SEDDTransformer(vocab_size=33, sequence_length=16, hidden_size=8, cond_dim=8, num_blocks=1, num_heads=2)
+    DiscreteDiffusionPipeline(model, CTMCScheduler(vocab_size=33)).save_pretrained(folder / "sequences")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(address):
+    """The app at the width of a laptop; what it asks for elsewhere is refused and noted in `page.elsewhere`."""
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(WAIT)
+        page.elsewhere = []
+
+        def answer(route):
+            local = route.request.url.startswith((address, "data:", "blob:"))
+            if not local:
+                page.elsewhere.append(route.request.url)
+            route.continue_() if local else route.abort()
+
+        page.route("**/*", answer)
+        page.goto(address)
+        page.get_by_role("tab", name="Boost-and-Skip").wait_for()
+        yield page
+        browser.close()
+
+
+def enter(panel, label: str, value) -> None:
+    """Fill a slider's number, or choose a model."""
+    if label.startswith(("model", "flow")):
+        box, key = panel.get_by_label(label, exact=True), "Enter"
+    else:
+        box, key = panel.get_by_label(f"number input for {label}", exact=True), "Tab"
+    box.fill(str(value))
+    box.press(key)
+
+
+def draws_both(page, tab: str, **values) -> str:
+    """Go to a tab, enter values, press its button, wait for two pictures; returns the text of the tab."""
+    page.get_by_role("tab", name=tab).click()
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    for label, value in values.items():
+        enter(panel, label, value)
+    panel.get_by_role("button", name="Draw both").click()
+    pictures = panel.locator("img[src*='/file=']")
+    sync_api.expect(pictures).to_have_count(2, timeout=WAIT)
+    decoded = "images => Promise.all(images.map(image => image.decode().then(() => image.naturalWidth)))"
+    assert min(pictures.evaluate_all(decoded)) >= 50
+    return panel.inner_text()
+
+
+def test_boost_and_skip(page):
+    text = draws_both(page, "Boost-and-Skip", **{"steps": 4, "skip: first steps left out": 1, "samples": 2})
+    assert "gamma 4, the first 1 skipped" in text
+
+
+def test_guidance_interval_draws_the_sigma_axis(page):
+    text = draws_both(page, "Guidance interval", steps=4, samples=2)
+    found = re.search(r"(\d) of 4 steps guided", text)
+    assert found and f"in {found[1]} of them" in text
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    assert panel.locator("svg.chart circle").count() == 4
+    enter(panel, "steps", 6)  # the axis follows the sliders before anything is drawn
+    sync_api.expect(panel.locator("svg.chart circle")).to_have_count(6, timeout=WAIT)
+
+
+def test_discrete(page, folders):
+    model = {"model: shipped, a folder or a Hub id": folders / "sequences"}
+    text = draws_both(page, "Discrete diffusion", **model, steps=3, samples=2)
+    assert "even: " in text and "table: " in text
+    assert page.get_by_role("tabpanel").filter(visible=True).locator("svg.chart").count() == 1
+
+
+def test_flow(page, folders):
+    flow = {"flow, trained on its images": folders / "flow"}
+    text = draws_both(page, "Flow postprocessing", **flow, steps=3, samples=2)
+    assert "repaired to strength 1 in 4 steps" in text
+
+
+def test_wrong_input_is_shown_as_a_message(page):
+    page.get_by_role("tab", name="Flow postprocessing").click()
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    enter(panel, "flow, trained on its images", "mnist-unet")
+    panel.get_by_role("button", name="Draw both").click()
+    page.get_by_text("is no flow").first.wait_for()
+
+
+def test_nothing_is_asked_of_the_network(page):
+    assert page.elsewhere == []
+
+
+def test_only_this_machine_is_served(address):
+    port = int(address.rsplit(":", 1)[1])
+    others = {found[4][0] for found in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
+    for other in others:
+        with contextlib.closing(socket.socket()) as client:
+            client.settimeout(5)
+            assert client.connect_ex((other, port)) != 0
+    with contextlib.closing(socket.create_connection(("127.0.0.1", port), 5)):
+        pass
