@@ -1,5 +1,6 @@
 """Every block of code in the documentation: Python runs, on tiny stand-ins for what it names; commands must parse."""
 
+import inspect
 import json
 import re
 import shlex
@@ -31,7 +32,8 @@ from diffusers_ext import (
     NoiseAwareClassifier,
 )
 from diffusers_ext.cli import main
-from diffusers_ext.shipped import load_pipeline
+from diffusers_ext.hub import export_code, export_model
+from diffusers_ext.shipped import load_network, load_pipeline
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
@@ -116,12 +118,34 @@ def denoiser(folder: Path) -> dict:
     return {"vocab_size": 5, "data": data, "denoiser": lambda tokens, t: torch.ones(*tokens.shape, 5), "pipe": pipe}
 
 
+def hub_repositories(folder: Path) -> dict:
+    export_code(BoostAndSkipPipeline, folder / "code")
+    export_model(load_network("mnist-classifier"), folder / "classifier")
+    return ddpm(folder)
+
+
+def demo_folder(folder: Path) -> dict:
+    (folder / "out").mkdir()
+    (folder / "out/demo.json").write_text(
+        json.dumps({"version": "0", "device": "cpu", "torch_threads": 1, "quick": True})
+    )
+    return {}
+
+
 def ddpm(folder: Path) -> dict:
     DDPMPipeline(tiny_unet(3), DDPMScheduler()).save_pretrained(folder / "ddpm")
     return {}
 
 
 RUN = {
+    "demo_and_app": Page({}, {0: demo_folder}),
+    "devices": Page({}, {}),
+    "hub": Page(
+        {"push_to_hub(pipe": "inspect.signature(push_to_hub).bind(pipe", "google/ddpm-celebahq-256": "ddpm",
+         '"me/mnist-boost-and-skip", trust': '"exported", trust', '"me/mnist-classifier"': '"classifier"',
+         'custom_pipeline="me/boost-and-skip", custom_revision="COMMIT"': 'custom_pipeline="code"'},
+        {1: lambda folder: {"inspect": inspect, "pipe": None}, 2: hub_repositories},
+    ),
     "choose": Page({}, {}),
     "migration": Page({}, {0: edm2_folder, 1: index_lists}),
     "discrete_diffusion": Page(

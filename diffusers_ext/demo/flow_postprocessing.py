@@ -38,14 +38,14 @@ class FlowPostprocessingSettings:
     """What is sampled and how it is repaired."""
 
     flow: str = "mnist-flow"
-    guidance_scales: tuple[float, ...] = (1.0, 3.0, 6.0)
+    guidance_scales: tuple[float, ...] = (1.0, 6.0, 15.0)
     num_inference_steps: int = 16
     repair_steps: int = 4
     num_samples: int = 200
     seed: int = 0
 
 
-QUICK = FlowPostprocessingSettings(guidance_scales=(1.0, 6.0), num_inference_steps=10, num_samples=80)
+QUICK = FlowPostprocessingSettings(guidance_scales=(1.0, 15.0), num_inference_steps=10, num_samples=80)
 
 
 def run_flow_postprocessing(
