@@ -119,7 +119,7 @@ def test_a_kill_loses_no_finished_batch(tmp_path, digits):
     options = ("--num-samples", 24, "--batch-size", 2, "--num-inference-steps", steps, "--random-labels")
     running = subprocess.Popen(command(killed, *options), start_new_session=True, stderr=subprocess.DEVNULL)
     workers = []
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(list(killed.glob("shards/[0-9]*.npy"))) < 3 and time.monotonic() < deadline:
         workers = psutil.Process(running.pid).children(recursive=True)
         time.sleep(0.01)
