@@ -25,7 +25,13 @@ COLUMNS = {
     "recall": "{:.3f}",
     "seconds_per_image": "{:.4f}",
 }
-NAMES = {"knn_distance": "AvgkNN", "frechet": "Fréchet", "seconds_per_image": "s/image"}  # of columns, if others
+NAMES = {  # of columns, if others
+    "recognised": "recog.",
+    "knn_distance": "AvgkNN",
+    "frechet": "Fréchet",
+    "precision": "prec.",
+    "seconds_per_image": "s/image",
+}
 LEGEND = (
     f"AvgkNN: mean distance to the {NEIGHBOURS['knn_distance']} nearest training images. Fréchet: distance to the"
     " training set. precision: share of samples among real images; recall: share of real images among samples; k"
