@@ -305,8 +305,11 @@ def _too_many(steps: int, size: int) -> str:
 
 
 def _described(model: Callable) -> dict:
+    """Class, hash and name: the Hub id, or the last two folders of a path, since tables are pushed to the Hub."""
     described = describe_component(model)
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if name and Path(name).exists():
+        name = "/".join(Path(name).parts[-2:])
     return {**described, "name": name} if name else described
 
 
