@@ -156,16 +156,39 @@ def save(results: dict, output: Path, length: int) -> None:
 @click.option("--only", multiple=True, help="Measure this table only; repeat it for more.")
 @click.option("--batch-size", default=128, show_default=True)
 @click.option("--autocast", is_flag=True, help="Draw in bfloat16 (the tables are made in float32).")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the network before drawing.")
 @click.option("--device", default=None)
-def main(model, output, steps, samples, seeds, search_samples, grid_size, alphas, only, batch_size, autocast, device):
+def main(
+    model,
+    output,
+    steps,
+    samples,
+    seeds,
+    search_samples,
+    grid_size,
+    alphas,
+    only,
+    batch_size,
+    autocast,
+    compiled,
+    device,
+):
     output.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(model).to(device or best_device(), torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.model.eval()
     tables = optimise(pipe, output, search_samples, grid_size, list(alphas), sorted(steps), min(batch_size, 32))
+    if compiled:
+        pipe.model.compile()
     length, tokens = pipe.model.config.sequence_length, pipe.scheduler.config.vocab_size - 1
     path = output / "results.json"
-    settings = {"model": model, "samples": samples, "autocast": autocast, "batch_size": batch_size}
+    settings = {
+        "model": model,
+        "samples": samples,
+        "autocast": autocast,
+        "batch_size": batch_size,
+        "compiled": compiled,
+    }
     results = json.loads(path.read_text()) if path.exists() else {"settings": settings, "runs": {}}
     if results["settings"] != settings:
         raise click.UsageError(f"{path} was begun with {results['settings']}; choose another --output")

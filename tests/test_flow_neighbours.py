@@ -1,4 +1,4 @@
-"""find_neighbours: brute force agrees, with and without faiss, within classes and by inverted file."""
+"""find_neighbours: brute force agrees, with and without faiss, within classes, by inverted file; balanced weights."""
 
 import sys
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.flow import Neighbours, find_neighbours
+from diffusers_ext.flow import Neighbours, balanced_weights, find_neighbours
 from diffusers_ext.flow import neighbours as module
 
 RNG = np.random.default_rng(0)
@@ -109,3 +109,39 @@ def test_other_dimensions_and_missing_faiss(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match="pip install faiss-cpu"):
         find_neighbours(QUERIES, REFERENCE, 2, method="ivf")
+
+
+@pytest.mark.parametrize(
+    ("lists", "expected"),
+    [
+        ([[0, 1], [0, 2]], [[1 / 3, 2 / 3], [1 / 3, 2 / 3]]),  # the hub 0 gets as much as 1 and 2
+        ([[0, 1], [0, 1]], [[1 / 2, 1 / 2], [1 / 2, 1 / 2]]),
+        ([[3], [3]], [[1.0], [1.0]]),  # there is nothing else to draw
+        ([[0, 1], [1, 2], [2, 0]], [[1 / 2, 1 / 2]] * 3),
+    ],
+)
+def test_balanced_weights_on_paper(lists, expected):
+    weights = balanced_weights(torch.tensor(lists), 4, iterations=200)
+    torch.testing.assert_close(weights, torch.tensor(expected))
+
+
+def test_balanced_weights_visit_more_evenly_what_the_lists_hold():
+    indices = find_neighbours(QUERIES, REFERENCE, 20).indices
+    weights = balanced_weights(indices, len(REFERENCE))
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(QUERIES)))
+    assert weights.shape == indices.shape and (weights > 0).all()
+    listed = indices.unique()
+    visits = {
+        name: torch.bincount(indices.flatten(), probabilities.flatten(), len(REFERENCE))[listed]
+        for name, probabilities in {"even": torch.full(indices.shape, 1 / 20), "balanced": weights}.items()
+    }
+    assert visits["balanced"].std() < 0.4 * visits["even"].std()
+    torch.testing.assert_close(visits["balanced"].sum(), torch.tensor(float(len(QUERIES))))
+
+
+@pytest.mark.parametrize(
+    "indices", [torch.tensor([0, 1]), torch.tensor([[0, 4]]), torch.tensor([[-1, 0]]), torch.zeros(0, 3)]
+)
+def test_balanced_weights_refuse_other_indices(indices):
+    with pytest.raises(ValueError, match="indices must be"):
+        balanced_weights(indices.long(), 4)

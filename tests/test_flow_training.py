@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffusers_ext import FlowPostprocessingPipeline
-from diffusers_ext.flow import Neighbours, find_neighbours, flow_loss, train_postprocessing_flow
+from diffusers_ext.flow import Neighbours, balanced_weights, find_neighbours, flow_loss, train_postprocessing_flow
 from diffusers_ext.flow import training as module
 
 
@@ -72,6 +72,21 @@ def test_pairs_are_drawn_anew_and_uniformly_from_the_k_nearest():
     shares = chosen.mean(0)
     torch.testing.assert_close(shares, torch.tensor([0.25] * 4 + [0.0] * 3), atol=0.02, rtol=0)
     assert t.min() >= 0 and t.max() <= 1 and abs(t.mean() - 0.5) < 0.02
+
+
+def test_balanced_pairs_are_drawn_with_their_weights(monkeypatch):
+    samples, real = images(20), images(50, 1)
+    found = find_neighbours(samples.flatten(1), real.flatten(1), 4)
+    weights = balanced_weights(found.indices, len(real))
+    made, original = [], module.Pairs
+    monkeypatch.setattr(module, "Pairs", lambda *args: made.append(original(*args)) or made[-1])
+    for balance in (False, True):
+        train(samples, real, 4, model=unet(), balance=balance)
+    assert made[0].weights is None and torch.equal(made[1].weights, weights)
+    rows = torch.arange(20).repeat(2000)
+    _, x1, _, _ = made[1].draw(rows, torch.Generator().manual_seed(0), torch.device("cpu"))
+    chosen = (x1[:, None] == real[found.indices[rows]]).flatten(2).all(-1).float()
+    torch.testing.assert_close(chosen.view(2000, 20, 4).mean(0), weights, atol=0.05, rtol=0)
 
 
 def test_it_learns_a_known_flow_and_the_pipeline_walks_it():

@@ -205,11 +205,13 @@ def test_targets_of_real_images_are_themselves(tmp_path):
     rows = json.loads((tmp_path / "out/rows.json").read_text())
     assert [(row["scale"], row["space"], row["k"]) for row in rows] == [
         (1, None, None), (3, None, None),
-        (1, "pixel", 1), (1, "pixel", 4), (3, "pixel", 1), (3, "pixel", 4),
-        (1, "classifier", 1), (1, "classifier", 4), (3, "classifier", 1), (3, "classifier", 4),
-        *((scale, "pixel+classifier", k) for scale in (1, 3) for k in (1, 4)),
+        *((scale, space, k) for space in ("pixel", "classifier", "pixel+classifier") for k in (1, 4) for scale in (1, 3)),
     ]  # fmt: skip
-    before, nearest, further = rows[0]["frechet"], rows[2]["frechet"], rows[3]["frechet"]
+    before, nearest, further = rows[0]["frechet"], rows[2]["frechet"], rows[4]["frechet"]
     assert nearest == pytest.approx(before) != further
     assert "classifier" in output and (tmp_path / "out/targets.png").stat().st_size > 10_000
     assert "no guidance-" in run(module, tmp_path, *common, exit_code=2)
+
+    run(module, tmp_path / "samples", *common, "--k", 1, 4, "--balance")
+    balanced = json.loads((tmp_path / "out/rows.json").read_text())
+    assert balanced[2] == rows[2] and balanced[4] != rows[4]  # one neighbour leaves nothing to balance

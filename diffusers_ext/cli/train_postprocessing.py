@@ -49,6 +49,9 @@ CLASSIFIER_WEIGHT = 3.0  # of its squared distance beside that of pixels; docs/f
 @click.option(
     "--k", type=click.IntRange(min=1), default=20, show_default=True, help="Nearest neighbours to draw from."
 )
+@click.option(
+    "--balance", is_flag=True, help="Draw from the k nearest so that real images are visited evenly, hubs too."
+)
 @click.option("--within-class", is_flag=True, help="Seek neighbours among the real images of the sample's class.")
 @click.option(
     "--block-out-channels", type=INTEGERS, default=[24, 64, 96], show_default="24,64,96",
@@ -72,7 +75,7 @@ CLASSIFIER_WEIGHT = 3.0  # of its squared distance beside that of pixels; docs/f
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py files of the base's repository while loading it.")
 def train_postprocessing(
     base, real, output, pipeline, guidance_scales, num_samples, prompts, num_inference_steps, features, features_model,
-    k, within_class, block_out_channels, steps, batch_size, sample_batch_size, learning_rate, ema_decay,
+    k, balance, within_class, block_out_channels, steps, batch_size, sample_batch_size, learning_rate, ema_decay,
     dtype, mixed_precision, checkpoint_every, seed, device, trust_remote_code,
 ):  # fmt: skip
     """Train a flow that repairs the samples of a base pipeline.
@@ -112,7 +115,7 @@ def train_postprocessing(
     trained = train_postprocessing_flow(
         samples, channels_first(images), k, model=network, steps=steps, output=output / "training",
         sample_labels=labels, real_labels=torch.from_numpy(real_labels) if within_class else None,
-        features=extractor, batch_size=batch_size, learning_rate=learning_rate, ema_decay=ema_decay,
+        features=extractor, balance=balance, batch_size=batch_size, learning_rate=learning_rate, ema_decay=ema_decay,
         checkpoint_every=checkpoint_every, seed=seed,
     )  # fmt: skip
     if accelerator is None or accelerator.is_main_process:

@@ -2,13 +2,14 @@
 
 from .base_samples import channels_first, draw_base_samples, velocity_network
 from .features import DINOv2Features, classifier_features, combined_features, extract_features, pixel_features
-from .neighbours import Neighbours, find_neighbours
+from .neighbours import Neighbours, balanced_weights, find_neighbours
 from .training import TrainedFlow, flow_loss, train_postprocessing_flow
 
 __all__ = [
     "DINOv2Features",
     "Neighbours",
     "TrainedFlow",
+    "balanced_weights",
     "channels_first",
     "classifier_features",
     "combined_features",

@@ -85,6 +85,29 @@ def find_neighbours(
     return Neighbours(torch.from_numpy(indices), torch.from_numpy(distances.astype(np.float32)))
 
 
+def balanced_weights(indices: torch.Tensor, num_real: int, iterations: int = 20) -> torch.Tensor:
+    r"""Probabilities (n, k) of drawing a sample's neighbours that visit real samples as evenly as their lists allow.
+
+    In many dimensions a few points are near to everything (hubs, Radovanović et al., JMLR 2010), and uniform draws
+    from the k nearest visit them again and again: the targets lose diversity. Sinkhorn's iteration, on the listed
+    pairs alone, scales in turn what each real sample j gets and what each generated sample i gives,
+
+    .. math:: w_{ij} \leftarrow w_{ij} / \textstyle\sum_l w_{lj}, \qquad w_{ij} \leftarrow w_{ij} / \sum_l w_{il}
+
+    from w = 1 / k. Each sample keeps its own neighbours; a real sample in no list stays unvisited.
+
+    indices: (n, k) into the num_real real samples, as `find_neighbours` gives them. Raises ValueError for others.
+    """
+    if indices.ndim != 2 or not indices.numel() or not 0 <= indices.min() <= indices.max() < num_real:
+        raise ValueError(f"indices must be (n, k) in [0, {num_real}), got {tuple(indices.shape)}; search again")
+    weights = torch.full(indices.shape, 1 / indices.shape[1], dtype=torch.float64)
+    for _ in range(iterations):
+        visits = torch.bincount(indices.flatten(), weights.flatten(), num_real)
+        weights /= visits[indices]
+        weights /= weights.sum(dim=1, keepdim=True)
+    return weights.float()
+
+
 def _labels(name: str, labels, features: np.ndarray) -> np.ndarray:
     if labels is None:
         raise ValueError(f"{name} must be given: a search within classes needs the labels of both sets, or of none")

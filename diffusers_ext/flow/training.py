@@ -19,7 +19,7 @@ from ..pipelines.flow_postprocessing import velocity
 from ..processes import Processes
 from ..shards import lock
 from .features import as_unit, extract_features, pixel_features
-from .neighbours import Neighbours, find_neighbours
+from .neighbours import Neighbours, balanced_weights, find_neighbours
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -35,16 +35,22 @@ class TrainedFlow:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Generated samples and their neighbours. draw gives pairs of the given rows, each neighbour drawn anew."""
+    """Generated samples and their neighbours. draw gives pairs of the given rows, each neighbour drawn anew, uniformly
+    or with the probabilities weights (n, k)."""
 
     samples: torch.Tensor
     real: torch.Tensor
     indices: torch.Tensor
     labels: torch.Tensor | None
+    weights: torch.Tensor | None = None
 
     def draw(self, rows: torch.Tensor, generator: torch.Generator, device: torch.device):
         """On device: x_0 and x_1 (batch, ...) float32, flow times t (batch,), labels (batch,) or None."""
-        chosen = self.indices[rows, torch.randint(self.indices.shape[1], rows.shape, generator=generator)]
+        if self.weights is None:
+            ranks = torch.randint(self.indices.shape[1], rows.shape, generator=generator)
+        else:
+            ranks = torch.multinomial(self.weights[rows], 1, generator=generator)[:, 0]
+        chosen = self.indices[rows, ranks]
         t = torch.rand(len(rows), generator=generator).to(device)
         x0, x1 = (
             as_unit(data[index.to(data.device)].to(device))
@@ -79,6 +85,7 @@ def train_postprocessing_flow(
     real_labels: torch.Tensor | None = None,
     features: str | Callable[[torch.Tensor], torch.Tensor] = "pixel",
     neighbours: Neighbours | None = None,
+    balance: bool = False,
     batch_size: int = 128,
     learning_rate: float = 2e-4,
     optimizer: str = "adam",
@@ -94,8 +101,8 @@ def train_postprocessing_flow(
 ) -> TrainedFlow:
     """Train the velocity network of `FlowPostprocessingPipeline` (arXiv 2503.10638).
 
-    In every iteration each sample x_0 of the batch gets, anew and uniformly, one of its k nearest real neighbours as
-    x_1. Samples of several guidance scales together make one flow for all of them.
+    In every iteration each sample x_0 of the batch gets, anew, one of its k nearest real neighbours as x_1. Samples of
+    several guidance scales together make one flow for all of them.
 
     Args:
         samples: what the base model generated, (n, ...), in [-1, 1], or uint8 pixels, or scaled latents.
@@ -110,6 +117,8 @@ def train_postprocessing_flow(
         features: "pixel", or a function of samples (b, ...) that returns the vectors (b, dim) to compare, such as
             `DINOv2Features`.
         neighbours: found before, with at least k of them; features are not used then.
+        balance: draw from the k nearest with `balanced_weights`, so that real samples are visited evenly. False, as in
+            the paper, draws uniformly and favours hubs.
         batch_size: samples an iteration and process.
         optimizer: "adam" or "adamw"; weight_decay is for the latter.
         ema_decay: of the average of the weights, which is what counts in the end.
@@ -138,11 +147,12 @@ def train_postprocessing_flow(
     accelerator = Accelerator(mixed_precision=mixed_precision)
     settings = {"k": k, "batch_size": batch_size, "processes": accelerator.num_processes, "optimizer": optimizer}
     settings |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "ema_decay": ema_decay, "seed": seed}
-    settings |= {"held_out": held_out, "samples": _summary(samples), "real": _summary(real)}
+    settings |= {"balance": balance, "held_out": held_out, "samples": _summary(samples), "real": _summary(real)}
     with _Run(accelerator, output, settings) as run:
         neighbours = neighbours or run.neighbours(samples, real, k, features, sample_labels, real_labels)
         indices = _checked_indices(neighbours, len(samples), len(real), k)
-        pairs = Pairs(samples, real, indices, None if _classes(model) is None else sample_labels)
+        weights = balanced_weights(indices, len(real)) if balance else None
+        pairs = Pairs(samples, real, indices, None if _classes(model) is None else sample_labels, weights)
 
         decay = {"weight_decay": weight_decay} if optimizer == "adamw" else {}
         optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=learning_rate, **decay)

@@ -26,6 +26,7 @@ from diffusers_ext.cli.options import INTEGERS, ListsCommand
 from diffusers_ext.cli.train_postprocessing import CLASSIFIER_WEIGHT
 from diffusers_ext.evaluation import evaluate_digits
 from diffusers_ext.flow import (
+    balanced_weights,
     channels_first,
     classifier_features,
     combined_features,
@@ -51,6 +52,12 @@ def spaces(real: torch.Tensor) -> dict[str, Callable[[torch.Tensor], torch.Tenso
     classifier = classifier_features("cpu")
     both = combined_features([(pixel_features, 1.0), (classifier, CLASSIFIER_WEIGHT)], real[:10_000])
     return {"pixel": pixel_features, "classifier": classifier, "pixel+classifier": both}
+
+
+def draw(nearest: torch.Tensor, num_real: int, balance: bool, generator: torch.Generator) -> torch.Tensor:
+    """One of each sample's neighbours: nearest (n, k) to indices (n,)."""
+    weights = balanced_weights(nearest, num_real) if balance else torch.ones(nearest.shape)
+    return nearest.gather(1, torch.multinomial(weights, 1, generator=generator))[:, 0]
 
 
 def measure(images: np.ndarray, labels: np.ndarray) -> dict:
@@ -90,21 +97,22 @@ def print_rows(rows: list[dict], count: int) -> None:
 @click.argument("real", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--k", "counts", type=INTEGERS, default=[1, 5, 20, 40, 200], show_default="1 5 20 40 200")
+@click.option("--balance", is_flag=True, help="Visit real digits evenly, as train-postprocessing --balance does.")
 @click.option("--count", default=2500, show_default=True, help="Samples of each scale.")
 @click.option("--seed", default=0, show_default=True)
-def main(samples, real, output, counts, count, seed):
+def main(samples, real, output, counts, balance, count, seed):
     """Measure the nearest real digits of the samples of each guidance scale."""
     scales, (pool, _) = read_scales(samples, count), read_images(real)
-    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
     rows = [{"scale": scale, "space": None, "k": None, **measure(*drawn)} for scale, drawn in scales.items()]
     for space, extractor in spaces(channels_first(pool)).items():
         points = extract_features(channels_first(pool), extractor)
-        for scale, (images, labels) in scales.items():
-            queries = extract_features(channels_first(images), extractor)
-            nearest = find_neighbours(queries, points, max(counts)).indices.numpy()
-            for k in counts:
-                chosen = nearest[np.arange(len(images)), rng.integers(0, k, len(images))]
-                rows.append({"scale": scale, "space": space, "k": k, **measure(pool[chosen], labels)})
+        drawn = [channels_first(images) for images, _ in scales.values()]
+        nearest = find_neighbours(extract_features(torch.cat(drawn), extractor), points, max(counts)).indices
+        for k in counts:
+            chosen = draw(nearest[:, :k], len(pool), balance, generator).split([len(images) for images in drawn])
+            for (scale, (_, labels)), indices in zip(scales.items(), chosen, strict=True):
+                rows.append({"scale": scale, "space": space, "k": k, **measure(pool[indices], labels)})
     output.mkdir(parents=True, exist_ok=True)
     (output / "rows.json").write_text(json.dumps(rows, indent=2) + "\n")
     plot(rows, output / "targets.png")
