@@ -142,6 +142,18 @@ def read_tokens(path: Path) -> torch.Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
+def read_training_tokens(path: Path) -> torch.Tensor:
+    with np.load(path) as data:
+        return torch.from_numpy(data["tokens"].astype(np.int64))
+
+
+def chords(tokens: torch.Tensor, voices: int) -> torch.Tensor:
+    """(count, length) tokens to (count, length / voices) numbers, the same for the same tokens at once."""
+    if tokens.shape[1] % voices:
+        raise click.UsageError(f"--voices {voices} must divide the {tokens.shape[1]} tokens that it is to group")
+    return (tokens.unflatten(1, (-1, voices)) * 4096 ** torch.arange(voices)).sum(dim=2)
+
+
 @click.group()
 def main():
     """Sample a discrete diffusion model and measure what comes out."""
@@ -166,14 +178,19 @@ def countdown(model, samples, **options):
 @click.argument("model")
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.option("--prefix-length", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens given.")
+@click.option(
+    "--voices", type=click.IntRange(2, 5), default=None, help="Tokens that sound together; counts new chords."
+)
 @sampling_options
-def continue_command(model, data, prefix_length, **options):
+def continue_command(model, data, prefix_length, voices, **options):
     """Continue the sequences of DATA and compare the token histograms with those of the true continuations.
 
     DATA: an .npz with `valid` or `tokens`, or an .npy, (count, length). For scale, `other` has the same numbers of the
-    continuation of the next sequence in its place.
+    continuation of the next sequence in its place. With --voices, `new_chords` is the share of chords after the prefix
+    that no sequence of `tokens` holds, and `true_new_chords` that of the true continuations.
     """
     truth = read_tokens(data)
+    known = None if voices is None else chords(read_training_tokens(data), voices).unique()
 
     def measure(path: Path) -> dict[str, float]:
         tokens, row = read_tokens(path), {}
@@ -182,6 +199,9 @@ def continue_command(model, data, prefix_length, **options):
             distance = histogram_distance(sequences, truth, size, prefix_length)
             row |= summary(f"{name}hellinger", distance.hellinger)
             row |= summary(f"{name}outliers", distance.outlier_share)
+        for name, sequences in (("", tokens), ("true_", truth)) if voices else ():
+            continued = chords(sequences[:, prefix_length:], voices)
+            row |= summary(f"{name}new_chords", (~torch.isin(continued, known)).double().mean(dim=1))
         return row
 
     given = np.arange(truth.shape[1]) < prefix_length

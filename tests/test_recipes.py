@@ -29,9 +29,9 @@ def recipe(name: str):
     return module
 
 
-def run(module, *arguments):
+def run(module, *arguments, exit_code: int = 0):
     result = CliRunner().invoke(module.main, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == exit_code, result.output
     return result.output
 
 
@@ -297,6 +297,23 @@ def test_measuring_continuations(tmp_path, discrete_model):
     assert rows[0]["other_outliers"] == pytest.approx(other.outlier_share.mean().item())
     manifest = json.loads((tmp_path / "of-test.npy/2/manifest.json").read_text())
     assert manifest["settings"]["components"]["scheduler"]["config"]["num_corrector_steps"] == 1
+
+
+def test_measuring_chords(tmp_path, discrete_model):
+    """New chords are those after the prefix that no training sequence holds at any place."""
+    rng = np.random.default_rng(0)
+    training, truth = rng.integers(0, 6, (4, 10)), rng.integers(0, 6, (5, 10))
+    np.savez(tmp_path / "data.npz", tokens=training, valid=truth)
+    options = ("--steps", 2, "--prefix-length", 4, "--output", tmp_path / "out", "--device", "cpu", "--voices")
+    arguments = ("continue", discrete_model("sequence"), tmp_path / "data.npz", *options)
+    run(recipe("measure_discrete"), *arguments, 2)
+    row = json.loads((tmp_path / "out/results.json").read_text())["2"]
+    known = {tuple(chord) for chord in training.reshape(-1, 2)}
+    tokens = np.load(tmp_path / "out/2/tokens_5x10.npz")["tokens"]
+    for name, sequences in (("new_chords", tokens), ("true_new_chords", truth)):
+        new = [[tuple(chord) not in known for chord in sequence[4:].reshape(-1, 2)] for sequence in sequences]
+        assert row[name] == pytest.approx(np.mean(new)) and 0 < row[name] < 1, tokens
+    assert "must divide the 10 tokens" in run(recipe("measure_discrete"), *arguments, 4, exit_code=2)
 
 
 def test_measuring_texts(tmp_path, discrete_model):

@@ -203,10 +203,11 @@ def test_targets_of_real_images_are_themselves(tmp_path):
     module, common = recipe("mnist_neighbours"), (tmp_path / "real.npz", "--output", tmp_path / "out")
     output = run(module, tmp_path / "samples", *common, "--k", 1, 4)
     rows = json.loads((tmp_path / "out/rows.json").read_text())
+    spaces = ("pixel", "classifier", "pixel+classifier")
     assert [(row["scale"], row["space"], row["k"]) for row in rows] == [
-        (1, None, None), (3, None, None),
-        *((scale, space, k) for space in ("pixel", "classifier", "pixel+classifier") for k in (1, 4) for scale in (1, 3)),
-    ]  # fmt: skip
+        *((1, None, None), (3, None, None)),
+        *((scale, space, k) for space in spaces for k in (1, 4) for scale in (1, 3)),
+    ]
     before, nearest, further = rows[0]["frechet"], rows[2]["frechet"], rows[4]["frechet"]
     assert nearest == pytest.approx(before) != further
     assert "classifier" in output and (tmp_path / "out/targets.png").stat().st_size > 10_000
