@@ -89,6 +89,24 @@ def test_balanced_pairs_are_drawn_with_their_weights(monkeypatch):
     torch.testing.assert_close(chosen.view(2000, 20, 4).mean(0), weights, atol=0.05, rtol=0)
 
 
+def test_kept_samples_are_their_own_targets_and_leave_the_real_ones_to_the_others(monkeypatch):
+    samples, real, keep = images(20), images(50, 1), torch.arange(20) < 8
+    found = find_neighbours(samples.flatten(1), real.flatten(1), 4)
+    made, original = [], module.Pairs
+    monkeypatch.setattr(module, "Pairs", lambda *args: made.append(original(*args)) or made[-1])
+    train(samples, real, 4, model=unet(), balance=True, keep=keep)
+    (pairs,) = made
+    torch.testing.assert_close(pairs.weights[8:], balanced_weights(found.indices[8:], len(real)))
+    x0, x1, _, _ = pairs.draw(torch.arange(20), torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert torch.equal((x0 == x1).flatten(1).all(dim=1), keep)
+
+
+@pytest.mark.parametrize("keep", [torch.ones(20).bool(), torch.zeros(3).bool(), torch.zeros(20)], ids=str)
+def test_keep_must_mark_some_samples(keep):
+    with pytest.raises(ValueError, match="keep must be 20 booleans"):
+        train(images(20), images(50, 1), model=unet(), keep=keep)
+
+
 def test_it_learns_a_known_flow_and_the_pipeline_walks_it():
     """Every real neighbour lies 0.3 above its sample, in class 1 0.2 below: v is that constant."""
     labels = torch.arange(60) % 2

@@ -56,6 +56,26 @@ def test_trains_a_pipeline_and_goes_on_after_an_interruption(real, tmp_path):
     assert [row["step"] for row in history] == [3, 5]
 
 
+def test_kept_scales_are_marked_in_the_order_of_the_samples(real, tmp_path, monkeypatch):
+    given = {}
+
+    def train(*_, **options):
+        given.update(options)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("diffusers_ext.flow.train_postprocessing_flow", train)
+    options = ("--real", real, "--features", "pixel", *SMALL, "--output", tmp_path / "out")
+    result = invoke(*options, "--balance", "--keep-scales", 3)
+    assert "far enough" in str(result.exception)
+    assert given["keep"].tolist() == [False] * 12 + [True] * 12 and given["balance"]
+
+
+@pytest.mark.parametrize("scales", [("2",), ("1", "3")], ids=" ".join)
+def test_kept_scales_must_be_some_of_the_sampled_ones(real, tmp_path, scales):
+    result = invoke("--real", real, *SMALL, "--output", tmp_path / "out", "--keep-scales", *scales)
+    assert result.exit_code == 2 and "--keep-scales must be some of" in result.output and not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_two_processes(real, tmp_path):
     """torchrun starts two, which train one network and write one pipeline."""

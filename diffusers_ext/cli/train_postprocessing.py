@@ -29,6 +29,12 @@ CLASSIFIER_WEIGHT = 3.0  # of its squared distance beside that of pixels; docs/f
     help="Of the samples; the flow learns to repair all of them.",
 )  # fmt: skip
 @click.option(
+    "--keep-scales",
+    type=NUMBERS,
+    default=[],
+    help="Guidance scales that need no repair: the flow learns to leave such samples alone.",
+)
+@click.option(
     "--num-samples", type=click.IntRange(min=2), default=10_000, show_default=True, help="Of each guidance scale."
 )
 @click.option(
@@ -74,9 +80,9 @@ CLASSIFIER_WEIGHT = 3.0  # of its squared distance beside that of pixels; docs/f
 @click.option("--device", default=None, help="torch device; by default the fastest one here.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py files of the base's repository while loading it.")
 def train_postprocessing(
-    base, real, output, pipeline, guidance_scales, num_samples, prompts, num_inference_steps, features, features_model,
-    k, balance, within_class, block_out_channels, steps, batch_size, sample_batch_size, learning_rate, ema_decay,
-    dtype, mixed_precision, checkpoint_every, seed, device, trust_remote_code,
+    base, real, output, pipeline, guidance_scales, keep_scales, num_samples, prompts, num_inference_steps, features,
+    features_model, k, balance, within_class, block_out_channels, steps, batch_size, sample_batch_size, learning_rate,
+    ema_decay, dtype, mixed_precision, checkpoint_every, seed, device, trust_remote_code,
 ):  # fmt: skip
     """Train a flow that repairs the samples of a base pipeline.
 
@@ -94,6 +100,8 @@ def train_postprocessing(
     from ..processes import end_processes, start_processes
     from ..shipped import load_pipeline
 
+    if not set(keep_scales) < set(guidance_scales):
+        raise click.UsageError(f"--keep-scales must be some of --guidance-scales {guidance_scales}, got {keep_scales}")
     device = device or best_device()
     os.environ["ACCELERATE_MIXED_PRECISION"] = mixed_precision  # of every Accelerator; the first one fixes it
     accelerator = start_processes(device)
@@ -110,12 +118,14 @@ def train_postprocessing(
         accelerator,
     )  # fmt: skip
     del pipe
+    keep = torch.tensor([scale in keep_scales for scale in guidance_scales]).repeat_interleave(num_samples)  # as drawn
     torch.manual_seed(seed)
     network = velocity_network(samples, None if labels is None else int(labels.max()) + 1, block_out_channels)
     trained = train_postprocessing_flow(
         samples, channels_first(images), k, model=network, steps=steps, output=output / "training",
         sample_labels=labels, real_labels=torch.from_numpy(real_labels) if within_class else None,
-        features=extractor, balance=balance, batch_size=batch_size, learning_rate=learning_rate, ema_decay=ema_decay,
+        features=extractor, balance=balance, keep=keep if keep_scales else None, batch_size=batch_size,
+        learning_rate=learning_rate, ema_decay=ema_decay,
         checkpoint_every=checkpoint_every, seed=seed,
     )  # fmt: skip
     if accelerator is None or accelerator.is_main_process:

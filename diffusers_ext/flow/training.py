@@ -36,13 +36,14 @@ class TrainedFlow:
 @dataclass(frozen=True)
 class Pairs:
     """Generated samples and their neighbours. draw gives pairs of the given rows, each neighbour drawn anew, uniformly
-    or with the probabilities weights (n, k)."""
+    or with the probabilities weights (n, k). Those that keep (n,) marks are their own x_1."""
 
     samples: torch.Tensor
     real: torch.Tensor
     indices: torch.Tensor
     labels: torch.Tensor | None
     weights: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
 
     def draw(self, rows: torch.Tensor, generator: torch.Generator, device: torch.device):
         """On device: x_0 and x_1 (batch, ...) float32, flow times t (batch,), labels (batch,) or None."""
@@ -56,6 +57,8 @@ class Pairs:
             as_unit(data[index.to(data.device)].to(device))
             for data, index in ((self.samples, rows), (self.real, chosen))
         )
+        if self.keep is not None:
+            x1 = torch.where(self.keep[rows].to(device).view(-1, *[1] * (x0.ndim - 1)), x0, x1)
         return x0, x1, t, None if self.labels is None else self.labels[rows].to(device)
 
 
@@ -86,6 +89,7 @@ def train_postprocessing_flow(
     features: str | Callable[[torch.Tensor], torch.Tensor] = "pixel",
     neighbours: Neighbours | None = None,
     balance: bool = False,
+    keep: torch.Tensor | None = None,
     batch_size: int = 128,
     learning_rate: float = 2e-4,
     optimizer: str = "adam",
@@ -119,6 +123,8 @@ def train_postprocessing_flow(
         neighbours: found before, with at least k of them; features are not used then.
         balance: draw from the k nearest with `balanced_weights`, so that real samples are visited evenly. False, as in
             the paper, draws uniformly and favours hubs.
+        keep: (n,) bool, samples that need no repair, such as those of the best guidance scale: they are their own
+            targets, so that the flow learns to leave their like alone. None, as in the paper, repairs all.
         batch_size: samples an iteration and process.
         optimizer: "adam" or "adamw"; weight_decay is for the latter.
         ema_decay: of the average of the weights, which is what counts in the end.
@@ -147,12 +153,17 @@ def train_postprocessing_flow(
     accelerator = Accelerator(mixed_precision=mixed_precision)
     settings = {"k": k, "batch_size": batch_size, "processes": accelerator.num_processes, "optimizer": optimizer}
     settings |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "ema_decay": ema_decay, "seed": seed}
-    settings |= {"balance": balance, "held_out": held_out, "samples": _summary(samples), "real": _summary(real)}
+    keep = _check_keep(keep, len(samples))
+    settings |= {"balance": balance, "kept": 0 if keep is None else int(keep.sum())}
+    settings |= {"held_out": held_out, "samples": _summary(samples), "real": _summary(real)}
     with _Run(accelerator, output, settings) as run:
         neighbours = neighbours or run.neighbours(samples, real, k, features, sample_labels, real_labels)
         indices = _checked_indices(neighbours, len(samples), len(real), k)
-        weights = balanced_weights(indices, len(real)) if balance else None
-        pairs = Pairs(samples, real, indices, None if _classes(model) is None else sample_labels, weights)
+        weights = torch.ones(indices.shape) if balance else None
+        if balance:
+            repaired = torch.ones(len(samples), dtype=torch.bool) if keep is None else ~keep
+            weights[repaired] = balanced_weights(indices[repaired], len(real))
+        pairs = Pairs(samples, real, indices, None if _classes(model) is None else sample_labels, weights, keep)
 
         decay = {"weight_decay": weight_decay} if optimizer == "adamw" else {}
         optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=learning_rate, **decay)
@@ -209,6 +220,15 @@ def _check_data(model, samples, real, labels) -> torch.Tensor | None:
     if conditional is not None and not 0 <= labels.min() <= labels.max() < conditional:
         raise ValueError(f"sample_labels must be in [0, {conditional}), got {labels.min()} to {labels.max()}")
     return labels.long()
+
+
+def _check_keep(keep, number: int) -> torch.Tensor | None:
+    if keep is None:
+        return None
+    keep = torch.as_tensor(keep).cpu()
+    if keep.shape != (number,) or keep.dtype != torch.bool or keep.all():
+        raise ValueError(f"keep must be {number} booleans, not all true, got {keep.dtype} {tuple(keep.shape)}")
+    return keep
 
 
 def _classes(model: torch.nn.Module) -> int | None:
