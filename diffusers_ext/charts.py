@@ -13,7 +13,10 @@ NICE = (1, 2, 2.5, 5, 10)
 
 @dataclass(frozen=True)
 class Line:
-    """A named line through points (x, y); spreads: half the height of the error bar of each, if there are any."""
+    """A named line through points (x, y); spreads: half the height of the error bar of each, if there are any.
+
+    Raises ValueError for no points, and for another number of spreads than of points.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -28,7 +31,10 @@ class Line:
 
 
 class Axis:
-    """Numbers from low to high, linear or logarithmic, on pixels from start to end. Widened where it has no length."""
+    """Numbers from low to high, linear or logarithmic, on pixels from start to end. Widened where it has no length.
+
+    Raises ValueError for a logarithmic axis that does not lie above 0.
+    """
 
     def __init__(self, low: float, high: float, start: float, end: float, log: bool = False):
         if log and low <= 0:

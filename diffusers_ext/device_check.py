@@ -25,8 +25,6 @@ from .models import EDM2UNet2DModel, SEDDTransformer
 from .pipelines import BoostAndSkipPipeline, DiscreteDiffusionPipeline, EDM2Pipeline, FlowPostprocessingPipeline
 from .schedulers import BoostAndSkipDDIMScheduler, CTMCScheduler, EDMHeunScheduler
 
-RESULTS = ("ok", "not here", "differs", "crashed")
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -266,6 +264,7 @@ def _parsed(line: str) -> Outcome | None:
 
 
 def main(device: str, *capabilities: str) -> None:
+    """Try capabilities in this process, and print a line of JSON for each."""
     logging.set_verbosity_error()
     for capability in capabilities:
         print(json.dumps(asdict(attempt(capability, device))), flush=True)

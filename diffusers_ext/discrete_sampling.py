@@ -19,7 +19,10 @@ def draws_sequences(pipe: DiffusionPipeline) -> bool:
 
 
 def given_tokens(tokens: np.ndarray | None, given: np.ndarray | None, count: int) -> dict[str, np.ndarray]:
-    """Tokens of each sample, int64, and where they are kept, bool, (count, length) both; {} where none are given."""
+    """Tokens of each sample, int64, and where they are kept, bool, (count, length) both; {} where none are given.
+
+    Raises ValueError for other shapes than (count, length), of `given` also (length,), and for one without the other.
+    """
     if tokens is None and given is None:
         return {}
     shapes = [None if value is None else np.shape(value) for value in (tokens, given)]

@@ -1,10 +1,8 @@
 """How good generated images are: sets on disk against each other, and digits against the shipped MNIST features."""
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -13,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .checkpoints.safe_pickle import safe_load
+from .checkpoints.tensor_files import refusing
 from .feature_cache import cache_path, load_features, save_features
 from .features import FeatureExtractor, load_extractor
 from .image_sets import ImageSet, open_images
@@ -269,13 +268,10 @@ def read_statistics(path: Path, features: str | None = None) -> tuple[np.ndarray
         return _pickled_statistics(path, features)
     if path.suffix.lower() != ".npz" or not path.is_file():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            if "arr_0" in data.files or not {"mu", "sigma"} <= set(data.files):
-                return None
-            return data["mu"], data["sigma"]
-    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
-        raise ValueError(f"'{path}' cannot be read as .npz: {error}") from error
+    with refusing(f"'{path}' cannot be read as .npz"), np.load(path, allow_pickle=False) as data:
+        if "arr_0" in data.files or not {"mu", "sigma"} <= set(data.files):
+            return None
+        return data["mu"], data["sigma"]
 
 
 def _pickled_statistics(path: Path, features: str | None) -> tuple[np.ndarray, np.ndarray]:

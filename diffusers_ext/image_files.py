@@ -39,7 +39,7 @@ def file_names(count: int, suffix: str) -> list[str]:
 def write_npz(
     path: Path, name: str, first: np.ndarray, batches: Iterator[np.ndarray], count: int, **more: np.ndarray
 ) -> None:
-    """An .npz with one array of `count` rows, those of the first batch and of the others, and with more arrays."""
+    """An .npz with one array (count, ...), the rows of the first batch and of the others, and with more arrays."""
     header = {"descr": first.dtype.str, "fortran_order": False, "shape": (count, *first.shape[1:])}
     with replacing(path) as file, ZipFile(file, "w", ZIP_STORED) as archive:
         with archive.open(ZipInfo(f"{name}.npy"), "w", force_zip64=True) as array:
@@ -52,6 +52,12 @@ def write_npz(
                 np.lib.format.write_array(array, value, allow_pickle=False)
 
 
+def check_channels(channels: int, format: str) -> None:
+    """Raises ValueError for channels that a format of `FORMATS` has not."""
+    if format != "npz" and channels not in MODES:
+        raise ValueError(f"PNG holds 1, 3 or 4 channels, the images have {channels}; use the format npz")
+
+
 def _checked(batches: Iterator[np.ndarray], count: int, format: str) -> Iterator[np.ndarray]:
     """The batches, known to be of one size and to hold count images."""
     shape, seen = None, 0
@@ -59,8 +65,7 @@ def _checked(batches: Iterator[np.ndarray], count: int, format: str) -> Iterator
         shape = shape or batch.shape[1:]
         if batch.shape[1:] != shape:
             raise ValueError(f"images must have one size, got {batch.shape[1:]} after {shape}")
-        if format != "npz" and shape[-1] not in MODES:
-            raise ValueError(f"PNG holds 1, 3 or 4 channels, the images have {shape[-1]}; use the format npz")
+        check_channels(shape[-1], format)
         seen += len(batch)
         yield batch
     if seen != count:

@@ -6,10 +6,11 @@ over step boundaries.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from .shards import differences, replacing
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class GuidedSteps:
 
     @property
     def key(self) -> str:
+        """Its name in distances.json."""
         return f"weight {self.guidance_scale:g}, steps {self.first}-{self.last}"
 
 
@@ -39,7 +41,7 @@ class DistanceTable:
 
     compute: the distance of a candidate, lower is better. settings: JSON-able, all else that the distances depend on.
 
-    Raises ValueError for a file that was begun with other settings, and for a distance that is not finite.
+    Raises ValueError for a file of something else or begun with other settings, and for a distance that is not finite.
     """
 
     def __init__(self, path: Path, settings: dict, compute: Callable[[GuidedSteps], float]):
@@ -47,14 +49,17 @@ class DistanceTable:
         self.settings = json.loads(json.dumps(settings))
         self.values: dict[str, float] = {}
         if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            for name in sorted({*self.settings, *kept["settings"]}):
-                old, new = kept["settings"].get(name), self.settings.get(name)
-                if old != new:
-                    raise ValueError(
-                        f"{path} was begun with {name}={old!r}, this start has {new!r}; choose another file"
-                    )
-            self.values = kept["distances"]
+            self.values = self._kept()
+
+    def _kept(self) -> dict[str, float]:
+        try:
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
+            before, values = kept["settings"], {key: float(value) for key, value in kept["distances"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{str(self.path)!r} holds no distances of a search; choose another folder") from error
+        if changed := "; ".join(differences(before, self.settings)):
+            raise ValueError(f"{str(self.path)!r} was begun with other settings: {changed}; choose another folder")
+        return values
 
     def __call__(self, candidate: GuidedSteps) -> float:
         if candidate.key not in self.values:
@@ -67,9 +72,9 @@ class DistanceTable:
 
     def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text(json.dumps({"settings": self.settings, "distances": self.values}, indent=2) + "\n")
-        os.replace(fresh, self.path)
+        content = json.dumps({"settings": self.settings, "distances": self.values}, indent=2)
+        with replacing(self.path) as file:
+            file.write(f"{content}\n".encode())
 
 
 def search_interval(

@@ -5,8 +5,10 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from rich.box import SIMPLE
@@ -19,8 +21,9 @@ from .image_sets import open_images
 from .interval_search import DistanceTable, GuidedSteps, IntervalSearch, as_rows, search_interval
 from .metrics import FeatureStatistics, frechet_distance
 from .pipelines.guidance_interval import GuidanceInterval
+from .provenance import describe_pipeline
 from .sampling import sample_batches, to_uint8
-from .shards import lock
+from .shards import lock, replacing
 from .shipped import load_shipped_classifier
 
 
@@ -55,10 +58,9 @@ def tune_interval(
     pipe.set_progress_bar_config(disable=True)
     sigmas = step_sigmas(pipe, labels[:1], num_inference_steps)
     settings = {
-        "pipeline": type(pipe).__name__,
-        "model": str(pipe.config.get("_name_or_path")),
-        "scheduler": [type(pipe.scheduler).__name__, _plain(pipe.scheduler.config)],
+        **describe_pipeline(pipe),
         "features": [extractor.name, extractor.identity],
+        "reference": _digest(reference),
         "num_inference_steps": num_inference_steps,
         "labels": labels.tolist(),
         "seed": seed,
@@ -69,7 +71,8 @@ def tune_interval(
         table = DistanceTable(folder / "distances.json", settings, objective)
         found = search_interval(table, guidance_scales, num_inference_steps)
         result = {"settings": settings, "sigmas": sigmas, "candidates": as_rows(found, sigmas)}
-        (folder / "interval.json").write_text(json.dumps(result, indent=2) + "\n")
+        with replacing(folder / "interval.json") as file:
+            file.write((json.dumps(result, indent=2) + "\n").encode())
     return found
 
 
@@ -118,7 +121,7 @@ def guided_call(pipe: DiffusionPipeline, candidate: GuidedSteps, num_inference_s
 
 
 def step_sigmas(pipe: DiffusionPipeline, labels: torch.Tensor, num_inference_steps: int) -> list[float]:
-    """The noise level (EDM's ratio) at which each step starts, and 0 after the last, as a call shows."""
+    """The noise level (EDM's ratio) at which each step starts, and 0 after the last, as a call shows; labels: (1,)."""
     if hasattr(pipe.scheduler, "churn"):  # of EDM2, whose schedule is these levels
         pipe.scheduler.set_timesteps(num_inference_steps)
         return pipe.scheduler.sigmas.tolist()
@@ -128,8 +131,9 @@ def step_sigmas(pipe: DiffusionPipeline, labels: torch.Tensor, num_inference_ste
     return [step.sigma for step in interval.report.steps] + [0.0]
 
 
-def _plain(config: dict) -> dict:
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+def _digest(reference: Sequence) -> str:
+    """One hash of the mean and the covariance of the real images."""
+    return sha256(b"".join(np.asarray(part, dtype=np.float64).tobytes() for part in reference)).hexdigest()
 
 
 def reference_statistics(

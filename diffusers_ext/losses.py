@@ -43,6 +43,8 @@ def score_entropy_loss(
 
     weighting: "sigma", times sigma(t), which makes it a bound on the likelihood (SEDD); "none", as Jump Your Steps
     trains its CountDown models.
+
+    Raises ValueError for another weighting, and as `score_entropy`.
     """
     if weighting not in ("sigma", "none"):
         raise ValueError(f'weighting must be "sigma" or "none", got {weighting!r}')
@@ -85,6 +87,8 @@ def likelihood_bound(
 
     model, scheduler: as of `DiscreteDiffusionPipeline`; kernels "absorbing" and "uniform", any prediction type.
     tokens: (n, length) integers without masks. generator: on the model's device.
+
+    Raises ValueError for other kernels.
     """
     device, sums = next(model.parameters()).device, []
     for original in tokens.split(batch_size):

@@ -11,8 +11,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object
 
 
-def start_processes(device: str) -> Accelerator | None:
+def start_processes(device: str, mixed_precision: str | None = None) -> Accelerator | None:
     """The processes that a launcher started, for a kind of device; None where there is no launcher.
+
+    mixed_precision: "no", "fp16" or "bf16"; None is what the launcher was told.
 
     accelerate launch starts one process on a CPU and does not tell it how many were asked for, so there a warning says
     to use torchrun.
@@ -33,13 +35,27 @@ def start_processes(device: str) -> Accelerator | None:
         raise ValueError(f"device {device!r}: each of {promised} processes has one of its own; leave the index out")
     # Processes wait for the slowest one, and for the main one while it writes the result.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience])
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
     if accelerator.num_processes != int(promised):
         raise ValueError(
             f"the launcher promised {promised} processes (WORLD_SIZE), but accelerate made {accelerator.num_processes}"
             f" on {device}; use a cuda or cpu device, or start without a launcher"
         )
     return accelerator
+
+
+def start_accelerator(device: str, mixed_precision: str) -> Accelerator:
+    """As `start_processes`; without a launcher, an Accelerator for this process alone on the device.
+
+    Every later one in the process has the same device and precision, that of a training too.
+    """
+    launched = start_processes(device, mixed_precision)
+    if launched is not None:
+        return launched
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)  # accelerate takes the current one
+    return Accelerator(cpu=place.type == "cpu", mixed_precision=mixed_precision)
 
 
 def end_processes(accelerator: Accelerator | None) -> None:

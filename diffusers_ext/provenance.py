@@ -26,11 +26,7 @@ def drawing_versions() -> dict[str, str | None]:
 def describe_pipeline(pipe: DiffusionPipeline) -> dict:
     """Class, origin, device, dtype and components of a pipeline; equal for two that draw the same images."""
     model = str(pipe.config.get("_name_or_path"))
-    plain = {
-        name: value
-        for name, value in pipe.config.items()
-        if not name.startswith("_") and isinstance(value, str | int | float | bool)
-    }
+    plain = {name: value for name, value in _config(pipe).items() if name not in pipe.components}
     parts = {name: describe_component(part) for name, part in pipe.components.items() if part is not None}
     return {
         "pipeline": type(pipe).__name__,
@@ -42,8 +38,13 @@ def describe_pipeline(pipe: DiffusionPipeline) -> dict:
 
 
 def describe_component(part) -> dict[str, str | dict]:
-    """The class of a component, with the config of a scheduler or a hash of a network's config and weights."""
+    """The class of a component, with the config of a scheduler or a hash of a network's config and weights.
+
+    A pipeline that is a component of another one is described as a whole.
+    """
     described = {"class": type(part).__name__}
+    if isinstance(part, DiffusionPipeline):
+        described["components"] = describe_pipeline(part)["components"]
     if isinstance(part, SchedulerMixin):
         described["config"] = _config(part)
     if isinstance(part, torch.nn.Module):
@@ -52,7 +53,7 @@ def describe_component(part) -> dict[str, str | dict]:
 
 
 def _config(part) -> dict:
-    """The config of a diffusers or transformers class, without where it came from."""
+    """The config of a diffusers or transformers class or of a pipeline, without where it came from."""
     config = getattr(part, "config", {})
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     config = {key: value for key, value in config.items() if not key.startswith("_")}

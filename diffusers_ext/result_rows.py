@@ -5,20 +5,28 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .checkpoints.tensor_files import read_json
 from .shards import replacing
 
 
 class ResultRows:
-    """The rows of a JSON file by their keys, which must name everything that a row depends on."""
+    """The rows of a JSON file by their keys, which must name everything that a row depends on.
+
+    Raises ValueError for a file of something else.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.rows: dict[str, dict] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.rows: dict[str, dict] = self._kept()
+
+    def _kept(self) -> dict[str, dict]:
+        return read_json(self.path) if self.path.exists() else {}
 
     def row(self, key: str, compute: Callable[[], dict]) -> dict:
         """The row of a key: the one that is there, or compute(), JSON-able, which is written at once."""
         if key not in self.rows:
-            self.rows[key] = compute()
+            row = compute()
+            self.rows = {**self._kept(), **self.rows, key: row}  # another start may have added some meanwhile
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as file:
                 file.write((json.dumps(self.rows, indent=2) + "\n").encode())

@@ -20,8 +20,8 @@ from rich.progress import Progress
 
 from . import image_files, sequence_files
 from .discrete_sampling import check_discrete, draws_sequences, given_tokens, is_discrete, to_integers
-from .image_files import file_names, write_images
-from .pipelines import GuidanceInterval
+from .image_files import check_channels, file_names, write_images
+from .pipelines.guidance_interval import GuidanceInterval, interval_bounds
 from .processes import Processes, start_processes
 from .provenance import describe_pipeline, drawing_versions
 from .sequence_files import write_sequences
@@ -64,7 +64,7 @@ def sample_images(
     """
     images = []
     for batch in sample_batches(pipe, len(labels), labels, seed, batch_size, output_type="pt", **call):
-        images.append(batch.float().cpu())
+        images.append(_as_tensor(batch).float().cpu())
         if on_batch is not None:
             on_batch(len(batch))
     return torch.cat(images)
@@ -220,7 +220,7 @@ def sample_to_folder(
         if manifest["result"] is not None:
             return Sampled(folder / manifest["result"], count, drawn=0, was_finished=True, kind=kind)
         with limited, _cpu_threads(threads):
-            drawn = _draw_shards(pipe, folder, count, batch_size, seed, inputs, its_call, processes)
+            drawn = _draw_shards(pipe, folder, count, batch_size, seed, inputs, its_call, format, processes)
         result = processes.agreed(lambda: _assembled(pipe, folder, manifest))
     return Sampled(folder / result, count, drawn, was_finished=False, kind=kind)
 
@@ -242,12 +242,11 @@ def _limited(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextManage
     interval = call.get("guidance_interval")
     if interval is None:
         return nullcontext(), call
-    if len(interval) != 2:
-        raise ValueError(f"guidance_interval must be two noise levels, (sigma_lo, sigma_hi), got {interval!r}")
+    sigma_lo, sigma_hi = interval_bounds(interval)
     if "guidance_interval" in inspect.signature(pipe.__call__).parameters:
         return nullcontext(), call
     others = {name: value for name, value in call.items() if name != "guidance_interval"}
-    return GuidanceInterval(pipe, sigma_lo=interval[0], sigma_hi=interval[1]), others
+    return GuidanceInterval(pipe, sigma_lo=sigma_lo, sigma_hi=sigma_hi), others
 
 
 def _inputs(pipe, count: int, labels, prompts, images, seed: int) -> dict[str, list | np.ndarray]:
@@ -333,7 +332,7 @@ def _check_result(folder: Path, manifest: dict) -> None:
         )
 
 
-def _draw_shards(pipe, folder: Path, count, batch_size, seed, inputs, call, processes: Processes) -> int:
+def _draw_shards(pipe, folder: Path, count, batch_size, seed, inputs, call, format, processes: Processes) -> int:
     """Draw the batches of this process that are not there yet; returns how many samples all processes drew."""
     pipe.set_progress_bar_config(disable=True)
     call = {**call, "output_type": "tokens" if draws_sequences(pipe) else "pt"}
@@ -344,7 +343,7 @@ def _draw_shards(pipe, folder: Path, count, batch_size, seed, inputs, call, proc
             if number % processes.count != processes.index:
                 continue
             if not shards.holds(number):
-                shards.write(number, _to_array(pipe, _draw(pipe, rows, seed, inputs, call), rows))
+                shards.write(number, _to_array(pipe, _draw(pipe, rows, seed, inputs, call), rows, format))
                 drawn += len(rows)
             progress.update(task, completed=min(count, len(shards) * batch_size))
         drawn = processes.total(drawn)
@@ -390,10 +389,18 @@ def _draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict, call: d
             raise
 
 
-def _to_array(pipe: DiffusionPipeline, batch, rows: range) -> np.ndarray:
+def _to_array(pipe: DiffusionPipeline, batch, rows: range, format: str) -> np.ndarray:
+    """What is kept of a batch. A format that cannot hold it is refused at the first one, not when all are drawn."""
     if draws_sequences(pipe):
         return to_integers(batch, rows, pipe.scheduler.config.vocab_size)
-    return to_uint8(batch, rows)
+    images = to_uint8(batch, rows)
+    check_channels(images.shape[-1], format)
+    return images
+
+
+def _as_tensor(images):
+    """Images as channels-first tensors where they are arrays, which diffusers 0.37 gives for "pt" too."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images
 
 
 def to_uint8(images: torch.Tensor | np.ndarray, rows: range) -> np.ndarray:
@@ -403,8 +410,7 @@ def to_uint8(images: torch.Tensor | np.ndarray, rows: range) -> np.ndarray:
 
     Raises ValueError for another number of images than rows, and for values that are not finite.
     """
-    if isinstance(images, np.ndarray):  # diffusers 0.37 gives these for "pt" too
-        images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    images = _as_tensor(images)
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or len(images) != len(rows):
         got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"the pipeline must give {len(rows)} images (batch, channels, height, width), got {got}")

@@ -61,7 +61,7 @@ class Shards:
         self.folder = folder / SHARDS
 
     def write(self, number: int, samples: np.ndarray) -> None:
-        """Keep a batch, an array of one row a sample."""
+        """Keep a batch, an array (batch, ...)."""
         buffer = BytesIO()
         np.save(buffer, samples, allow_pickle=False)
         data = buffer.getvalue()
@@ -144,6 +144,7 @@ def finish_folder(folder: Path, manifest: dict, result: str) -> None:
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
+    """Write manifest.json, which appears whole or not at all. Lists of numbers get a line each."""
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     text = re.sub(r"\[\n[-\d,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)  # labels on one line
     with replacing(folder / MANIFEST) as file:

@@ -9,7 +9,6 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
 from .pixel_space import (
@@ -17,7 +16,9 @@ from .pixel_space import (
     checked_generator,
     checked_labels,
     image_tensor,
+    initial_noise,
     label_tensor,
+    reads_variance,
     to_images,
     with_precise_alphas,
 )
@@ -94,18 +95,20 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
         labels = checked_labels(class_labels, self.unet.config.get("num_class_embeds"))
         labels = None if labels is None else label_tensor(labels, batch_size, device)
         set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
-        latents = self._initial_sample(low_res.shape, latents, generator, device)
+        size, dtype = self.unet.config.sample_size, self.unet.dtype
+        latents = initial_noise(latents, batch_size, low_res.shape[1], size, generator, device, dtype)
+        latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
         low_res = F.interpolate(low_res * 2 - 1, latents.shape[2:], mode="bilinear", align_corners=False)
-        low_res = low_res.to(device, self.unet.dtype)
+        low_res = low_res.to(device, dtype)
         scheduler = with_precise_alphas(self.scheduler)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
         self._num_timesteps = len(scheduler.timesteps)
 
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
-            model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+            model_input = scheduler.scale_model_input(latents, t).to(dtype)
             model_output = self.unet(torch.cat([model_input, low_res], dim=1), t, class_labels=labels).sample
-            if not str(scheduler.config.get("variance_type", "")).startswith("learned"):
+            if not reads_variance(scheduler):
                 model_output = model_output[:, : latents.shape[1]]
             latents = scheduler.step(model_output, t, latents, **extra).prev_sample
             if callback_on_step_end is not None:
@@ -115,26 +118,6 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
         images = to_images(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _initial_sample(self, low_res_shape: torch.Size, latents, generator, device: torch.device) -> torch.Tensor:
-        """Noise of unit variance times the scheduler's initial sigma, in the network's dtype."""
-        batch_size, channels = low_res_shape[:2]
-        if latents is None:
-            size = self.unet.config.sample_size
-            if size is None:
-                raise ValueError(
-                    "the model's config has no sample_size; pass latents= of the height and width to sample"
-                )
-            size = (size, size) if isinstance(size, int) else tuple(size)
-            # mps draws are not reproducible, so its noise comes from the CPU as in diffusers' own pipelines
-            source = torch.device("cpu") if device.type == "mps" else device
-            shape = (batch_size, channels, *size)
-            latents = randn_tensor(shape, generator=generator, device=source, dtype=self.unet.dtype)
-        elif latents.ndim != 4 or latents.shape[:2] != (batch_size, channels):
-            raise ValueError(
-                f"latents must have shape ({batch_size}, {channels}, height, width), got {tuple(latents.shape)}"
-            )
-        return latents.to(device=device, dtype=self.unet.dtype) * self.scheduler.init_noise_sigma
 
 
 def _read_npz(path: str | Path, class_labels) -> tuple[np.ndarray, object]:

@@ -9,14 +9,17 @@ from numbers import Real
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 
 from .pixel_space import (
     check_call,
+    check_count,
     checked_generator,
     checked_labels,
+    initial_noise,
     is_integer,
     label_tensor,
+    number_of_images,
+    reads_variance,
     to_images,
     with_precise_alphas,
 )
@@ -129,7 +132,7 @@ class BoostAndSkipPipeline(DiffusionPipeline):
         self._guidance_scale = guidance_scale
         self._check_inputs(batch_size, class_labels, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
         labels = checked_labels(class_labels, self.unet.config.get("num_class_embeds"), self.config.null_class)
-        batch_size = self._batch_size(batch_size, labels, latents)
+        batch_size = number_of_images(batch_size, labels, latents)
         generator = checked_generator(generator, batch_size)
         device = self._execution_device
         labels = self._label_tensor(labels, batch_size, device)
@@ -163,12 +166,9 @@ class BoostAndSkipPipeline(DiffusionPipeline):
             null, cond = self.unet(torch.cat([sample, sample]), t, class_labels=both).sample.chunk(2)
             guided = null[:, :channels] + self.guidance_scale * (cond[:, :channels] - null[:, :channels])
             output = torch.cat([guided, cond[:, channels:]], dim=1)
-        if output.shape[1] == 2 * channels and not self._scheduler_reads_variance():
+        if output.shape[1] == 2 * channels and not reads_variance(self.scheduler):
             output = output[:, :channels]
         return output
-
-    def _scheduler_reads_variance(self) -> bool:
-        return str(self.scheduler.config.get("variance_type", "")).startswith("learned")
 
     @contextmanager
     def _scheduler_for_call(self, gamma: float | None, skip_steps: int | None):
@@ -224,27 +224,12 @@ class BoostAndSkipPipeline(DiffusionPipeline):
 
     def _initial_sample(self, batch_size: int, latents, generator, device: torch.device) -> torch.Tensor:
         """Noise of unit variance times the scheduler's initial sigma, in the network's dtype."""
-        channels = self.unet.config.in_channels
-        if latents is None:
-            # mps draws are not reproducible, so its noise comes from the CPU as in diffusers' own pipelines
-            source = torch.device("cpu") if device.type == "mps" else device
-            shape = (batch_size, channels, *self._sample_size())
-            latents = randn_tensor(shape, generator=generator, device=source, dtype=self.unet.dtype)
-        elif latents.ndim != 4 or latents.shape[:2] != (batch_size, channels):
-            raise ValueError(
-                f"latents must have shape ({batch_size}, {channels}, height, width), got {tuple(latents.shape)}"
-            )
-        return latents.to(device=device, dtype=self.unet.dtype) * self.scheduler.init_noise_sigma
-
-    def _sample_size(self) -> tuple[int, int]:
-        size = self.unet.config.sample_size
-        if size is None:
-            raise ValueError("the model's config has no sample_size; pass latents= of the height and width to sample")
-        return (size, size) if isinstance(size, int) else tuple(size)
+        config, dtype = self.unet.config, self.unet.dtype
+        noise = initial_noise(latents, batch_size, config.in_channels, config.sample_size, generator, device, dtype)
+        return noise.to(device, dtype) * self.scheduler.init_noise_sigma
 
     def _check_inputs(self, batch_size, class_labels, guidance_scale, output_type, callback_tensors) -> None:
-        if batch_size is not None and not (is_integer(batch_size) and batch_size >= 1):
-            raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
+        check_count("batch_size", batch_size)
         check_call(self, output_type, callback_tensors)
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
@@ -260,14 +245,6 @@ class BoostAndSkipPipeline(DiffusionPipeline):
                 f"guidance_scale={guidance_scale} needs class_labels and a model with a null class; pass"
                 " class_labels=, build the pipeline with null_class=, or use guidance_scale=1"
             )
-
-    @staticmethod
-    def _batch_size(batch_size: int | None, labels: list[int] | None, latents) -> int:
-        if batch_size is not None:
-            return batch_size
-        if labels is not None and len(labels) > 1:
-            return len(labels)
-        return 1 if latents is None else len(latents)
 
     def _label_tensor(self, labels: list[int] | None, batch_size: int, device) -> torch.Tensor | None:
         """Labels (batch_size,) int64; the null class where a conditional model got none; None for no labels at all."""

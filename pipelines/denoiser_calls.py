@@ -493,7 +493,10 @@ class Rows(NamedTuple):
 
 
 def count_rows(arguments: dict[str, Any]) -> Rows:
-    """Rows of the first argument that has rows: the noisy sample, in every diffusers model but packed ones."""
+    """Rows of the first argument that has rows: the noisy sample, in every diffusers model but packed ones.
+
+    Raises ValueError where there is none.
+    """
     for value in arguments.values():
         if isinstance(value, torch.Tensor) and value.ndim > 0:
             return Rows(len(value) if value.ndim > 1 else 1, False)
@@ -526,7 +529,7 @@ def take_rows(name: str, value: Any, rows: Rows, split: Split) -> Any:
 
 
 def has_rows(name: str, value: torch.Tensor, rows: Rows) -> bool:
-    """Whether a tensor argument has an entry for each row."""
+    """Whether a tensor argument, (rows, ...) but for `ROW_DIMENSION`, has an entry for each row."""
     if not value.numel() or value.ndim <= (dim := ROW_DIMENSION.get(name, 0)) or SHARED_ARGUMENT.search(name):
         return False
     folded = value.shape[dim] % rows.total == 0 and FOLDED_ARGUMENT.search(name)

@@ -12,6 +12,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
 
+from .pixel_space import as_output, check_callback, check_count, checked_generator
+
 IMAGE_TYPES = ("pil", "np", "pt")
 
 
@@ -89,11 +91,11 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         """
         scheduler = self._scheduler(sampler)
         output_type = self._output_type(output_type)
-        self._check_callback(callback_on_step_end_tensor_inputs)
+        check_callback(self, callback_on_step_end_tensor_inputs)
         device = self._execution_device
         fixed, given = self._given_tokens(prompt, suffix, tokens, given, batch_size, sequence_length, scheduler)
         fixed, given = fixed.to(device), given.to(device)
-        _check_generator(generator, len(fixed))
+        generator = checked_generator(generator, len(fixed))
         if timesteps is None:
             scheduler.set_timesteps(num_inference_steps, device=device)
         else:
@@ -179,13 +181,6 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
     def _model_config(self, name: str):
         return getattr(self.model, "config", {}).get(name)
 
-    def _check_callback(self, names: list[str]) -> None:
-        unknown = set(names) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; allowed are {self._callback_tensor_inputs}"
-            )
-
     def _given_tokens(self, prompt, suffix, tokens, given, batch_size, sequence_length, scheduler):
         """Tokens (batch, length) int64 and where they are given, (batch, length) bool."""
         if (tokens is None) != (given is None):
@@ -202,8 +197,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             for row, mask, (start, end) in zip(tokens, given, rows, strict=True):
                 self._write_texts(row, mask, start, end)
         if batch_size is not None:
-            if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-                raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
+            check_count("batch_size", batch_size)
             if len(tokens) not in (1, batch_size):
                 raise ValueError(f"batch_size={batch_size}, but {len(tokens)} prompts or rows of tokens are given")
             tokens, given = tokens.expand(batch_size, -1), given.expand(batch_size, -1)
@@ -216,8 +210,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             if known is None:
                 raise ValueError("the model's config has no sequence_length; pass sequence_length=")
             return known
-        if isinstance(sequence_length, bool) or not isinstance(sequence_length, int) or sequence_length < 1:
-            raise ValueError(f"sequence_length must be an integer >= 1, got {sequence_length!r}")
+        check_count("sequence_length", sequence_length)
         return sequence_length
 
     def _token_rows(self, tokens, given, sequence_length, scheduler):
@@ -265,11 +258,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
     def _to_images(self, sample: torch.Tensor, output_type: str) -> list | np.ndarray | torch.Tensor:
         """Images of levels in channel-first order, the highest level 1."""
         levels = self.scheduler.config.vocab_size - (self.scheduler.mask_token_id is not None)
-        pixels = sample.view(len(sample), *self._model_config("shape")).float() / (levels - 1)
-        if output_type == "pt":
-            return pixels
-        pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
-        return pixels if output_type == "np" else self.numpy_to_pil(pixels)
+        return as_output(sample.view(len(sample), *self._model_config("shape")).float() / (levels - 1), output_type)
 
 
 def _zip_texts(prompt, suffix) -> list[tuple[str | None, str | None]]:
@@ -279,11 +268,3 @@ def _zip_texts(prompt, suffix) -> list[tuple[str | None, str | None]]:
     if any(len(column) not in (1, count) or not column for column in columns):
         raise ValueError(f"prompt and suffix must be strings or lists of one length, got {list(map(len, columns))}")
     return list(zip(*(column * (count // len(column)) for column in columns), strict=True))
-
-
-def _check_generator(generator, batch_size: int) -> None:
-    if isinstance(generator, list) and len(generator) != batch_size:
-        raise ValueError(
-            f"generator is a list of {len(generator)}, but batch_size is {batch_size}; give one generator, or one a"
-            " sample"
-        )

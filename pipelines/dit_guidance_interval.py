@@ -10,7 +10,7 @@ import torch
 from diffusers import DiTPipeline, ImagePipelineOutput
 
 from .denoiser_calls import DenoiserCall  # noqa: F401  diffusers copies only what this file itself imports
-from .guidance_interval import GuidanceInterval, GuidanceReport
+from .guidance_interval import GuidanceInterval, GuidanceReport, interval_bounds
 
 
 class DiTGuidanceIntervalPipeline(DiTPipeline):
@@ -50,11 +50,7 @@ class DiTGuidanceIntervalPipeline(DiTPipeline):
         arguments = (class_labels, guidance_scale, generator, num_inference_steps, output_type, return_dict)
         if guidance_interval is None and guided_steps is None:
             return stock(self, *arguments)
-        if guidance_interval is not None and (
-            not isinstance(guidance_interval, tuple | list) or len(guidance_interval) != 2
-        ):
-            raise ValueError(f"guidance_interval must be (sigma_lo, sigma_hi) or None, got {guidance_interval!r}")
-        sigma_lo, sigma_hi = guidance_interval or (None, None)
+        sigma_lo, sigma_hi = (None, None) if guidance_interval is None else interval_bounds(guidance_interval)
         interval = GuidanceInterval(self, sigma_lo=sigma_lo, sigma_hi=sigma_hi, guided_steps=guided_steps)
         output = interval.run(stock, self, *arguments)
         self._guidance_report = interval.report

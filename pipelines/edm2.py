@@ -14,9 +14,18 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 
-from .pixel_space import check_call, checked_generator, is_integer
+from .pixel_space import (
+    as_output,
+    check_call,
+    check_count,
+    checked_generator,
+    checked_labels,
+    initial_noise,
+    is_integer,
+    label_tensor,
+    number_of_images,
+)
 
 # Of ImageNet-512, a number for each channel of the VAE.
 EDM2_LATENT_SCALE = [0.11990407, 0.10822511, 0.13477089, 0.15243903]
@@ -125,12 +134,12 @@ class EDM2Pipeline(DiffusionPipeline):
         """
         self._guidance_scale = guidance_scale
         self._check_inputs(batch_size, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
-        _check_count("decode_batch_size", decode_batch_size)
+        check_count("decode_batch_size", decode_batch_size)
         device = self._execution_device
         labels = self._label_tensor(class_labels)
-        batch_size = _batch_size(batch_size, labels, latents)
+        batch_size = number_of_images(batch_size, labels, latents)
         generator = checked_generator(generator, batch_size)
-        labels = None if labels is None else _for_batch(labels, batch_size).to(device)
+        labels = None if labels is None else label_tensor(labels, batch_size, device)
         if sigmas is None:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         else:
@@ -154,7 +163,7 @@ class EDM2Pipeline(DiffusionPipeline):
                 progress_bar.update()
 
         x = x.to(torch.float32)
-        images = x if output_type == "latent" else self._to_output(self.decode(x, decode_batch_size), output_type)
+        images = x if output_type == "latent" else as_output(self.decode(x, decode_batch_size), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -195,18 +204,9 @@ class EDM2Pipeline(DiffusionPipeline):
 
     def _initial_sample(self, batch_size: int, latents, generator, device: torch.device) -> torch.Tensor:
         """Unit noise times the first noise level, in the dtype of the scheduler's state."""
-        config = self.unet.config
-        if latents is None:
-            # mps draws are not reproducible, so its noise comes from the CPU as in diffusers' own pipelines
-            source = torch.device("cpu") if device.type == "mps" else device
-            shape = (batch_size, config.img_channels, config.img_resolution, config.img_resolution)
-            latents = randn_tensor(shape, generator=generator, device=source, dtype=torch.float32)
-        elif latents.ndim != 4 or latents.shape[:2] != (batch_size, config.img_channels):
-            raise ValueError(
-                f"latents must have shape ({batch_size}, {config.img_channels}, height, width), got"
-                f" {tuple(latents.shape)}"
-            )
-        return latents.to(device).to(self.scheduler.state_dtype(device)) * self.scheduler.init_noise_sigma
+        channels, size = self.unet.config.img_channels, self.unet.config.img_resolution
+        noise = initial_noise(latents, batch_size, channels, size, generator, device, torch.float32)
+        return noise.to(device, self.scheduler.state_dtype(device)) * self.scheduler.init_noise_sigma
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
@@ -218,7 +218,7 @@ class EDM2Pipeline(DiffusionPipeline):
 
         Raises ValueError for latents without a VAE, numbers of channels that do not fit, and a batch size below 1.
         """
-        _check_count("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         if self.vae is None:
             self._check_decodable()
             return (latents.to(torch.float32) / 2 + 0.5).clamp(0, 1)
@@ -243,12 +243,6 @@ class EDM2Pipeline(DiffusionPipeline):
                 " output_type='latent', or build it with vae=AutoencoderKL.from_pretrained(...)."
             )
 
-    def _to_output(self, images: torch.Tensor, output_type: str):
-        if output_type == "pt":
-            return images
-        images = images.cpu().permute(0, 2, 3, 1).numpy()
-        return self.numpy_to_pil(images) if output_type == "pil" else images
-
     def _check_inputs(self, batch_size, guidance_scale, output_type, callback_tensors) -> None:
         if not hasattr(self.scheduler, "churn"):
             raise ValueError(
@@ -256,7 +250,7 @@ class EDM2Pipeline(DiffusionPipeline):
                 " EDMHeunScheduler."
             )
         check_call(self, output_type, callback_tensors)
-        _check_count("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         if output_type != "latent":
             self._check_decodable()
         if not (_is_number(guidance_scale) and math.isfinite(guidance_scale)):
@@ -282,30 +276,16 @@ class EDM2Pipeline(DiffusionPipeline):
         classes = self.unet.config.label_dim
         if class_labels is None:
             return None
-        if not classes:
-            raise ValueError(f"class_labels={class_labels!r}: the network is unconditional; leave class_labels out")
-        labels = torch.as_tensor(class_labels)
-        if labels.ndim == 2 and labels.shape[1] == 1 < classes:
-            labels = labels[:, 0]  # lists of one label, which DiTPipeline takes as well
-        if labels.ndim == 2:
-            if labels.shape[1] != classes:
-                raise ValueError(f"class_labels as rows must have {classes} numbers each, got {labels.shape[1]}")
-            return labels
-        if labels.ndim > 1 or labels.numel() == 0 or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(f"class_labels must be an integer or a non-empty list of integers, got {class_labels!r}")
-        wrong = [label for label in labels.reshape(-1).tolist() if not 0 <= label < classes]
-        if wrong:
-            raise ValueError(f"class_labels must be in [0, {classes}), got {wrong}")
-        return labels.reshape(-1)
+        rows = torch.as_tensor(class_labels)
+        if not classes or rows.ndim != 2 or rows.shape[1] == 1 < classes:
+            return torch.tensor(checked_labels(class_labels, classes or None))
+        if rows.shape[1] != classes:
+            raise ValueError(f"class_labels as rows must have {classes} numbers each, got {rows.shape[1]}")
+        return rows
 
 
 def _is_number(value) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _check_count(name: str, count) -> None:
-    if count is not None and not (is_integer(count) and count >= 1):
-        raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
 
 
 def _checked_interval(interval) -> tuple[float, float]:
@@ -326,17 +306,3 @@ def _checked_steps(steps, count: int) -> tuple[int, int]:
             f" {steps!r}; noise levels go to guidance_interval"
         )
     return pair
-
-
-def _batch_size(batch_size: int | None, labels: torch.Tensor | None, latents: torch.Tensor | None) -> int:
-    if batch_size is not None:
-        return batch_size
-    if labels is not None and len(labels) > 1:
-        return len(labels)
-    return 1 if latents is None else len(latents)
-
-
-def _for_batch(labels: torch.Tensor, batch_size: int) -> torch.Tensor:
-    if len(labels) not in (1, batch_size):
-        raise ValueError(f"class_labels must hold 1 or batch_size={batch_size} labels, got {len(labels)}")
-    return labels.expand(batch_size, *labels.shape[1:])

@@ -149,11 +149,13 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{given[0]} leaves nothing to draw; leave out prompt, base_kwargs and the other of images and latents"
             )
+        labels = self._labels(class_labels, drawn=not given)
         if not given:
+            generator = list(generator) if isinstance(generator, tuple) else generator
             images, latents = self._draw(prompt, class_labels, base_kwargs, generator)
         images, start = self._start(images, latents)
-        generator = checked_generator(generator, len(start))
-        labels = self._labels(class_labels, len(start), drawn=not given)
+        checked_generator(generator, len(start))
+        labels = None if labels is None else label_tensor(labels, len(start), self._execution_device)
 
         if solver == "dopri5":
             final = self._solve_dopri5(start, labels, strength, rtol, atol)
@@ -210,13 +212,10 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
             raise ValueError("latents must be finite, got NaN or infinity")
         return images, latents.to(device, dtype)
 
-    def _labels(self, class_labels, batch_size: int, drawn: bool) -> torch.Tensor | None:
-        """(batch,) int64 for a conditional network, None for others; the base may have used the labels alone."""
+    def _labels(self, class_labels, drawn: bool) -> list[int] | None:
+        """Checked before anything is drawn; None for an unconditional network, whose base may use them alone."""
         classes = self.model.config.get("num_class_embeds")
-        if classes is None and drawn:
-            return None
-        labels = checked_labels(class_labels, classes)
-        return None if labels is None else label_tensor(labels, batch_size, self._execution_device)
+        return None if classes is None and drawn else checked_labels(class_labels, classes)
 
     def _walk(self, x, labels, num_inference_steps: int, strength: float, callback, tensor_names: list[str]):
         """Integrate with the scheduler, whose velocity points from sigma 0 to sigma 1, against ours."""

@@ -164,6 +164,15 @@ def _checked_sigmas(sigma_lo: Any, sigma_hi: Any, sigma_unit: str) -> tuple[floa
     return float(sigma_lo), float(sigma_hi)
 
 
+def interval_bounds(guidance_interval: Any) -> tuple[float, float]:
+    """The argument (sigma_lo, sigma_hi) of a call as a pair. Raises ValueError for anything else."""
+    if not isinstance(guidance_interval, tuple | list) or len(guidance_interval) != 2:
+        raise ValueError(
+            f"guidance_interval must be two noise levels, (sigma_lo, sigma_hi), or None, got {guidance_interval!r}"
+        )
+    return guidance_interval[0], guidance_interval[1]
+
+
 def edm_sigma(flow_sigma: float) -> float:
     r"""Noise-to-signal ratio of x_t = (1 - s) x_0 + s noise at flow sigma s: s / (1 - s), infinite at 1."""
     return math.inf if flow_sigma >= 1 else float(flow_sigma) / (1 - float(flow_sigma))

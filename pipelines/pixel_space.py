@@ -1,4 +1,4 @@
-"""What pipelines in pixel space share: generators, class labels, images as tensors, and images out of samples."""
+"""What pipelines share: generators, class labels, initial noise, images as tensors, and images out of samples."""
 
 import copy
 from numbers import Integral
@@ -7,18 +7,31 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def is_integer(value) -> bool:
+    """Whether it is an integer of Python or NumPy, and no truth value."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_count(name: str, count) -> None:
+    """Raises ValueError, with name in it, unless count is None or an integer >= 1."""
+    if count is not None and not (is_integer(count) and count >= 1):
+        raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
 
 
 def check_call(pipeline: DiffusionPipeline, output_type: str, callback_tensors: list[str]) -> None:
     """Raises ValueError for an unknown output type and for tensors that the pipeline shows to no callback."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
+    check_callback(pipeline, callback_tensors)
+
+
+def check_callback(pipeline: DiffusionPipeline, callback_tensors: list[str]) -> None:
+    """Raises ValueError for tensors that the pipeline shows to no callback."""
     known = pipeline._callback_tensor_inputs
     unknown = set(callback_tensors) - set(known)
     if unknown:
@@ -26,13 +39,13 @@ def check_call(pipeline: DiffusionPipeline, output_type: str, callback_tensors: 
 
 
 def checked_generator(generator, batch_size: int):
-    """One generator as it is, several as a list of one an image. Raises ValueError for another number."""
+    """One generator as it is, several as a list of one a sample. Raises ValueError for another number."""
     if not isinstance(generator, list | tuple):
         return generator
     if len(generator) != batch_size:
         raise ValueError(
             f"generator is a list of {len(generator)}, but batch_size is {batch_size}; give one generator, or one"
-            " an image"
+            " a sample"
         )
     return list(generator)
 
@@ -63,11 +76,48 @@ def checked_labels(class_labels, num_classes: int | None, null_class: int | None
     return labels.tolist() if labels.ndim else [labels.item()]
 
 
-def label_tensor(labels: list[int], batch_size: int, device: torch.device) -> torch.Tensor:
-    """(batch_size,) int64 of one label or of one an image. Raises ValueError for another number."""
+def label_tensor(labels: list[int] | torch.Tensor, batch_size: int, device: torch.device) -> torch.Tensor:
+    """(batch_size, ...) of one label, or row of labels, or of one an image. Raises ValueError for another number."""
     if len(labels) not in (1, batch_size):
         raise ValueError(f"class_labels must hold 1 or batch_size={batch_size} labels, got {len(labels)}")
-    return torch.tensor(labels, device=device).expand(batch_size)
+    labels = torch.as_tensor(labels, device=device)
+    return labels.expand(batch_size, *labels.shape[1:])
+
+
+def number_of_images(batch_size: int | None, labels, latents: torch.Tensor | None) -> int:
+    """The batch size, or as many as there are labels (n,) or latents (n, ...), or 1."""
+    if batch_size is not None:
+        return batch_size
+    if labels is not None and len(labels) > 1:
+        return len(labels)
+    return 1 if latents is None else len(latents)
+
+
+def initial_noise(
+    latents: torch.Tensor | None, batch_size: int, channels: int, size, generator, device: torch.device, dtype
+) -> torch.Tensor:
+    """Noise of unit variance (batch_size, channels, height, width): the latents as they are, or drawn.
+
+    size, device, dtype: of what is drawn. size: (height, width), or one number for both; None where the model does not
+    say. Raises ValueError for latents of another shape, and where there is no size.
+    """
+    if latents is None:
+        if size is None:
+            raise ValueError("the model's config has no sample_size; pass latents= of the height and width to sample")
+        size = (size, size) if is_integer(size) else tuple(size)
+        # mps draws are not reproducible, so its noise comes from the CPU as in diffusers' own pipelines
+        source = torch.device("cpu") if device.type == "mps" else device
+        latents = randn_tensor((batch_size, channels, *size), generator=generator, device=source, dtype=dtype)
+    elif latents.ndim != 4 or latents.shape[:2] != (batch_size, channels):
+        raise ValueError(
+            f"latents must have shape ({batch_size}, {channels}, height, width), got {tuple(latents.shape)}"
+        )
+    return latents
+
+
+def reads_variance(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler expects a learned variance after the prediction, in as many channels again."""
+    return str(scheduler.config.get("variance_type", "")).startswith("learned")
 
 
 def with_precise_alphas(scheduler: SchedulerMixin) -> SchedulerMixin:

@@ -75,7 +75,10 @@ def set_timesteps(scheduler, num_inference_steps: int | str, timesteps: list[int
 
 
 def checked_timesteps(timesteps: list[int], end: int) -> list[int]:
-    """The list, if it holds strictly decreasing integers in [0, end); a negative one would index from the end."""
+    """The list, if it holds strictly decreasing integers in [0, end); a negative one would index from the end.
+
+    Raises ValueError for any other.
+    """
     table = list(timesteps)
     integers = all(isinstance(t, Integral) and not isinstance(t, bool) for t in table)
     decreasing = integers and all(a > b for a, b in pairwise(table))

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .denoiser_calls import DenoiserCall  # noqa: F401  diffusers copies only what this file itself imports
-from .guidance_interval import GuidanceInterval, GuidanceReport
+from .guidance_interval import GuidanceInterval, GuidanceReport, interval_bounds
 
 
 def edm_sigmas(
@@ -97,9 +97,7 @@ class StableDiffusionXLGuidanceIntervalPipeline(StableDiffusionXLPipeline):
         stock = StableDiffusionXLPipeline.__call__
         if guidance_interval is None:
             return stock(self, *args, **kwargs)
-        if not isinstance(guidance_interval, tuple | list) or len(guidance_interval) != 2:
-            raise ValueError(f"guidance_interval must be (sigma_lo, sigma_hi) or None, got {guidance_interval!r}")
-        sigma_lo, sigma_hi = guidance_interval
+        sigma_lo, sigma_hi = interval_bounds(guidance_interval)
         interval = GuidanceInterval(self, sigma_lo=sigma_lo, sigma_hi=sigma_hi)
         output = interval.run(stock, self, *args, **kwargs)
         self._guidance_report = interval.report

@@ -73,6 +73,7 @@ def _refusal(config) -> str | None:
 
 
 def build_kernel(config) -> AbsorbingKernel | UniformKernel | ReversibleKernel:
+    """The kernel that a checked configuration names."""
     if config.kernel == "absorbing":
         return AbsorbingKernel(config.vocab_size)
     if config.kernel == "uniform":
@@ -83,6 +84,7 @@ def build_kernel(config) -> AbsorbingKernel | UniformKernel | ReversibleKernel:
 
 
 def build_noise_schedule(config) -> NoiseSchedule:
+    """The noise schedule that a checked configuration names."""
     builders = {
         "loglinear": lambda: loglinear(config.eps),
         "cosine": lambda: cosine(config.eps),

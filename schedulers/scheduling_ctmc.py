@@ -653,8 +653,10 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"next_timestep must be {least}timestep={timestep}), got {next_timestep}")
 
     def _check_tokens(self, tokens: torch.Tensor) -> None:
-        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise ValueError(f"tokens must be integers (batch, length), got {tokens.dtype} {tuple(tokens.shape)}")
+        if tokens.ndim != 2 or tokens.dtype != torch.int64 or not len(tokens):
+            raise ValueError(
+                f"tokens must be int64 (batch, length), got {tokens.dtype} {tuple(tokens.shape)}; use .long()"
+            )
 
     def _check_step_inputs(self, model_output: torch.Tensor, sample: torch.Tensor) -> None:
         self._check_tokens(sample)

@@ -120,6 +120,14 @@ def test_off_is_the_network(hidden):
     assert not torch.equal(run(wrapped, class_labels=[1, 2], null_class=3), expected)
 
 
+def test_it_guides_in_inference_mode_too():
+    classifier = NoiseAwareClassifier(64, 3, (16,))
+    wrapped = ClassifierGuidance(tiny_unet(4), classifier, DDPMScheduler(), 5.0)
+    expected = run(wrapped, class_labels=[1, 2], null_class=3)
+    with torch.inference_mode():
+        assert torch.equal(run(wrapped, class_labels=[1, 2], null_class=3), expected)
+
+
 def test_the_null_class_is_not_guided():
     classifier = NoiseAwareClassifier(64, 3, (16,))
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([10, 500, 900])
@@ -169,7 +177,7 @@ def test_bad_input(tmp_path):
     unet, classifier = tiny_unet(), NoiseAwareClassifier(64, 3)
     with pytest.raises(ValueError, match="alphas_cumprod"):
         ClassifierGuidance(unet, classifier, FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(ValueError, match="guidance_scale must be finite"):
+    with pytest.raises(ValueError, match="guidance_scale must be a finite number"):
         ClassifierGuidance(unet, classifier, DDIMScheduler(), float("nan"))
     with pytest.raises(ValueError, match="for an unconditional network"):
         ClassifierGuidance(tiny_unet(3), classifier, DDIMScheduler(), num_classes=3)

@@ -1,15 +1,17 @@
 """diffusers-ext optimize-timesteps, from a model's folder to one with tables."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
+from cli_on_processes import run_on_two
 from click.testing import CliRunner
 from test_timestep_search import Stopped
 
 from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, SEDDTransformer, cli
-from diffusers_ext.jump_your_steps import TimestepTables
+from diffusers_ext.jump_your_steps import TimestepTables, model_folder
 from diffusers_ext.jump_your_steps.model_folder import read_sequences
 
 
@@ -50,6 +52,26 @@ def test_a_copy_of_the_model_has_the_tables(model, tmp_path):
     assert pipe.scheduler.edges.tolist() == list(tables[5])
     assert DiscreteDiffusionPipeline.from_pretrained(model).scheduler.config.timestep_tables is None
     assert not list(tmp_path.glob("*.unfinished")) and "nats a sequence" in result.output
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(model, tmp_path):
+    command = (model, "--data", "countdown", "--num-inference-steps", 2, 4, *SMALL, "--output")
+    assert invoke(*command, tmp_path / "one").exit_code == 0
+    said = run_on_two(tmp_path / "notes", "optimize-timesteps", *command, tmp_path / "two")
+    assert said.count(f"wrote {tmp_path / 'two'}") == 1 and not list(tmp_path.glob("two.*"))
+    one, two = (TimestepTables.load(tmp_path / name / "timestep_tables.json") for name in ("one", "two"))
+    assert one.tables == two.tables and one.info == two.info
+
+
+def test_it_needs_no_matplotlib(model, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(model_folder, "find_spec", lambda name: None)
+    result = invoke(model, "--data", "countdown", "--num-inference-steps", 2, "--output", tmp_path / "out", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out/timestep_tables.json").exists() and not (tmp_path / "out/timestep_tables.png").exists()
 
 
 def test_it_says_what_it_was_given(model, tmp_path):

@@ -8,6 +8,7 @@ import signal
 import sys
 from contextlib import contextmanager, suppress
 
+import numpy as np
 import pytest
 import torch
 from discrete_goldens import GOLDENS, golden, tauldr_files
@@ -24,6 +25,8 @@ from diffusers_ext.checkpoints import (
     sedd_scheduler,
     tauldr_scheduler,
 )
+from diffusers_ext.evaluation import read_statistics
+from diffusers_ext.flow import Neighbours
 from diffusers_ext.jump_your_steps import TimestepTables
 
 SCHEDULER = CTMCScheduler(vocab_size=17)
@@ -81,6 +84,21 @@ def tables(folder):
     return lambda: TimestepTables.load(folder / "tables.json")
 
 
+def neighbours(folder):
+    Neighbours(torch.arange(12).view(4, 3), torch.ones(4, 3)).save(folder / "neighbours.safetensors")
+    return lambda: Neighbours.load(folder / "neighbours.safetensors")
+
+
+def statistics(folder):
+    np.savez(folder / "real.npz", mu=np.zeros(3), sigma=np.eye(3))
+
+    def read():
+        if read_statistics(folder / "real.npz") is None:
+            raise ValueError("holds no statistics: it is read as images")
+
+    return read
+
+
 FILES = [
     (sedd, "config.json"),
     (sedd, "model.safetensors"),
@@ -92,6 +110,8 @@ FILES = [
     (guided_diffusion, "model.pt"),
     (index_lists, "schedule.pt"),
     (tables, "tables.json"),
+    (neighbours, "neighbours.safetensors"),
+    (statistics, "real.npz"),
 ]
 NAMES = [f"{reader.__name__} {name}" for reader, name in FILES]
 

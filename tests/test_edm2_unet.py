@@ -432,6 +432,7 @@ def test_outputs():
     [
         ({"x": X[:, :2]}, r"sample must have shape \(batch, 3, height, width\), got \(3, 2, 8, 8\)"),
         ({"x": X[0]}, "sample must have shape"),
+        ({"x": X[:, :, :7]}, r"height and width of sample must be multiples of 2, .* got \(3, 3, 7, 8\)"),
         ({"sigma": SIGMA[:2]}, r"sigma must be one number or one a sample \(3\), got 2"),
         ({"labels": [0, 5, 1]}, r"class_labels must be in \[0, 5\), got \[5\]"),
         ({"labels": [-1]}, r"got \[-1\]"),

@@ -219,6 +219,22 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
         train(images(30), images(40, 1), model=unet(), output=tmp_path, learning_rate=1.0, seed=3)
     with pytest.raises(ValueError, match="holds a run with other samples"):
         train(images(30, 5), images(40, 1), model=unet(), output=tmp_path)
+    mine, theirs = torch.arange(30) % 2, torch.arange(40) % 2
+    for change, names in (
+        ({"features": lambda x: x.mean((2, 3))}, "features"),
+        ({"max_grad_norm": None}, "max_grad_norm"),
+        ({"neighbours": find_neighbours(images(30).flatten(1), images(40, 1).flatten(1), 3)}, "neighbours"),
+        ({"sample_labels": mine, "real_labels": theirs}, "real_labels, sample_labels"),
+    ):
+        with pytest.raises(ValueError, match=f"holds a run with other {names}; go on with the same"):
+            train(images(30), images(40, 1), model=unet(), output=tmp_path, **change)
+
+
+def test_a_start_that_was_refused_does_not_bind_the_next(tmp_path):
+    with pytest.raises(ValueError, match="got k=41"):
+        train(images(30), images(40, 1), 41, model=unet(), output=tmp_path)
+    train(images(30), images(40, 1), 3, model=unet(), output=tmp_path)
+    assert json.loads((tmp_path / "settings.json").read_text())["k"] == 3
 
 
 BROKEN = images(30)

@@ -17,6 +17,7 @@ from test_timestep_search import countdown_tables
 
 from diffusers_ext import interval_tuning
 from diffusers_ext.interval_search import DistanceTable, GuidedSteps
+from diffusers_ext.result_rows import ResultRows
 from diffusers_ext.shards import lock
 
 TRAINING = {"steps": 6, "checkpoint_every": 2, "log_every": 2}
@@ -53,16 +54,18 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "checkpoint-4").exists()
     assert not (tmp_path / "lock.json").exists()
     assert_same_weights(trained(tmp_path), trained())
-    assert not list(tmp_path.glob("*.new"))
+    assert not list(tmp_path.glob("*.new")) + list(tmp_path.glob(".unfinished-*"))
 
 
-def test_a_full_disk_keeps_the_statistics_of_tables(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["exact", "golden"])
+def test_a_full_disk_keeps_what_a_search_for_tables_has(method, tmp_path, monkeypatch):
+    options = {**TABLES, "method": method}
     with monkeypatch.context() as patch:
         full_disk(patch, "kept", after=2)
         with pytest.raises(OSError, match="No space left"):
-            countdown_tables(**TABLES, resume=tmp_path / "kept")
+            countdown_tables(**options, resume=tmp_path / "kept")
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
-    whole, resumed = countdown_tables(**TABLES), countdown_tables(**TABLES, resume=tmp_path / "kept")
+    whole, resumed = countdown_tables(**options), countdown_tables(**options, resume=tmp_path / "kept")
     assert resumed.tables == whole.tables
     evaluations = [tables.info[4]["network_evaluations"] for tables in (whole, resumed)]
     assert 0 < evaluations[1] < evaluations[0]
@@ -112,8 +115,20 @@ def test_a_kill_loses_nothing_finished(work, name, number, tmp_path):
 def tuned(folder):
     extractor = SimpleNamespace(name="none", identity="none")
     return interval_tuning.tune_interval(
-        tiny_ddpm(), extractor, None, [2.0], torch.zeros(2, dtype=torch.int64), folder
+        tiny_ddpm(), extractor, (torch.zeros(1), torch.ones(1, 1)), [2.0], torch.zeros(2, dtype=torch.int64), folder
     )
+
+
+def test_two_starts_on_one_table_keep_each_other_s_rows(tmp_path):
+    one, other = ResultRows(tmp_path / "rows.json"), ResultRows(tmp_path / "rows.json")
+    one.row("a", lambda: {"n": 1})
+    other.row("b", lambda: one.row("c", lambda: {"n": 3}) and {"n": 2})
+    asked = []
+    again = ResultRows(tmp_path / "rows.json")
+    assert [again.row(key, lambda: asked.append(1) or {})["n"] for key in "abc"] == [1, 2, 3] and not asked
+    (tmp_path / "rows.json").write_text("[1")
+    with pytest.raises(ValueError, match=r"rows.json' is no JSON object"):
+        ResultRows(tmp_path / "rows.json")
 
 
 def test_one_start_at_a_time(tmp_path, monkeypatch):

@@ -76,8 +76,12 @@ def test_a_second_start_computes_nothing_twice(tmp_path):
     assert len(calls) == len(set(calls)) + 1  # the interrupted one
     before = len(calls)
     assert start() == found and len(calls) == before
-    with pytest.raises(ValueError, match="begun with model='m', this start has 'n'"):
+    with pytest.raises(ValueError, match="begun with other settings: model: 'm' before, 'n' now"):
         DistanceTable(tmp_path / "d.json", {"model": "n"}, compute)
+    for content in ("", "[", "[1]", '{"settings": {}}', '{"settings": {}, "distances": {"a": "far"}}'):
+        (tmp_path / "d.json").write_text(content)
+        with pytest.raises(ValueError, match=r"d.json' holds no distances of a search; choose another folder"):
+            DistanceTable(tmp_path / "d.json", {"model": "m"}, compute)
 
 
 @pytest.mark.parametrize(

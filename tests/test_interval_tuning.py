@@ -59,9 +59,9 @@ def test_sigmas_are_those_of_the_schedule(pipe):
 def test_tuning_goes_on_and_keeps_its_settings(pipe, tmp_path):
     drawn = []
 
-    def tune(seed=0):
+    def tune(seed=0, reference=REFERENCE):
         return tune_interval(
-            pipe, EXTRACTOR, REFERENCE, [2.0], LABELS, tmp_path, STEPS, seed, 6, lambda c, n: drawn.append(c)
+            pipe, EXTRACTOR, reference, [2.0], LABELS, tmp_path, STEPS, seed, 6, lambda c, n: drawn.append(c)
         )
 
     found = tune()
@@ -70,8 +70,18 @@ def test_tuning_goes_on_and_keeps_its_settings(pipe, tmp_path):
     assert all(row["sigma_hi"] is None or row["sigma_lo"] < row["sigma_hi"] for row in rows)
     before = len(drawn)
     assert tune() == found and len(drawn) == before
-    with pytest.raises(ValueError, match="seed=0, this start has 1"):
+    with pytest.raises(ValueError, match="other settings: seed: 0 before, 1 now"):
         tune(seed=1)
+    with pytest.raises(ValueError, match="other settings: reference: "):
+        tune(reference=(np.full(4, 0.3), np.eye(4) * 0.01))
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.add_(1)
+    try:
+        with pytest.raises(ValueError, match=r"other settings: components\.unet\.sha256: "):
+            tune()
+    finally:
+        with torch.no_grad():
+            pipe.unet.conv_out.bias.sub_(1)
 
 
 def test_reference_statistics(tmp_path):
@@ -88,14 +98,19 @@ def test_reference_statistics(tmp_path):
         reference_statistics(None, EXTRACTOR)
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch):
     arguments = ["tune-interval", "mnist-unet", "--pipeline", "boost-and-skip", "--output", str(tmp_path / "out")]
     arguments += ["--num-samples", "20", "--num-inference-steps", "3", "--guidance-scales", "2", "--device", "cpu"]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
     assert "best interval" in done.output and "best without" in done.output
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"distances.json", "interval.json", "interval.png"}
+    (tmp_path / "out/interval.png").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 0 and not (tmp_path / "out/interval.png").exists()  # which needs matplotlib
     refused = CliRunner().invoke(main, [*arguments, "--seed", "1"])
-    assert refused.exit_code == 1 and "seed=0" in refused.output
+    assert refused.exit_code == 1 and "seed: 0 before, 1 now" in refused.output
     wrong = CliRunner().invoke(main, [*arguments[:-4], "--guidance-scales", "1,2", "--device", "cpu"])
     assert wrong.exit_code == 1 and "guidance_scales must be numbers > 1" in wrong.output

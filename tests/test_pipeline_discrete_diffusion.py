@@ -74,6 +74,7 @@ def test_generators(variant):
     together = run(pipe, generator=seeded(3, 4)).tokens
     assert not torch.equal(together[0], together[1])
     assert torch.equal(run(pipe, generator=seeded(4, 3)).tokens, together.flip(0))
+    assert torch.equal(run(pipe, generator=tuple(seeded(3, 4))).tokens, together)
     assert torch.equal(run(pipe, generator=seeded(4), batch_size=1).tokens, together[1:])
 
 

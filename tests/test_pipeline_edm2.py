@@ -352,7 +352,7 @@ def test_components_are_checked():
     with pytest.raises(ValueError, match="latents of 4 channels and the pipeline has no vae"):
         run(pipeline(channels=4), output_type="pt")
     unconditional = EDM2Pipeline(tiny_unet(0), EDMHeunScheduler())
-    with pytest.raises(ValueError, match="the network is unconditional"):
+    with pytest.raises(ValueError, match="the model is unconditional"):
         run(unconditional)
 
 

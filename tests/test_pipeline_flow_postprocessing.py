@@ -290,6 +290,22 @@ def test_labels_are_the_networks_alone_where_the_base_takes_none():
         run(pipeline(base=base), None, class_labels=2)
 
 
+def test_labels_are_checked_before_the_base_draws(monkeypatch):
+    base = DDPMPipeline(tiny_unet(seed=1), DDPMScheduler())
+    monkeypatch.setattr(base.unet, "forward", lambda *_, **__: pytest.fail("the base draws"))
+    for labels, message in ((None, "class_labels must be given"), ([4], r"class_labels must be in \[0, 4\)")):
+        with pytest.raises(ValueError, match=message):
+            run(pipeline(tiny_unet(classes=4), base=base), None, class_labels=labels)
+
+
+def test_a_tuple_of_generators_goes_to_the_base_as_a_list():
+    pipe = pipeline(base=DDPMPipeline(tiny_unet(seed=1), DDPMScheduler()))
+    kwargs = {"base_kwargs": {"batch_size": 2, "num_inference_steps": 2}}
+    generators = [[torch.Generator().manual_seed(seed) for seed in (1, 2)] for _ in range(2)]
+    listed = run(pipe, None, generator=generators[0], **kwargs)
+    assert torch.equal(run(pipe, None, generator=tuple(generators[1]), **kwargs), listed)
+
+
 def test_prompts_go_through_the_base_in_both_spaces():
     base = tiny_stable_diffusion()
     call = {"num_inference_steps": 2, "guidance_scale": 2.0}

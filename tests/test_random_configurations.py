@@ -2,26 +2,47 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UNet2DModel,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import diffusers_ext
 from diffusers_ext import (
+    ADMUNet2DModel,
+    ADMUpsamplerPipeline,
     BoostAndSkipDDIMScheduler,
     BoostAndSkipDDPMScheduler,
     BoostAndSkipDPMSolverMultistepScheduler,
     BoostAndSkipEulerDiscreteScheduler,
+    BoostAndSkipPipeline,
+    ClassifierGuidance,
     CTMCScheduler,
     CTMCSequenceTransformer,
     CTMCUNet,
+    DiscreteDiffusionPipeline,
+    EDM2Pipeline,
     EDM2UNet2DModel,
     EDMHeunScheduler,
+    FlowPostprocessingPipeline,
+    GuidanceInterval,
+    ImageClassifier,
+    NoiseAwareClassifier,
     SEDDTransformer,
     TableDiscreteDDIMScheduler,
 )
-from diffusers_ext.jump_your_steps import TimestepTables
+from diffusers_ext.guiders import IntervalGuidance
+from diffusers_ext.jump_your_steps import KLUB, Cost, RateStatistics, TimestepTables
 
 FIXED = {"derandomize": True, "deadline": None, "database": None}
 BAD = st.sampled_from([-1, 0, math.nan, math.inf, -math.inf, True, "4", None, 1e-300])
@@ -205,13 +226,17 @@ def test_sequence_transformer(**sizes):
        num_res_blocks=st.integers(1, 2), attention_level=st.integers(0, 2), size=st.integers(1, 3))  # fmt: skip
 @settings(max_examples=15, **FIXED)
 def test_ctmc_unet(channels, factors, num_res_blocks, attention_level, size):
-    side = size * 2 ** (len(factors) - 1)
-    with pytest.raises(ValueError, match="time_embed_dim must be even and at least 4"):
-        CTMCUNet(shape=(1, side, side), time_embed_dim=size)
-    model = CTMCUNet(
-        shape=(1, side, side), num_levels=4, channels=channels, channel_mult=tuple(factors),
-        num_res_blocks=num_res_blocks, attention_level=attention_level, time_embed_dim=8,
-    )  # fmt: skip
+    side = size if len(factors) == 1 or size == 3 else 2 * size
+    try:
+        model = CTMCUNet(
+            shape=(1, side, side), num_levels=4, channels=channels, channel_mult=tuple(factors),
+            num_res_blocks=num_res_blocks, attention_level=attention_level, time_embed_dim=4 * size - 2,
+        )  # fmt: skip
+    except ValueError as error:
+        wrong = (size == 1, len(factors) == 2 and size == 3, attention_level >= len(factors))
+        said = ("time_embed_dim must be even", "height and width of shape", "attention_level must be in")
+        assert any(one and text in str(error) for one, text in zip(wrong, said, strict=True))
+        return
     output = model.eval()(torch.zeros(1, side * side, dtype=torch.int64), torch.ones(1))
     assert output.shape == (1, side * side, 4) and torch.isfinite(output).all()
 
@@ -233,3 +258,158 @@ def test_edm2_unet(img_channels, label_dim, model_channels, factors, channels_pe
     x = torch.randn(2, img_channels, 8, 8, generator=torch.Generator().manual_seed(0))
     output = model(x, torch.ones(1), class_labels=torch.zeros(2, dtype=torch.int64) if label_dim else None).sample
     assert output.shape == x.shape and torch.isfinite(output).all()
+
+
+def tiny_unet(cls=UNet2DModel, **options):
+    return cls(
+        sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        **{"in_channels": 1, "out_channels": 1, "attention_head_dim": 8, **options},
+    ).eval()  # fmt: skip
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@given(heads=st.one_of(st.none(), st.integers(0, 5)), dim=st.one_of(st.none(), st.integers(0, 9)),
+       conv_resample=st.booleans(), kind=st.sampled_from(["conv", "resnet"]))  # fmt: skip
+@settings(max_examples=15, **FIXED)
+def test_adm_unet(heads, dim, conv_resample, kind):
+    own = {"num_attention_heads": heads, "timestep_dim": dim, "conv_resample": conv_resample}
+    try:
+        model = tiny_unet(ADMUNet2DModel, **own, downsample_type=kind, upsample_type=kind)
+    except ValueError as error:
+        assert any(name in str(error) for name in own)
+        return
+    assert heads in (None, 1, 2, 4) and dim in (None, 2, 4, 6, 8) and (conv_resample or kind == "conv")
+    assert torch.isfinite(model(torch.ones(2, 1, 8, 8), 5).sample).all()
+
+
+WIDTHS = st.lists(st.integers(0, 4), max_size=2)
+
+
+@given(in_channels=st.integers(0, 3), channels=WIDTHS, feature_dim=st.integers(0, 3), num_classes=st.integers(0, 3))
+@settings(max_examples=25, **FIXED)
+def test_image_classifier(**sizes):
+    try:
+        model = ImageClassifier(**sizes).eval()
+    except ValueError as error:
+        assert "must be >= 1" in str(error)
+        return
+    output = model(torch.ones(2, sizes["in_channels"], 4, 4))
+    assert output.logits.shape == (2, sizes["num_classes"]) and output.features.shape == (2, sizes["feature_dim"])
+
+
+@given(scale=mostly(st.floats(-3, 9)), kind=st.sampled_from(["epsilon", "v_prediction", "sample", "other"]),
+       classes=st.one_of(st.none(), st.integers(1, 3)), hidden=st.lists(st.integers(1, 4), max_size=2),
+       conditional=st.booleans())  # fmt: skip
+@settings(max_examples=25, **FIXED)
+def test_guidance_by_classifiers(scale, kind, classes, hidden, conditional):
+    unet = tiny_unet(num_class_embeds=3 if conditional else None)
+    scheduler = DDPMScheduler()
+    scheduler.register_to_config(prediction_type=kind)
+    try:
+        model = ClassifierGuidance(unet, NoiseAwareClassifier(64, 3, tuple(hidden)), scheduler, scale, classes)
+    except ValueError as error:
+        assert any(name in str(error) for name in ("guidance_scale", "prediction_type", "num_classes"))
+        return
+    output = model(torch.ones(2, 1, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 2])).sample
+    assert output.shape == (2, 1, 8, 8) and torch.isfinite(output).all()
+
+
+BOUNDS = st.one_of(st.none(), mostly(st.floats(0, 3)))
+
+
+@given(sigma_lo=BOUNDS, sigma_hi=BOUNDS, sigma_unit=st.sampled_from(["edm", "flow", "other"]),
+       guided_steps=st.one_of(st.none(), st.tuples(st.integers(-1, 3), st.integers(-1, 3)), BAD))  # fmt: skip
+@settings(max_examples=200, **FIXED)
+def test_intervals(**given_interval):
+    pipe = DDPMPipeline(UNET, DDPMScheduler())
+    try:
+        interval = GuidanceInterval(pipe, **given_interval).interval
+    except ValueError as error:
+        assert len(str(error)) > 10
+        with pytest.raises(ValueError, match=r".{10}"):
+            IntervalGuidance(**given_interval)
+        return
+    assert repr(IntervalGuidance(**given_interval).interval) == repr(interval)
+    by_steps = given_interval["guided_steps"] is not None
+    assert by_steps == (interval.sigma_lo is None)
+    assert by_steps or 0 <= interval.sigma_lo < interval.sigma_hi
+
+
+UNET = tiny_unet()
+
+
+@given(null_class=mostly(st.one_of(st.none(), st.integers(-1, 4))), space=st.sampled_from(["pixel", "latent", ""]),
+       bias=st.lists(st.floats(-1, 1), max_size=2), heun=st.booleans())  # fmt: skip
+@settings(max_examples=20, **FIXED)
+def test_settings_of_pipelines(null_class, space, bias, heun):
+    call = {"batch_size": 1, "num_inference_steps": 1, "output_type": "pt"}
+    for make, run in (
+        (lambda: BoostAndSkipPipeline(CLASSES, DDPMScheduler(), null_class),
+         lambda pipe: pipe(**call, class_labels=1)),
+        (lambda: EDM2Pipeline(EDM2, EDMHeunScheduler(), VAE, latent_scale=bias, latent_bias=bias),
+         lambda pipe: pipe(**call)),
+        (lambda: FlowPostprocessingPipeline(
+            UNET, FlowMatchHeunDiscreteScheduler() if heun else FlowMatchEulerDiscreteScheduler(), space=space),
+         lambda pipe: pipe(torch.zeros(1, 1, 8, 8), num_inference_steps=1, output_type="pt")),
+        (lambda: ADMUpsamplerPipeline(tiny_unet(in_channels=2), DDPMScheduler()),
+         lambda pipe: pipe(torch.zeros(1, 1, 4, 4), num_inference_steps=1, output_type="pt")),
+        (lambda: DiscreteDiffusionPipeline(SEDD, CTMCScheduler(vocab_size=4)),
+         lambda pipe: pipe(batch_size=1, num_inference_steps=1)),
+    ):  # fmt: skip
+        try:
+            result = run(quiet(make()))[0]
+        except ValueError as error:
+            assert any(name in str(error) for name in ("null_class", "latent_scale", "space"))
+            continue
+        assert len(result) == 1 and torch.isfinite(result.float()).all()
+
+
+CLASSES = tiny_unet(num_class_embeds=3)
+EDM2 = EDM2UNet2DModel(
+    img_resolution=8, img_channels=1, label_dim=0, model_channels=8, channel_mult=(1,), num_blocks=1,
+    attn_resolutions=(), channels_per_head=8,
+).eval()  # fmt: skip
+VAE = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=1).eval()
+SEDD = SEDDTransformer(vocab_size=4, hidden_size=4, cond_dim=4, num_blocks=1, num_heads=1, sequence_length=5).eval()
+
+
+@given(data=st.data())
+@settings(max_examples=40, **FIXED)
+def test_objectives_of_timestep_tables(data):
+    draw, at = data.draw, st.sampled_from
+    scheduler = CTMCScheduler(vocab_size=4, sampler=draw(at(["euler", "gillespie"])))
+    tokens = torch.randint(3, (3, 5), generator=torch.Generator().manual_seed(0))
+    try:
+        cost = Cost(draw(at(["kl", "klub", "alpha", "other"])), draw(at([None, 0.5, 1.0, math.nan])),
+                    draw(at(["prediction", "rates", "other"])))  # fmt: skip
+        statistics = RateStatistics(
+            SEDD, scheduler, tokens, (cost,), grid_size=draw(st.integers(0, 6)),
+            num_positions=draw(at([None, None, 0, 2, 6])),
+        )  # fmt: skip
+        klub = KLUB(
+            SEDD, scheduler, tokens, coupling=draw(at(["data", "path", "other"])), batch_size=draw(st.integers(0, 3)),
+            average=draw(at(["sequences", "batches", "other"])), given=draw(at([None, torch.ones(4).bool()])),
+        )  # fmt: skip
+    except ValueError as error:
+        assert len(str(error)) > 10
+        return
+    size = statistics.grid.size + 1
+    (divergence,) = statistics.of(torch.arange(3)).values()
+    assert divergence.shape == (size, size) and torch.isfinite(divergence).all()
+    points = (1, 2, 4) if scheduler.config.sampler == "gillespie" else (0.9, 0.5, 0.1)
+    assert math.isfinite(klub(*points))
+
+
+def test_no_public_constructor_is_left_out():
+    """But for results, and for pipelines whose constructor is diffusers' own."""
+    source, without = Path(__file__).read_text(encoding="utf-8"), {"GuidanceReport"}
+    without |= {"DiTGuidanceIntervalPipeline", "StableDiffusionXLGuidanceIntervalPipeline"}
+    for package in (diffusers_ext, diffusers_ext.jump_your_steps):
+        for name in package.__all__:
+            if isinstance(getattr(package, name), type) and name not in without and not name.endswith("Output"):
+                assert source.count(name) > 1, name

@@ -16,11 +16,21 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from cli_on_processes import run_on_two
 from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 from tiny_pipelines import tiny_stable_diffusion
 
-from diffusers_ext import GuidanceInterval, boost_and_skip, processes, sampling, shards
+from diffusers_ext import (
+    EDM2Pipeline,
+    EDMHeunScheduler,
+    FlowPostprocessingPipeline,
+    GuidanceInterval,
+    boost_and_skip,
+    processes,
+    sampling,
+    shards,
+)
 from diffusers_ext.sampling import cycled_labels, random_labels, sample_to_folder
 from diffusers_ext.shipped import load_pipeline
 
@@ -91,9 +101,9 @@ def interrupt(monkeypatch, after: int, error: BaseException | None = None):
     monkeypatch.setattr(sampling, "_draw", failing)
 
 
-def command(folder, *options, processes: int = 2) -> list[str]:
+def command(folder, *options) -> list[str]:
     return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
         "-m", "diffusers_ext.cli", "sample", "mnist-unet", "--output", str(folder), "--device", "cpu",
         *map(str, options),
     ]  # fmt: skip
@@ -102,11 +112,10 @@ def command(folder, *options, processes: int = 2) -> list[str]:
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path, digits):
     one = draw(digits, tmp_path / "one", count=7)
-    options = ("--num-samples", 7, "--batch-size", 2, "--num-inference-steps", STEPS)
-    done = subprocess.run(command(tmp_path / "two", *options), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"wrote 7 images to {tmp_path / 'two'}, 7 of them drawn by this start") == 1
-    assert done.stdout.count("sampling") == 1
+    options = ("--num-samples", 7, "--batch-size", 2, "--num-inference-steps", STEPS, "--device", "cpu")
+    said = run_on_two(tmp_path / "notes", "sample", "mnist-unet", "--output", tmp_path / "two", *options)
+    assert said.count(f"wrote 7 images to {tmp_path / 'two'}, 7 of them drawn by this start") == 1
+    assert said.count("sampling") == 1
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert set(contents(tmp_path / "one")) == {f"{i:06d}.png" for i in range(7)}
     assert one.drawn == 7 and not one.was_finished
@@ -206,6 +215,27 @@ def test_a_full_disk_loses_no_finished_batch(tmp_path, plain, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("format", "name"), [("png", "000004.png"), ("zip", "images.zip"), ("npz", "samples_6x8x8x3.npz")]
+)
+def test_a_disk_that_is_full_when_the_result_is_written_loses_no_batch(tmp_path, plain, monkeypatch, format, name):
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    draw(plain, tmp_path / "whole", format=format)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            draw(plain, tmp_path / "out", format=format)
+    assert len(list((tmp_path / "out/shards").iterdir())) == 3 and not list((tmp_path / "out").glob(".*"))
+    assert draw(plain, tmp_path / "out", format=format).drawn == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"seed": 5}, "seed: 0 before, 5 now"),
@@ -239,6 +269,19 @@ def test_another_model_scheduler_or_dtype_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"dtype: 'torch.float32' before, 'torch.bfloat16' now"):
         draw(tiny_ddpm().to(torch.bfloat16), tmp_path)
     assert draw(tiny_ddpm(), tmp_path).was_finished
+
+
+def test_settings_of_a_pipeline_are_told_apart():
+    """Lists among them, and without the names of its parts."""
+    unet, scheduler = tiny_ddpm().unet, EDMHeunScheduler()
+    scales = ([1.0, 2.0], [1.0, 3.0])
+    described = [sampling.describe_pipeline(EDM2Pipeline(unet, scheduler, latent_scale=scale)) for scale in scales]
+    assert set(described[0]["components"]) == {"unet", "scheduler", "latent_scale", "latent_bias"}
+    (changed,) = shards.differences(*described)
+    assert changed == "components.latent_scale[1]: 2.0 before, 3.0 now"
+    flows = [FlowPostprocessingPipeline(unet, scheduler, base=tiny_ddpm(seed)) for seed in (0, 1)]
+    (changed,) = shards.differences(*map(sampling.describe_pipeline, flows))
+    assert changed.startswith("components.base.components.unet.sha256: ")
 
 
 def test_other_versions_are_refused(tmp_path, plain, monkeypatch):
@@ -355,6 +398,7 @@ def test_archives_do_not_depend_on_the_day(tmp_path, plain, monkeypatch):
 def test_png_refuses_channels_that_it_has_not(tmp_path):
     with pytest.raises(ValueError, match=r"PNG holds 1, 3 or 4 channels, the images have 2; use the format npz"):
         draw(tiny_ddpm(channels=2), tmp_path / "png")
+    assert not list((tmp_path / "png/shards").iterdir())  # refused at the first batch
     assert np.load(draw(tiny_ddpm(channels=2), tmp_path / "npz", format="npz").result)["arr_0"].shape == (6, 8, 8, 2)
 
 
@@ -484,6 +528,19 @@ def test_what_are_not_the_images_asked_for_is_refused(tmp_path, plain, monkeypat
         draw(plain, tmp_path)
 
 
+def test_sampled_images_are_tensors_whatever_the_pipeline_gives():
+    """Some versions of diffusers give arrays for "pt" too."""
+    labels = torch.tensor([0, 3, 1])
+    for form in (torch.rand(2, 3, 4, 5), np.random.default_rng(0).random((2, 4, 5, 3))):
+
+        class Labelled(SimpleNamespace):
+            def __call__(self, class_labels, generator, output_type, form=form):
+                return SimpleNamespace(images=form[: len(class_labels)])
+
+        images = sampling.sample_images(Labelled(_execution_device=torch.device("cpu")), labels, batch_size=2)
+        assert images.shape == (3, 3, 4, 5) and images.dtype == torch.float32
+
+
 def test_grey_levels_are_rounded_from_tensors_and_arrays():
     images = torch.tensor([0.0, 0.4, 0.6, 254.4, 255.0, 256.0]).reshape(1, 3, 1, 2) / 255
     expected = np.array([[[[0, 1, 255], [0, 254, 255]]]], dtype=np.uint8)
@@ -530,6 +587,19 @@ def test_fewer_processes_than_promised_is_an_error(monkeypatch):
     assert asked == [True, False]
     with pytest.raises(ValueError, match="leave the index out"):
         processes.start_processes("cuda:1")
+
+
+def test_a_process_alone_trains_on_the_device_that_was_asked_for(monkeypatch):
+    """accelerate by itself takes the fastest device here."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    made, current = [], []
+    monkeypatch.setattr(processes, "Accelerator", lambda **arguments: made.append(arguments))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        processes.start_accelerator(device, "no")
+    assert [arguments["cpu"] for arguments in made] == [True, False, False]
+    assert current == [torch.device("cuda:1")]
 
 
 def test_an_error_of_the_main_process_is_raised_in_all(monkeypatch):

@@ -855,7 +855,9 @@ def test_steps_that_are_refused():
     scheduler.set_timesteps(4)
     for changes, message in [
         ({"model_output": output[..., :16]}, r"\(2, 4, 17\), got \(2, 4, 16\)"),
-        ({"sample": x.float()}, "must be integers"),
+        ({"sample": x.float()}, "tokens must be int64"),
+        ({"sample": x.int()}, r"tokens must be int64 \(batch, length\), got torch.int32 \(2, 4\); use .long"),
+        ({"sample": x[:0], "model_output": output[:0]}, "tokens must be int64"),
         ({"timestep": 0.9}, "not one of the schedule's"),
         ({"timestep": 0.5, "next_timestep": 0.6}, "next_timestep must be"),
         ({"timestep": 1.5, "next_timestep": 0.6}, r"in \(0, 1\]"),

@@ -494,6 +494,10 @@ def test_kept_work_of_other_settings(method, tmp_path):
     countdown_tables(**options)
     with pytest.raises(ValueError, match="was begun with other settings: seed: 0 before, 1 now"):
         countdown_tables(**options, seed=1)
+    if method == "golden":
+        for name, before, now in (("coupling", "data", "path"), ("average", "sequences", "batches")):
+            with pytest.raises(ValueError, match=f"other settings: {name}: '{before}' before, '{now}' now"):
+                countdown_tables(**options, **{name: now})
     (tmp_path / "kept").write_bytes(b"something else")
     with pytest.raises(ValueError, match=r"kept' holds no .*; choose another file"):
         countdown_tables(**options)

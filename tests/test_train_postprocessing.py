@@ -1,12 +1,11 @@
 """diffusers-ext train-postprocessing: from a base pipeline to a flow that repairs its images."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from cli_on_processes import run_on_two
 from click.testing import CliRunner
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
@@ -79,11 +78,8 @@ def test_kept_scales_must_be_some_of_the_sampled_ones(real, tmp_path, scales):
 @pytest.mark.slow
 def test_two_processes(real, tmp_path):
     """torchrun starts two, which train one network and write one pipeline."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "diffusers_ext.cli", "train-postprocessing", "--real", real, "--features", "pixel", *SMALL]
-    done = subprocess.run([*map(str, command), "--output", str(tmp_path)], capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"wrote {tmp_path / 'pipeline'}") == 1
+    command = ("train-postprocessing", "--real", real, "--features", "pixel", *SMALL, "--output", tmp_path)
+    assert run_on_two(tmp_path / "notes", *command).count(f"wrote {tmp_path / 'pipeline'}") == 1
     assert json.loads((tmp_path / "training/settings.json").read_text())["processes"] == 2
     assert len(list((tmp_path / "training").glob("checkpoint-3/random_states_*.pkl"))) == 2  # one a process
     assert not list(tmp_path.rglob("lock.json"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
-from ..hub import new_folder
+from ..hub import new_folder, staged_folder
 from ..models import EDM2UNet2DModel
 from ..pipelines import ADMUpsamplerPipeline, BoostAndSkipPipeline, EDM2Pipeline
 from ..schedulers import EDMHeunScheduler
@@ -51,7 +51,8 @@ def convert_guided_diffusion(
         pipeline = DDPMPipeline(unet, scheduler)
     else:
         pipeline = BoostAndSkipPipeline(unet, scheduler)
-    pipeline.to(dtype).save_pretrained(folder)
+    with staged_folder(folder) as (_, staged):
+        pipeline.to(dtype).save_pretrained(staged)
     return pipeline, error
 
 
@@ -92,7 +93,8 @@ def convert_edm2(
                 f"checkpoint {str(path)!r}: samples of the converted networks differ by {error:.2g} after"
                 f" {check_steps} steps; the file must be of another kind of network, or this is a bug"
             )
-    pipeline.save_pretrained(folder)
+    with staged_folder(folder) as (_, staged):
+        pipeline.save_pretrained(staged)
     return pipeline, error
 
 

@@ -1,14 +1,12 @@
 """Original checkpoints of discrete diffusion as Hub-layout folders of a `DiscreteDiffusionPipeline`."""
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
 from transformers import AutoTokenizer
 
-from ..hub import new_folder
+from ..hub import new_folder, staged_folder
 from ..pipelines import DiscreteDiffusionPipeline
 from ..schedulers import CTMCScheduler
 from .sedd import load_countdown, load_sedd, sedd_scheduler
@@ -81,21 +79,15 @@ def _written(model: ModelMixin, scheduler: CTMCScheduler, tokenizer, folder: Pat
     expected = _outputs(model, scheduler)
     pipeline = DiscreteDiffusionPipeline(model, scheduler, tokenizer).to(dtype)
     rounded = expected if dtype == torch.float32 else _outputs(model, scheduler)
-    unfinished = folder.with_name(f".unfinished-{os.getpid()}-{folder.name}")
-    try:
-        pipeline.save_pretrained(unfinished)
-        loaded = DiscreteDiffusionPipeline.from_pretrained(unfinished).to(dtype)
+    with staged_folder(folder) as (_, staged):
+        pipeline.save_pretrained(staged)
+        loaded = DiscreteDiffusionPipeline.from_pretrained(staged).to(dtype)
         found = _outputs(loaded.model, loaded.scheduler)
         if not torch.equal(found, rounded):
             raise ValueError(
                 f"{type(model).__name__}: the folder that was written gives other outputs than the checkpoint, by"
                 f" {(found - rounded).abs().max():.2g}; this is a bug"
             )
-        if folder.exists():
-            folder.rmdir()
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return pipeline, float((rounded - expected).abs().max())
 
 

@@ -416,7 +416,7 @@ def build_scheduler(layout: ADMLayout, settings: dict) -> DDPMScheduler:
 def build_unet(state: Mapping[str, torch.Tensor], layout: ADMLayout, settings: dict) -> UNet2DModel:
     """The network with the checkpoint's weights in float32, in eval mode."""
     cls, config = unet_config(layout, settings)
-    tensors = _renamed(state, layout, _heads_of_legacy_order(layout, settings))
+    tensors = _renamed(state, layout, _heads_of_legacy_order(settings))
     with torch.device("meta"):
         unet = cls(**config)
     expected = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
@@ -467,7 +467,7 @@ def unet_config(layout: ADMLayout, settings: dict) -> tuple[type[UNet2DModel], d
     return (ADMUNet2DModel if own else UNet2DModel), {**config, **own}
 
 
-def _heads_of_legacy_order(layout: ADMLayout, settings: dict) -> Callable[[int], int] | None:
+def _heads_of_legacy_order(settings: dict) -> Callable[[int], int] | None:
     """The number of heads at a width, for the order that lays out each head's q, k, v together; None for the new."""
     if settings["use_new_attention_order"]:
         return None

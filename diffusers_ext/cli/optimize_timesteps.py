@@ -61,8 +61,6 @@ def optimize_timesteps(
     MODEL is the name of a shipped model, a folder or a Hub id. The network runs in float32. The same command goes on
     after an interruption. On many processes: torchrun --nproc_per_node N -m diffusers_ext.cli optimize-timesteps ...
     """
-    from contextlib import nullcontext
-
     import torch
     from rich.console import Console
     from rich.progress import Progress
@@ -73,18 +71,15 @@ def optimize_timesteps(
     from ..jump_your_steps.model_folder import check_discrete, read_sequences, write_model
     from ..jump_your_steps.report import print_tables
     from ..processes import end_processes, start_processes
-    from ..shipped import load_pipeline, resolve_model
+    from ..shipped import resolve_model
+    from .loading import load_on_processes
 
     output = new_folder(output)  # before a large model is loaded
     device = device or best_device()
     accelerator = start_processes(device)
     main = accelerator is None or accelerator.is_main_process
-    if accelerator is not None and accelerator.num_processes > 1:
-        device = accelerator.device
-    with nullcontext() if accelerator is None else accelerator.main_process_first():
-        pipe = load_pipeline(model, trust_remote_code=trust_remote_code)
+    pipe = load_on_processes(model, None, device, "float32", trust_remote_code, accelerator)
     check_discrete(pipe)
-    pipe.to(device, torch.float32)
     if sampler is not None:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, sampler=sampler)
     sequences = read_sequences(data, pipe, num_samples, seed)

@@ -133,27 +133,18 @@ def sample_model(
 
     spacing: how the steps of discrete diffusion are spaced, and their number.
     """
-    from contextlib import nullcontext
-
-    import torch
-
     from ..info import best_device
     from ..processes import end_processes, start_processes
     from ..sampling import sample_to_folder
     from ..shards import check_folder
-    from ..shipped import load_pipeline
+    from .loading import load_on_processes
 
     check_folder(output)  # before a large model is loaded
     device = device or best_device()
     accelerator = start_processes(device)
-    if accelerator is not None and accelerator.num_processes > 1:
-        device = accelerator.device
-    # one after the other, since the first may download the model and copy its code
-    with nullcontext() if accelerator is None else accelerator.main_process_first():
-        pipe = load_pipeline(model, pipeline, trust_remote_code=trust_remote_code)
+    pipe = load_on_processes(model, pipeline, device, dtype, trust_remote_code, accelerator)
     if spacing is not None:
         _space_steps(pipe, *spacing)
-    pipe.to(device, getattr(torch, dtype))
     done = sample_to_folder(pipe, output, accelerator=accelerator, **arguments)
     if accelerator is None or accelerator.is_main_process:
         if done.was_finished:

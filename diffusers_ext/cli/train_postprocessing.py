@@ -90,29 +90,24 @@ def train_postprocessing(
     FlowPostprocessingPipeline. The same command goes on after an interruption. On many processes: torchrun
     --nproc_per_node N -m diffusers_ext.cli train-postprocessing ...
     """
-    import os
-
     import torch
 
     from ..flow import channels_first, draw_base_samples, train_postprocessing_flow, velocity_network
     from ..image_sets import read_images
     from ..info import best_device
-    from ..processes import end_processes, start_processes
-    from ..shipped import load_pipeline
+    from ..processes import end_processes, start_accelerator
+    from .loading import load_on_processes
 
     if not set(keep_scales) < set(guidance_scales):
         raise click.UsageError(f"--keep-scales must be some of --guidance-scales {guidance_scales}, got {keep_scales}")
-    device = device or best_device()
-    os.environ["ACCELERATE_MIXED_PRECISION"] = mixed_precision  # of every Accelerator; the first one fixes it
-    accelerator = start_processes(device)
-    device = device if accelerator is None else accelerator.device
+    accelerator = start_accelerator(device or best_device(), mixed_precision)
+    device = accelerator.device
     images, real_labels = read_images(real)
     if within_class and real_labels is None:
         raise click.UsageError(f"--within-class needs the classes of the real images; {real} has none (arr_1)")
     extractor = _neighbour_features(features, features_model, device, images)
 
-    pipe = load_pipeline(base, pipeline, trust_remote_code=trust_remote_code)
-    pipe.to(device, getattr(torch, dtype))
+    pipe = load_on_processes(base, pipeline, device, dtype, trust_remote_code, accelerator)
     samples, labels = draw_base_samples(
         pipe, output / "samples", guidance_scales, num_samples, prompts, num_inference_steps, seed, sample_batch_size,
         accelerator,
@@ -128,7 +123,7 @@ def train_postprocessing(
         learning_rate=learning_rate, ema_decay=ema_decay,
         checkpoint_every=checkpoint_every, seed=seed,
     )  # fmt: skip
-    if accelerator is None or accelerator.is_main_process:
+    if accelerator.is_main_process:
         save_flow(trained.model, output / "pipeline")
         click.echo(f"wrote {output / 'pipeline'}; the loss is in {output / 'training' / 'loss.png'}")
     end_processes(accelerator)

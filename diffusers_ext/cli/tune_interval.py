@@ -40,6 +40,8 @@ def tune_interval(
     For each weight: guided everywhere; then where guidance should begin, then where it should end. Every distance is
     kept, and the same command goes on after an interruption.
     """
+    from importlib.util import find_spec
+
     import torch
     from rich.progress import Progress
 
@@ -69,4 +71,5 @@ def tune_interval(
             pipe, extractor, real, guidance_scales, labels, output, num_inference_steps, seed, batch_size, note
         )
     print_search(found, output)
-    plot_search(found, output / "interval.png")
+    if find_spec("matplotlib") is not None:
+        plot_search(found, output / "interval.png")

@@ -3,7 +3,9 @@
 from .base_samples import channels_first, draw_base_samples, velocity_network
 from .features import DINOv2Features, classifier_features, combined_features, extract_features, pixel_features
 from .neighbours import Neighbours, balanced_weights, find_neighbours
-from .training import TrainedFlow, flow_loss, train_postprocessing_flow
+from .pairs import flow_loss
+from .training import train_postprocessing_flow
+from .training_run import TrainedFlow
 
 __all__ = [
     "DINOv2Features",

@@ -5,10 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
-from ..features import load_extractor
+from ..features import IMAGENET_MEAN, IMAGENET_STD, load_extractor
 
 POOLINGS = ("patch", "cls")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def pixel_features(images: torch.Tensor) -> torch.Tensor:
@@ -90,6 +89,7 @@ class DINOv2Features:
         if image_size < 1 or image_size % config.patch_size:
             raise ValueError(f"image_size must be a multiple of the patch, {config.patch_size}, got {image_size}")
         self.pooling, self.image_size = pooling, image_size
+        self.name = f"{checkpoint}, {pooling} at {image_size}"
         self.prefix = 1 + getattr(config, "num_register_tokens", 0)
 
     @torch.no_grad()
@@ -103,6 +103,13 @@ class DINOv2Features:
         tokens = self.model(((images - mean) / std).to(self.model.dtype)).last_hidden_state.float()
         pooled = tokens[:, 0] if self.pooling == "cls" else tokens[:, self.prefix :].mean(dim=1)
         return pooled.cpu()
+
+
+def feature_name(features: str | Callable[[torch.Tensor], torch.Tensor]) -> str:
+    """What tells one feature space from another, where a run is taken up again: a name, or what an extractor says."""
+    if isinstance(features, str):
+        return features
+    return getattr(features, "name", None) or getattr(features, "__qualname__", type(features).__qualname__)
 
 
 def extract_features(
@@ -131,5 +138,5 @@ def extract_features(
 
 
 def as_unit(samples: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels as float32 in [-1, 1]; floating point as float32."""
+    """Samples (n, ...): uint8 pixels as float32 in [-1, 1], floating point as float32."""
     return samples.float() / 127.5 - 1 if samples.dtype == torch.uint8 else samples.float()

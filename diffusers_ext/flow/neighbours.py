@@ -1,7 +1,6 @@
 """The k nearest real samples of every generated one: the targets that a postprocessing flow is trained on."""
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 
+from ..checkpoints.tensor_files import read_tensors
 from ..metrics import nearest_neighbours
 from ..metrics.features import as_feature_pair, check_k
 from ..metrics.search import BLOCK, SPARE, distance
+from ..shards import replacing
 
 METHODS = ("exact", "ivf")
 TRAINING_POINTS = 64  # a cell, for faiss' clustering, which wants at least 39
@@ -27,20 +28,20 @@ class Neighbours:
     distances: torch.Tensor
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, beside the old one and then in its place."""
+        """Write a safetensors file, which appears whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(path.name + ".new")
-        save_file({"indices": self.indices.contiguous(), "distances": self.distances.contiguous()}, fresh)
-        os.replace(fresh, path)
+        with replacing(path) as file:
+            file.write(save({"indices": self.indices.contiguous(), "distances": self.distances.contiguous()}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Neighbours":
-        """Read what save wrote. Raises ValueError for a file that holds something else."""
-        tensors = load_file(path)
+        """Read what save wrote. Raises ValueError for a file that is damaged or holds something else."""
+        tensors = read_tensors(path)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if set(shapes) != {"indices", "distances"} or len(set(shapes.values())) != 1:
-            raise ValueError(f"{path} must hold indices and distances of one shape, got {shapes}; search again")
+        alike = set(shapes) == {"indices", "distances"} and len(set(shapes.values())) == 1
+        if not alike or len(shapes["indices"]) != 2 or tensors["indices"].dtype != torch.int64:
+            raise ValueError(f"{path} must hold indices and distances of one shape (n, k), got {shapes}; search again")
         return cls(**tensors)
 
 
@@ -111,7 +112,7 @@ def balanced_weights(indices: torch.Tensor, num_real: int, iterations: int = 20)
 def _labels(name: str, labels, features: np.ndarray) -> np.ndarray:
     if labels is None:
         raise ValueError(f"{name} must be given: a search within classes needs the labels of both sets, or of none")
-    labels = np.asarray(labels)
+    labels = np.asarray(labels.detach().cpu() if isinstance(labels, torch.Tensor) else labels)
     if labels.shape != (len(features),) or labels.dtype.kind not in "iu":
         raise ValueError(f"{name} must be {len(features)} integers, one a sample, got {labels.dtype} {labels.shape}")
     return labels

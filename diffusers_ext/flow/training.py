@@ -1,79 +1,19 @@
 """Training of a postprocessing flow: rectified flow from generated samples to their nearest real neighbours."""
 
-import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
-from shutil import rmtree
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from torch.nn import functional as F
 
-from ..pipelines.flow_postprocessing import velocity
-from ..processes import Processes
-from ..shards import lock
-from .features import as_unit, extract_features, pixel_features
-from .neighbours import Neighbours, balanced_weights, find_neighbours
+from .features import as_unit, feature_name
+from .neighbours import Neighbours, balanced_weights
+from .pairs import Pairs, flow_loss
+from .training_run import TrainedFlow, TrainingRun
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-
-
-@dataclass(frozen=True)
-class TrainedFlow:
-    """model: the given one, with averaged weights, in eval mode. history: step, loss, and where held-out samples were
-    measured, validation_loss."""
-
-    model: torch.nn.Module
-    history: list[dict]
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Generated samples and their neighbours. draw gives pairs of the given rows, each neighbour drawn anew, uniformly
-    or with the probabilities weights (n, k). Those that keep (n,) marks are their own x_1."""
-
-    samples: torch.Tensor
-    real: torch.Tensor
-    indices: torch.Tensor
-    labels: torch.Tensor | None
-    weights: torch.Tensor | None = None
-    keep: torch.Tensor | None = None
-
-    def draw(self, rows: torch.Tensor, generator: torch.Generator, device: torch.device):
-        """On device: x_0 and x_1 (batch, ...) float32, flow times t (batch,), labels (batch,) or None."""
-        if self.weights is None:
-            ranks = torch.randint(self.indices.shape[1], rows.shape, generator=generator)
-        else:
-            ranks = torch.multinomial(self.weights[rows], 1, generator=generator)[:, 0]
-        chosen = self.indices[rows, ranks]
-        t = torch.rand(len(rows), generator=generator).to(device)
-        x0, x1 = (
-            as_unit(data[index.to(data.device)].to(device))
-            for data, index in ((self.samples, rows), (self.real, chosen))
-        )
-        if self.keep is not None:
-            x1 = torch.where(self.keep[rows].to(device).view(-1, *[1] * (x0.ndim - 1)), x0, x1)
-        return x0, x1, t, None if self.labels is None else self.labels[rows].to(device)
-
-
-def flow_loss(
-    model, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None = None
-) -> torch.Tensor:
-    r"""The rectified-flow loss (arXiv 2209.03003; as used in arXiv 2503.10638), a scalar.
-
-    .. math:: \| v_\theta(x_t, c, t) - (x_1 - x_0) \|^2,\quad x_t = (1 - t) x_0 + t x_1
-
-    averaged over all entries. x0, x1: generated and real samples (batch, ...). t: (batch,) in [0, 1]. class_labels:
-    (batch,) for a conditional model.
-    """
-    time = t.view(-1, *[1] * (x0.ndim - 1))
-    return F.mse_loss(velocity(model, (1 - time) * x0 + time * x1, t, class_labels).float(), x1 - x0)
 
 
 def train_postprocessing_flow(
@@ -142,6 +82,8 @@ def train_postprocessing_flow(
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {sorted(OPTIMIZERS)}, got {optimizer!r}")
+    if features != "pixel" and not callable(features):
+        raise ValueError(f'features must be "pixel" or a function of samples, got {features!r}')
     counts = {"steps": steps, "batch_size": batch_size, "log_every": log_every, "checkpoint_every": checkpoint_every}
     for name, value in counts.items():
         if value < 1:
@@ -151,18 +93,19 @@ def train_postprocessing_flow(
     if not 0 <= held_out < len(samples):
         raise ValueError(f"validation_samples must be in [0, {len(samples)}), got {held_out}")
     accelerator = Accelerator(mixed_precision=mixed_precision)
-    settings = {"k": k, "batch_size": batch_size, "processes": accelerator.num_processes, "optimizer": optimizer}
-    settings |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "ema_decay": ema_decay, "seed": seed}
     keep = _check_keep(keep, len(samples))
-    settings |= {"balance": balance, "kept": 0 if keep is None else int(keep.sum())}
-    settings |= {"held_out": held_out, "samples": _summary(samples), "real": _summary(real)}
-    with _Run(accelerator, output, settings) as run:
+    settings = {
+        "k": k, "batch_size": batch_size, "processes": accelerator.num_processes, "optimizer": optimizer,
+        "learning_rate": learning_rate, "weight_decay": weight_decay, "ema_decay": ema_decay, "seed": seed,
+        "balance": balance, "keep": _summary(keep), "max_grad_norm": max_grad_norm, "held_out": held_out,
+        "samples": _summary(samples), "real": _summary(real), "sample_labels": _summary(sample_labels),
+        "real_labels": _summary(real_labels), "features": feature_name(features),
+        "neighbours": None if neighbours is None else _summary(neighbours.indices),
+    }  # fmt: skip
+    with TrainingRun(accelerator, output, settings) as run:
         neighbours = neighbours or run.neighbours(samples, real, k, features, sample_labels, real_labels)
         indices = _checked_indices(neighbours, len(samples), len(real), k)
-        weights = torch.ones(indices.shape) if balance else None
-        if balance:
-            repaired = torch.ones(len(samples), dtype=torch.bool) if keep is None else ~keep
-            weights[repaired] = balanced_weights(indices[repaired], len(real))
+        weights = _weights_of_repaired(indices, len(real), keep) if balance else None
         pairs = Pairs(samples, real, indices, None if _classes(model) is None else sample_labels, weights, keep)
 
         decay = {"weight_decay": weight_decay} if optimizer == "adamw" else {}
@@ -231,6 +174,15 @@ def _check_keep(keep, number: int) -> torch.Tensor | None:
     return keep
 
 
+def _weights_of_repaired(indices: torch.Tensor, num_real: int, keep: torch.Tensor | None) -> torch.Tensor:
+    """Balanced among the samples that are to be repaired; of the others no neighbour is ever used."""
+    if keep is None:
+        return balanced_weights(indices, num_real)
+    weights = torch.ones(indices.shape)
+    weights[~keep] = balanced_weights(indices[~keep], num_real)
+    return weights
+
+
 def _classes(model: torch.nn.Module) -> int | None:
     return getattr(getattr(model, "config", None), "num_class_embeds", None)
 
@@ -245,8 +197,11 @@ def _checked_indices(neighbours: Neighbours, samples: int, real: int, k: int) ->
     return indices[:, :k]
 
 
-def _summary(data: torch.Tensor) -> list:
+def _summary(data: torch.Tensor | None) -> list | None:
     """Shape and, to six digits, the sum: enough to notice other data."""
+    if data is None:
+        return None
+    data = torch.as_tensor(data)
     return [*data.shape, float(f"{sum(part.double().sum().item() for part in data.split(4096)):.6g}")]
 
 
@@ -254,171 +209,3 @@ def _generator(*numbers: int) -> torch.Generator:
     """A stream of its own for every step and process, so that a continued run repeats nothing and skips nothing."""
     (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state) >> 1)
-
-
-class _Run:
-    """The state of a training run in memory and in its folder, which it holds, as a context, while it goes on."""
-
-    def __init__(self, accelerator: Accelerator, output: str | Path | None, settings: dict):
-        self.accelerator, self.folder = accelerator, None if output is None else Path(output)
-        self.settings = settings
-        self.history: list[dict] = []
-        self.saved = 0
-        self._held = ExitStack()
-
-    def __enter__(self) -> "_Run":
-        try:
-            if self.folder is not None:
-                Processes(self.accelerator).agreed(self._open)
-        except BaseException:
-            self._held.close()
-            raise
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._held.close()
-
-    def _open(self) -> None:
-        """In the main process: lock the folder, and begin it or go on with what it holds."""
-        path = self.folder / "settings.json"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._held.enter_context(lock(self.folder))
-        if path.exists() and (old := json.loads(path.read_text())) != self.settings:
-            changed = sorted(name for name in self.settings if old.get(name) != self.settings[name])
-            raise ValueError(
-                f"output {str(self.folder)!r} holds a run with other {', '.join(changed)}; go on with the same, or"
-                " choose a new folder"
-            )
-        _write(path, json.dumps(self.settings, indent=2))
-
-    def neighbours(self, samples, real, k: int, features, sample_labels, real_labels) -> Neighbours:
-        """Those of the folder, or found by the main process, which the others wait for."""
-        path = None if self.folder is None else self.folder / "neighbours.safetensors"
-        with self.accelerator.main_process_first():
-            if path is not None and path.exists():
-                return Neighbours.load(path)
-            if features != "pixel" and not callable(features):
-                raise ValueError(f'features must be "pixel" or a function of samples, got {features!r}')
-            extractor = pixel_features if features == "pixel" else features
-            points = extract_features(samples, extractor), extract_features(real, extractor)
-            labels = (None, None) if real_labels is None else (sample_labels, real_labels)
-            found = find_neighbours(*points, k, *labels)
-            if path is not None:
-                found.save(path)
-            return found
-
-    def prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> None:
-        """Hand everything to accelerate and go back to the newest checkpoint, if there is one."""
-        self.model, self.optimizer = self.accelerator.prepare(model.train(), optimizer)
-        self.ema = ema
-        ema.to(self.accelerator.device)
-        self.accelerator.register_for_checkpointing(ema)
-        if self.folder is not None and (checkpoints := self._checkpoints()):
-            self.saved, newest = max(checkpoints)
-            self.accelerator.load_state(str(newest))
-            self.history = json.loads((newest / "history.json").read_text())
-
-    def bar(self, steps: int, show: bool) -> Iterator[int]:
-        from tqdm import tqdm
-
-        hidden = not show or not self.accelerator.is_main_process
-        with tqdm(total=steps, initial=self.saved, disable=hidden, desc="training the flow") as bar:
-            for step in range(self.saved, steps):
-                yield step
-                bar.update()
-                if self.history:
-                    bar.set_postfix(loss=f"{self.history[-1]['loss']:.4f}", refresh=False)
-
-    def update(self, loss: torch.Tensor, max_grad_norm: float | None) -> None:
-        self.accelerator.backward(loss)
-        if max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.step(self.model.parameters())
-
-    def check_finite(self, loss: float, step: int) -> None:
-        """Raises FloatingPointError for a loss, or weights after the last step, that are not finite."""
-        weights = [*self.accelerator.unwrap_model(self.model).parameters(), *self.ema.shadow_params]
-        if np.isfinite(loss) and all(torch.isfinite(weight).all() for weight in weights):
-            return
-        kept = f"the checkpoint of step {self.saved} in {self.folder}" if self.saved else "no checkpoint yet"
-        raise FloatingPointError(
-            f"loss {loss} or weights stopped being finite by step {step}; kept is {kept}; use a lower learning_rate, a"
-            " smaller max_grad_norm, or mixed_precision='bf16' in place of 'fp16'"
-        )
-
-    @torch.no_grad()
-    def validate(self, pairs: Pairs, rows: torch.Tensor, batch_size: int) -> float:
-        """Mean loss of the averaged weights on the held-out samples, always with the same neighbours and times."""
-        generator = torch.Generator().manual_seed(0)
-        total = 0.0
-        with self._averaged():
-            for part in rows.split(batch_size):
-                drawn = pairs.draw(part, generator, self.accelerator.device)
-                total += flow_loss(self.model, *drawn).item() * len(part)
-        return total / len(rows)
-
-    @contextmanager
-    def _averaged(self):
-        """The model with its averaged weights, in eval mode."""
-        self.model.eval()
-        self.ema.store(self.model.parameters())
-        self.ema.copy_to(self.model.parameters())
-        try:
-            yield
-        finally:
-            self.ema.restore(self.model.parameters())
-            self.model.train()
-
-    def _checkpoints(self) -> list[tuple[int, Path]]:
-        paths = self.folder.glob("checkpoint-*")
-        return [(int(path.name.split("-")[1]), path) for path in paths if path.name.split("-")[1].isdigit()]
-
-    def save(self, step: int) -> None:
-        """Write a checkpoint, complete before it gets its name, then remove the older ones."""
-        if self.folder is None:
-            return
-        path = self.folder / f"checkpoint-{step}"
-        fresh = path.with_name(path.name + ".new")
-        self.accelerator.save_state(str(fresh))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            (fresh / "history.json").write_text(json.dumps(self.history))
-            os.replace(fresh, path)
-            for other in self.folder.glob("checkpoint-*"):
-                if other != path:
-                    rmtree(other, ignore_errors=True)
-            _write(self.folder / "history.json", json.dumps(self.history, indent=1))
-            if find_spec("matplotlib") is not None:
-                _plot(self.history, self.folder / "loss.png")
-        self.accelerator.wait_for_everyone()
-        self.saved = step
-
-    def finish(self) -> TrainedFlow:
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.ema.copy_to(model.parameters())
-        return TrainedFlow(model.eval(), self.history)
-
-
-def _write(path: Path, text: str) -> None:
-    """Beside the file, then in its place."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text + "\n")
-    os.replace(fresh, path)
-
-
-def _plot(history: list[dict], path: Path) -> None:
-    """The curves of the loss and, where there is one, of the validation loss."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for name, label in (("loss", "training"), ("validation_loss", "held out, averaged weights")):
-        points = [(row["step"], row[name]) for row in history if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
-    axes.set(xlabel="iteration", ylabel="rectified-flow loss")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)

@@ -35,7 +35,7 @@ def export_pipeline(
     The folder appears whole or not at all.
     """
     origin = pipeline.config.get("_name_or_path")
-    with _staged(folder) as (folder, staged):
+    with staged_folder(folder) as (folder, staged):
         pipeline.save_pretrained(staged)
         _drop_paths(staged)
         _add_code(pipeline, staged)
@@ -52,7 +52,7 @@ def export_model(
     repo_id and errors: as `export_pipeline`.
     """
     origin = model.config.get("_name_or_path")
-    with _staged(folder) as (folder, staged):
+    with staged_folder(folder) as (folder, staged):
         model.save_pretrained(staged)
         _drop_paths(staged)
         if not from_library(type(model)):
@@ -67,7 +67,7 @@ def export_code(cls: type[DiffusionPipeline], folder: str | Path, repo_id: str |
     Pushed to the Hub, it runs the models of other repositories, as `custom_pipeline="org/name"`. repo_id and errors:
     as `export_pipeline`.
     """
-    with _staged(folder) as (folder, staged):
+    with staged_folder(folder) as (folder, staged):
         staged.mkdir()
         copy_class(cls, staged, "pipeline")  # the name that diffusers looks for in such a repository
         _write_card(staged, code_card(cls, repo_id))
@@ -85,12 +85,15 @@ def new_folder(folder: str | Path) -> Path:
 
 
 @contextmanager
-def _staged(folder: str | Path) -> Iterator[tuple[Path, Path]]:
-    """A new folder's final path, and one beside it that becomes the folder when the block ends without an error."""
+def staged_folder(folder: str | Path) -> Iterator[tuple[Path, Path]]:
+    """A new folder's final path, and one beside it that becomes the folder when the block ends without an error.
+
+    The second one is for the block to make. Raises ValueError for a folder that exists and is not empty.
+    """
     folder = new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        staged = Path(temporary) / "export"
+        staged = Path(temporary) / "staged"
         yield folder, staged
         if folder.exists():
             folder.rmdir()

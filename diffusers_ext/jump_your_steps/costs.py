@@ -99,7 +99,10 @@ class Grid:
 
     @classmethod
     def of(cls, scheduler: CTMCScheduler, length: int, size: int) -> "Grid":
-        """size + 1 even points; for gillespie counts, of every token where the sequence is no longer than size."""
+        """size + 1 even points; for gillespie counts, of every token where the sequence is no longer than size.
+
+        Raises ValueError for a size below 2.
+        """
         if size < 2:
             raise ValueError(f"grid_size must be >= 2, got {size}")
         if scheduler.config.sampler == "gillespie":
@@ -110,6 +113,7 @@ class Grid:
 
     @property
     def size(self) -> int:
+        """The number of intervals, one less than that of points."""
         return len(self.points) - 1
 
     def step_costs(self, divergence: torch.Tensor) -> torch.Tensor:
@@ -163,6 +167,9 @@ def cheapest_schedules(costs: torch.Tensor, numbers: list[int], free_end: bool) 
 
 
 def total_cost(costs: torch.Tensor, path: list[int], free_end: bool) -> float:
-    """The cost of the steps between the grid points of a path, and with free_end of the one to the grid's end."""
+    """The cost of the steps between the grid points of a path, and with free_end of the one to the grid's end.
+
+    costs: (grid, grid), see `Grid.step_costs`.
+    """
     ends = [*path, len(costs) - 1] if free_end and path[-1] < len(costs) - 1 else path
     return float(sum(costs[i, j] for i, j in pairwise(ends)))

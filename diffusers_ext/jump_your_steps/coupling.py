@@ -46,10 +46,12 @@ class NoisyData:
 
     @property
     def count(self) -> int:
+        """The number of sequences."""
         return len(self.data)
 
     @property
     def length(self) -> int:
+        """Of each sequence, in tokens."""
         return self.data.shape[1]
 
     def at(self, time: float, rows: torch.Tensor, device) -> tuple[torch.Tensor, float | torch.Tensor]:
@@ -65,13 +67,13 @@ class NoisyData:
         return self.restore(tokens, rows), time
 
     def restore(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """The tokens with those in place that are given."""
+        """The tokens (batch, length) of the sequences in rows (batch,), with those in place that are given."""
         if self.given is None:
             return tokens
         return torch.where(self.given[rows].to(tokens.device), self.data[rows].to(tokens.device), tokens)
 
     def generators(self, rows: torch.Tensor, after_noise: bool = False) -> list[torch.Generator]:
-        """A fresh generator for each sequence; after_noise: as its noise leaves it."""
+        """A fresh generator for each sequence of rows (batch,); after_noise: as its noise leaves it."""
         generators = [torch.Generator().manual_seed(self.seed + int(row)) for row in rows]
         if after_noise and self.noise is None:
             self._drawn(generators)

@@ -29,10 +29,12 @@ class Bracket:
 
     @classmethod
     def of_times(cls, grid_size: int, margin: float) -> "Bracket":
+        """In times of [0, 1], stopping at a quarter of the grid's spacing."""
         return cls(margin, 0.25 / grid_size)
 
     @classmethod
     def of_counts(cls) -> "Bracket":
+        """In numbers of tokens, stopping where a quarter of a token is left."""
         return cls(1.001, 0.25)
 
 

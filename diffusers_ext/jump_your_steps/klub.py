@@ -38,6 +38,7 @@ class RateNetwork:
 
     @property
     def device(self) -> torch.device:
+        """Where the network is; the CPU for one without parameters and buffers."""
         if not isinstance(self.model, torch.nn.Module):
             return torch.device("cpu")
         tensors = [*self.model.parameters(), *self.model.buffers()]

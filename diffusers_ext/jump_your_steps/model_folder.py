@@ -1,15 +1,14 @@
 """Data for a search from files, and a model's folder with the tables in it."""
 
-import os
 import shutil
-import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ..hub import new_folder
+from ..hub import staged_folder
 from ..metrics import countdown_sequences
 from .report import plot_tables
 from .tables import TimestepTables
@@ -71,24 +70,20 @@ def _length(config) -> int:
 
 
 def write_model(pipe: DiffusionPipeline, source: str, tables: TimestepTables, folder: str | Path) -> Path:
-    """A copy of a model with the tables in its scheduler, as a new folder; timestep_tables.json and .png beside.
+    """A copy of a model with the tables in its scheduler, as a new folder; timestep_tables.json beside, and with
+    matplotlib timestep_tables.png.
 
     pipe: the loaded model. source: the folder that it was loaded from, which is copied whole; of a Hub id the pipeline
     is saved. The copy appears whole or not at all. Raises ValueError if the folder is not empty.
     """
-    folder = new_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     scheduler = tables.apply_to(pipe.scheduler)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        staged = Path(temporary) / "model"
+    with staged_folder(folder) as (folder, staged):
         if Path(source).is_dir():
             shutil.copytree(source, staged)
         else:
             pipe.save_pretrained(staged)
         scheduler.save_pretrained(staged / "scheduler")
         tables.save(staged / "timestep_tables.json")
-        plot_tables(tables, staged / "timestep_tables.png")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(staged, folder)
+        if find_spec("matplotlib") is not None:
+            plot_tables(tables, staged / "timestep_tables.png")
     return folder

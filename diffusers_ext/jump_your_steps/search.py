@@ -96,6 +96,8 @@ def optimize_timesteps(
         **settings, "chain": chain_of(scheduler), "batch_size": batch_size, "versions": drawing_versions(),
         "inputs": _hash(data, given, noise),
     }  # fmt: skip
+    if method == "golden":
+        kept |= {"coupling": coupling, "average": average}
     work = _Work(Processes(accelerator), None if resume is None else Path(resume), kept, progress)
     with _evaluating(model), work.held():
         if method == "golden":
@@ -135,7 +137,10 @@ def _by_statistics(
     statistics: RateStatistics, cost: Cost, numbers: list[int], method: str, free_end: bool, batch_size: int, work
 ) -> dict[int, tuple[list[int], dict]]:
     if max(numbers) > statistics.grid.size - free_end:
-        raise ValueError(_too_many(max(numbers), statistics.grid.size))
+        raise ValueError(
+            f"{max(numbers)} steps do not fit on a grid of {statistics.grid.size} intervals; pass a larger grid_size,"
+            " or fewer steps"
+        )
     with work.progress_bar(statistics.data.count) as on_progress:
         settings = {**work.settings, "num_positions": statistics.num_positions}
         means = accumulate(statistics, batch_size, work.processes, settings, work.path, on_progress)
@@ -235,7 +240,6 @@ class _Work:
     def save_values(self, values: dict[tuple[float, ...], float]) -> None:
         if self.path is None or not self.processes.is_main:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {"settings": self.settings, "values": [[times, value] for times, value in values.items()]}
         with replacing(self.path) as file:
             file.write(f"{json.dumps(content)}\n".encode())
@@ -298,10 +302,6 @@ def _grid(method: str, scheduler: CTMCScheduler, length: int, size: int | None) 
         if size != length:
             raise ValueError(f"grid_size={size}: golden with gillespie counts every token, {length}; leave it out")
     return Grid.of(scheduler, length, size or GRID_SIZES[method])
-
-
-def _too_many(steps: int, size: int) -> str:
-    return f"{steps} steps do not fit on a grid of {size} intervals; pass a larger grid_size, or fewer steps"
 
 
 def _described(model: Callable) -> dict:

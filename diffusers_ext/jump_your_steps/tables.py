@@ -1,7 +1,6 @@
 """Timestep tables: the edges of the steps for each number of steps, what they were optimised for, and how."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from ..checkpoints.tensor_files import read_torch_file
 from ..schedulers import CTMCScheduler
 from ..schedulers.timestep_edges import check_edges
+from ..shards import replacing
 
 FORMAT = "diffusers_ext timestep tables, 1"
 # What must agree between the scheduler that a table was made for and the one that it is given to: a time means
@@ -75,9 +75,8 @@ class TimestepTables:
             "info": {str(n): entry for n, entry in self.info.items()},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
-        fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(fresh, path)
+        with replacing(path) as file:
+            file.write(f"{json.dumps(content, indent=1)}\n".encode())
         return path
 
     @classmethod

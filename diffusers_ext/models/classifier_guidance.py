@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -21,8 +22,10 @@ def classifier_gradient(
     sample: x_t (batch, ...). timestep: (batch,). class_labels: (batch,); a label that is none of the classifier's
     classes, such as the null class, has gradient 0. Returns (batch, ...) in the sample's dtype.
     """
-    with torch.enable_grad():
-        x = sample.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        # tensors that were made in inference mode have no gradients, their copies here have
+        x, timestep, class_labels = (tensor.detach().clone() for tensor in (sample, timestep, class_labels))
+        x.requires_grad_()
         output = classifier(x, timestep)
         logits = getattr(output, "logits", output)
         known = class_labels < logits.shape[1]
@@ -68,8 +71,8 @@ class ClassifierGuidance(ModelMixin):
                 f"scheduler must have alphas_cumprod and a prediction_type in {PREDICTION_TYPES}, got"
                 f" {type(scheduler).__name__} with {self.prediction_type!r}"
             )
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale must be finite, got {guidance_scale}; 0 is off")
+        if not (isinstance(guidance_scale, Real) and math.isfinite(guidance_scale)):
+            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}; 0 is off")
         self._takes_labels = unet.config.get("num_class_embeds") is not None
         if self._takes_labels and num_classes is not None:
             raise ValueError(f"num_classes={num_classes} is for an unconditional network; leave it out")

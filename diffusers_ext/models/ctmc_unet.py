@@ -101,7 +101,8 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
     attention_level: which level has attention after each block. skip_rescale: residual sums are divided by sqrt 2.
     fix_logistic: compute each mass from both tails and take the smaller, which is exact far to the right of the mean.
 
-    Raises ValueError unless time_embed_dim is even and at least 4.
+    Raises ValueError unless time_embed_dim is even and at least 4, height and width can be halved once for each level
+    but the first, and attention_level is a level.
     """
 
     _repeated_blocks = ["ResBlock"]  # noqa: RUF012  diffusers' name and form
@@ -124,6 +125,14 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
         super().__init__()
         if time_embed_dim < 4 or time_embed_dim % 2:
             raise ValueError(f"time_embed_dim must be even and at least 4, got {time_embed_dim}")
+        multiple = 2 ** (len(channel_mult) - 1)
+        if shape[1] % multiple or shape[2] % multiple:
+            raise ValueError(
+                f"height and width of shape={tuple(shape)} must be multiples of {multiple}, since channel_mult has"
+                f" {len(channel_mult)} levels; use fewer, or pad the images"
+            )
+        if not 0 <= attention_level < len(channel_mult):
+            raise ValueError(f"attention_level must be in [0, {len(channel_mult)}), got {attention_level}")
         colours, temb_dim = shape[0], 4 * time_embed_dim
         residual_scale = math.sqrt(0.5) if skip_rescale else 1.0
         widths = [channels * factor for factor in channel_mult]

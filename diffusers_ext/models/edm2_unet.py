@@ -318,7 +318,8 @@ class EDM2UNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     parameters are computed in float32 on the CPU. Gains are rounded with the other parameters.
 
     Args:
-        img_resolution: height and width of the training samples, which names the blocks; others can be denoised.
+        img_resolution: height and width of the training samples, which names the blocks; others can be denoised that
+            halve as often.
         img_channels: channels of a sample.
         label_dim: number of classes; 0 for an unconditional network.
         use_fp16: False computes in float32 whatever the dtype of the parameters is.
@@ -450,6 +451,12 @@ class EDM2UNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         if sample.ndim != 4 or sample.shape[1] != config.img_channels:
             raise ValueError(
                 f"sample must have shape (batch, {config.img_channels}, height, width), got {tuple(sample.shape)}."
+            )
+        multiple = 2 ** (len(config.channel_mult) - 1)
+        if sample.shape[2] % multiple or sample.shape[3] % multiple:
+            raise ValueError(
+                f"height and width of sample must be multiples of {multiple}, since channel_mult has"
+                f" {len(config.channel_mult)} resolutions, got {tuple(sample.shape)}: pad the sample."
             )
         x = sample.to(torch.float32)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)

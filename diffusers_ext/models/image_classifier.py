@@ -38,6 +38,8 @@ class ImageClassifier(ModelMixin, ConfigMixin):
 
     Stages of two 3x3 convolutions and a 2x2 max-pool, one for each entry of `channels`; global average; one
     hidden layer of `feature_dim` units, whose ReLU activations are the features; a linear read-out.
+
+    Raises ValueError for no stage, and for numbers below 1.
     """
 
     @register_to_config
@@ -50,6 +52,11 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         dropout: float = 0.2,
     ):
         super().__init__()
+        if not channels or min(in_channels, *channels, feature_dim, num_classes) < 1:
+            raise ValueError(
+                "in_channels, channels (at least one), feature_dim and num_classes must be >= 1, got"
+                f" {in_channels}, {list(channels)}, {feature_dim}, {num_classes}"
+            )
         widths = (in_channels, *channels)
         self.stages = nn.Sequential(*(_stage(a, b) for a, b in pairwise(widths)))
         self.to_features = nn.Sequential(nn.Linear(channels[-1], feature_dim), nn.ReLU())
