@@ -27,9 +27,11 @@ METRICS = ["scikit-learn>=1.5.0", "scipy>=1.13.0", "faiss-cpu>=1.9.0.post1"]
 PLOTS = ["matplotlib>=3.8.0"]
 TRAIN = ["tqdm>=4.66.0"]
 ODE = ["torchdiffeq>=0.2.5"]
-# Tested with this version alone. It does not take pillow 13, so constraints.txt has no place for it on Python 3.11.
+# gradio is tested with this version alone, which takes no pillow 13 and no huggingface_hub before 1.16: the oldest
+# versions above were tested without the app. playwright 1.51 is the oldest that the app's tests can be written for.
 APP = ["gradio>=6.31.0"]
-TEST = ["pytest>=8.0.0", "hypothesis>=6.100.0", "ruff>=0.17.5", "build>=1.2.1", *METRICS, *PLOTS, *TRAIN, *ODE]
+TOOLS = ["pytest>=8.0.0", "hypothesis>=6.100.0", "ruff>=0.17.5", "build>=1.2.1", "playwright>=1.51.0"]
+TEST = [*TOOLS, *METRICS, *PLOTS, *TRAIN, *ODE, *APP]
 
 setup(
     name="diffusers_ext",

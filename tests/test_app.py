@@ -16,6 +16,7 @@ from diffusers_ext.app.computations import (
     SEARCH,
     TABLES,
     Drawn,
+    cell,
     compare_boost_and_skip,
     compare_discrete,
     compare_flow,
@@ -73,7 +74,7 @@ def test_boost_and_skip_takes_any_folder(models, tmp_path):
 
 def test_interval_over_all_noise_is_plain_guidance(models):
     whole = compare_guidance_interval(models, "mnist-unet", 3.0, 0.0, 1e9, 4, TWO)
-    assert same(whole.stock, whole.ours) and "right: in 4 of them, 16 rows" in whole.note
+    assert same(whole.stock, whole.ours) and "this method: in 4 of them, 16 rows" in whole.note
     part = compare_guidance_interval(models, "mnist-unet", 3.0, 0.2, 2.0, 4, Drawn(2, 3, label=7))
     assert not same(part.stock, part.ours)
     assert 'class="on"' in part.chart and 'class="off"' in part.chart
@@ -122,6 +123,10 @@ def test_flow_of_no_strength_changes_nothing(models, tmp_path):
     ]
     assert same(pairs[0].stock, pairs[0].ours) and same(pairs[0].stock, pairs[2].stock)
     assert not same(pairs[1].ours, pairs[0].ours) and not same(pairs[1].ours, pairs[2].ours)
+
+
+def test_few_sequences_make_no_narrow_strip():
+    assert [cell(*size) for size in ((9, 256), (1, 16), (64, 2048))] == [(4, 56), (64, 64), (4, 8)]
 
 
 def test_sheet_is_row_by_row_and_enlarged():

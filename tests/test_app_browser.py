@@ -3,15 +3,18 @@
 import contextlib
 import re
 import socket
+from importlib.util import find_spec
 
 import pytest
 import torch
 from browser import BROWSER, needs_browser
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-pytest.importorskip("gradio", reason="needs gradio")
+for needed in ("playwright", "gradio"):  # pytest.importorskip would also skip where one is there and broken
+    if find_spec(needed) is None:
+        pytest.skip(f"needs {needed}", allow_module_level=True)
 
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel  # noqa: E402
+from playwright import sync_api  # noqa: E402
 
 from diffusers_ext import (  # noqa: E402
     CTMCScheduler,
@@ -19,10 +22,12 @@ from diffusers_ext import (  # noqa: E402
     FlowPostprocessingPipeline,
     SEDDTransformer,
 )
+from diffusers_ext.app import interface  # noqa: E402
+from diffusers_ext.app.computations import Drawn  # noqa: E402
 from diffusers_ext.app.interface import serve  # noqa: E402
 from diffusers_ext.app.models import Models  # noqa: E402
 
-pytestmark = needs_browser
+pytestmark = [needs_browser, pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")]  # it uses old pandas
 WAIT = 240_000  # milliseconds; machines may be busy
 
 
@@ -73,9 +78,28 @@ def page(address):
         browser.close()
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """What the app was asked to draw in the first two tabs."""
+    asked = []
+
+    def noting(compare):
+        def noted(*given):
+            asked.append(given[-1])
+            return compare(*given)
+
+        return noted
+
+    for name in ("compare_boost_and_skip", "compare_guidance_interval"):
+        monkeypatch.setattr(interface, name, noting(getattr(interface, name)))
+    return asked
+
+
 def enter(panel, label: str, value) -> None:
-    """Fill a slider's number, or choose a model."""
-    if label.startswith(("model", "flow")):
+    """Fill a slider's number or the class, or choose a model."""
+    if label == "class":
+        box, key = panel.get_by_label(label, exact=True), "Tab"
+    elif label.startswith(("model", "flow")):
         box, key = panel.get_by_label(label, exact=True), "Enter"
     else:
         box, key = panel.get_by_label(f"number input for {label}", exact=True), "Tab"
@@ -97,13 +121,15 @@ def draws_both(page, tab: str, **values) -> str:
     return panel.inner_text()
 
 
-def test_boost_and_skip(page):
+def test_boost_and_skip(page, drawn):
     text = draws_both(page, "Boost-and-Skip", **{"steps": 4, "skip: first steps left out": 1, "samples": 2})
     assert "gamma 4, the first 1 skipped" in text
+    assert drawn == [Drawn(count=2, seed=0)]  # no class is every class in turn, not class 0
 
 
-def test_guidance_interval_draws_the_sigma_axis(page):
-    text = draws_both(page, "Guidance interval", steps=4, samples=2)
+def test_guidance_interval_draws_the_sigma_axis(page, drawn):
+    text = draws_both(page, "Guidance interval", steps=4, samples=2, **{"class": 7})
+    assert drawn == [Drawn(count=2, seed=0, label=7)]
     found = re.search(r"(\d) of 4 steps guided", text)
     assert found and f"in {found[1]} of them" in text
     panel = page.get_by_role("tabpanel").filter(visible=True)
@@ -115,7 +141,7 @@ def test_guidance_interval_draws_the_sigma_axis(page):
 def test_discrete(page, folders):
     model = {"model: shipped, a folder or a Hub id": folders / "sequences"}
     text = draws_both(page, "Discrete diffusion", **model, steps=3, samples=2)
-    assert "even: " in text and "table: " in text
+    assert "even steps: " in text and "with the table: " in text
     assert page.get_by_role("tabpanel").filter(visible=True).locator("svg.chart").count() == 1
 
 
@@ -131,6 +157,27 @@ def test_wrong_input_is_shown_as_a_message(page):
     enter(panel, "flow, trained on its images", "mnist-unet")
     panel.get_by_role("button", name="Draw both").click()
     page.get_by_text("is no flow").first.wait_for()
+    enter(panel, "class", "seven")
+    panel.get_by_role("button", name="Draw both").click()
+    page.get_by_text("class must be a whole number").first.wait_for()
+    enter(panel, "class", "")
+
+
+# pixels between each picture and what is above it, its title or a button
+CLEARANCE = """blocks => blocks.map(block => {
+  const [picture, ...above] = ["img", "label", "a[download]"].map(name => block.querySelector(name));
+  const bottoms = above.map(part => part.getBoundingClientRect().bottom);
+  return picture.getBoundingClientRect().top - Math.max(...bottoms);
+})"""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_and_nothing_covers_the_pictures(page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    blocks = page.get_by_role("tabpanel").filter(visible=True).locator(".picture")
+    clearance = blocks.evaluate_all(CLEARANCE)
+    assert len(clearance) == 2 and min(clearance) >= 0
 
 
 def test_nothing_is_asked_of_the_network(page):

@@ -24,6 +24,7 @@ from .models import Models
 
 LARGEST = 64  # samples a picture
 SMALLEST_PICTURE = 320  # pixels; smaller sheets are enlarged
+SEQUENCES_PICTURE = (1024, 512)  # pixels, about; larger for many or long sequences
 TABLES = ("even steps", "the model's table", "Jump Your Steps, made now")
 SEARCH = {"sequences": 6, "steps": 32, "grid_size": 32}  # of a table that is made now, from the model's own samples
 PICTURES = ("tokens", "CountDown", "chorales")
@@ -75,7 +76,7 @@ def compare_boost_and_skip(
             call = {"num_inference_steps": num_inference_steps}
             stock = draw(pipe, drawn, gamma=1.0, skip_steps=0, **call)
             ours = draw(pipe, drawn, gamma=gamma, skip_steps=skip_steps, **call)
-    note = f"left: gamma 1, no step skipped; right: gamma {gamma:g}, the first {skip_steps} skipped"
+    note = f"stock sampler: gamma 1, no step skipped\n\nthis method: gamma {gamma:g}, the first {skip_steps} skipped"
     return Pair(sheet(stock), sheet(ours), note)
 
 
@@ -99,13 +100,14 @@ def compare_guidance_interval(
         if _takes(pipe, "guidance_interval"):  # EDM2 and others that have it built in
             ours = draw(pipe, drawn, guidance_interval=(sigma_lo, sigma_hi), **call)
             chart = planned_steps(models, model, num_inference_steps, sigma_lo, sigma_hi)
-            return Pair(sheet(stock), sheet(ours), "left: guidance in all steps; right: in the interval", chart)
+            note = "stock sampler: guidance in all steps\n\nthis method: in the interval"
+            return Pair(sheet(stock), sheet(ours), note, chart)
         with GuidanceInterval(pipe, sigma_lo=sigma_lo, sigma_hi=sigma_hi) as interval:
             ours = draw(pipe, drawn, **call)
     steps, rows, saved = interval.report.steps, interval.report.rows, interval.report.rows_saved
     note = (
-        f"left: guidance in all {len(steps)} steps, {rows + saved} network rows; right: in"
-        f" {len(interval.report.guided_steps)} of them, {rows} rows"
+        f"stock sampler: guidance in all {len(steps)} steps, {rows + saved} rows through the network\n\n"
+        f"this method: in {len(interval.report.guided_steps)} of them, {rows} rows"
     )
     return Pair(sheet(stock), sheet(ours), note, sigma_chart(steps, sigma_lo, sigma_hi))
 
@@ -152,10 +154,10 @@ def compare_discrete(
         even.set_timesteps(num_inference_steps)
         edges = {"even": even.edges.tolist(), "table": table_edges(pipe, num_inference_steps, table)}
         sheets, notes = [], []
-        for name, times in edges.items():
+        for title, times in zip(("even steps", "with the table"), edges.values(), strict=True):
             shown, note = draw_discrete(pipe, times, picture, drawn)
             sheets.append(shown)
-            notes.append(f"{name}: {note}")
+            notes.append(f"{title}: {note}")
     chart = tick_chart(edges, f"{num_inference_steps} steps", "time")
     return Pair(*sheets, "\n\n".join(notes), chart)
 
@@ -202,7 +204,12 @@ def draw_discrete(pipe: DiffusionPipeline, edges: list[float], picture: str, dra
     elif pipe.tokenizer is not None:
         note = pipe.tokenizer.batch_decode(tokens)[0]
     num_tokens = pipe.scheduler.config.vocab_size - (pipe.scheduler.mask_token_id is not None)
-    return sequences_picture(tokens, num_tokens, marked), note
+    return sequences_picture(tokens, num_tokens, marked, *cell(*tokens.shape)), note
+
+
+def cell(count: int, length: int) -> tuple[int, int]:
+    """Width and height in pixels of a token's cell, so that a few sequences make no narrow strip."""
+    return max(4, SEQUENCES_PICTURE[0] // length), max(8, min(64, SEQUENCES_PICTURE[1] // count))
 
 
 def compare_flow(
@@ -234,7 +241,7 @@ def compare_flow(
         if repair.model.config.get("num_class_embeds") is not None:
             labels["class_labels"] = _labels(base, drawn).tolist()
         repaired = repair(images, num_inference_steps=repair_steps, strength=strength, **labels).images
-    note = f"left: guidance {guidance_scale:g}; right: repaired to strength {strength:g} in {repair_steps} steps"
+    note = f"before: guidance {guidance_scale:g}\n\nafter: repaired to strength {strength:g} in {repair_steps} steps"
     return Pair(sheet(images), sheet(repaired), note)
 
 

@@ -23,7 +23,9 @@ ADDRESS = "127.0.0.1"
 FONTS = ("system-ui", "Segoe UI", "Roboto", "Arial", "sans-serif")
 MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 STYLE = """
-.chart { width: 100%; max-width: 560px; height: auto; --c0: #2563b0; --c1: #c8501f; }
+/* the title and the buttons lie above the picture, not on it */
+.picture .image-container { padding-top: 32px; }
+.chart { width: 100%; max-width: 440px; height: auto; --c0: #2563b0; --c1: #c8501f; }
 .dark .chart { --c0: #6ea8f0; --c1: #f08a5d; }
 .chart text { font: 12px system-ui, sans-serif; fill: currentColor; }
 .chart .chart-title { font-weight: 600; }
@@ -71,9 +73,16 @@ def serve(models: Models, port: int, block: bool = True):
     app.launch(
         server_name=ADDRESS, server_port=port, share=False, ssr_mode=False, run_history=False, show_error=True,
         footer_links=[], prevent_thread_lock=not block,
-        theme=gr.themes.Default(font=FONTS, font_mono=MONO), css=STYLE,
+        theme=_theme(gr), css=STYLE,
     )  # fmt: skip
     return app
+
+
+def _theme(gr):
+    """Fonts of the machine, and a button whose white text is read easily."""
+    theme = gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONO)
+    fill = {"button_primary_background_fill": "*primary_600", "button_primary_background_fill_hover": "*primary_700"}
+    return theme.set(**fill, **{f"{name}_dark": value for name, value in fill.items()})
 
 
 def _boost_tab(gr, models: Models) -> None:
@@ -88,7 +97,7 @@ def _boost_tab(gr, models: Models) -> None:
         shown = _pictures(gr)
 
     def compute(model, gamma, skip, steps, *drawn) -> tuple:
-        return _shown(gr, compare_boost_and_skip, models, model, gamma, int(skip), int(steps), _of(drawn))[:3]
+        return _shown(gr, drawn, compare_boost_and_skip, models, model, gamma, int(skip), int(steps))[:3]
 
     button.click(compute, [model, gamma, skip, steps, *drawn], shown)
 
@@ -104,11 +113,11 @@ def _interval_tab(gr, models: Models) -> None:
             drawn = _drawn(gr)
             button = gr.Button("Draw both", variant="primary")
         with gr.Column(scale=2):
-            axis = gr.HTML()
+            axis = gr.HTML(padding=False)
             shown = _pictures(gr)
 
     def compute(model, weight, low, high, steps, *drawn) -> tuple:
-        return _shown(gr, compare_guidance_interval, models, model, weight, low, high, int(steps), _of(drawn))
+        return _shown(gr, drawn, compare_guidance_interval, models, model, weight, low, high, int(steps))
 
     def plan(model, steps, low, high) -> str:
         return planned_steps(models, model, int(steps), low, high)
@@ -123,17 +132,17 @@ def _discrete_tab(gr, models: Models) -> None:
         with gr.Column(scale=1):
             model = _model(gr, "countdown-sedd")
             steps = gr.Slider(1, 256, 8, step=1, label="steps")
-            table = gr.Radio(list(TABLES), value=TABLES[2], label="table for the right picture")
+            table = gr.Radio(list(TABLES), value=TABLES[2], label="table for the second picture")
             picture = gr.Radio(list(PICTURES), value="CountDown", label="show as")
             count, seed = _count(gr), _seed(gr)
             button = gr.Button("Draw both", variant="primary")
         with gr.Column(scale=2):
-            edges = gr.HTML()
+            edges = gr.HTML(padding=False)
             shown = _pictures(gr, ("even steps", "with the table"))
 
     def compute(model, steps, table, picture, count, seed) -> tuple:
-        drawn = Drawn(int(count), int(seed))
-        return _shown(gr, compare_discrete, models, model, int(steps), table, picture, drawn)
+        drawn = (count, seed, "", "")
+        return _shown(gr, drawn, compare_discrete, models, model, int(steps), table, picture)
 
     def suited(model) -> str:
         return {"countdown-sedd": "CountDown", "jsb-sedd": "chorales"}.get(model, "tokens")
@@ -159,7 +168,7 @@ def _flow_tab(gr, models: Models) -> None:
 
     def compute(model, flow, weight, steps, strength, repair, *drawn) -> tuple:
         numbers = (weight, int(steps), strength, int(repair))
-        return _shown(gr, compare_flow, models, model, flow or "", *numbers, _of(drawn))[:3]
+        return _shown(gr, drawn, compare_flow, models, model, flow or "", *numbers)[:3]
 
     button.click(compute, [model, flow, weight, steps, strength, repair, *drawn], shown)
 
@@ -170,7 +179,8 @@ def _model(gr, value: str | None, label: str = "model: shipped, a folder or a Hu
 
 
 def _drawn(gr) -> list:
-    label = gr.Number(None, label="class; empty: every class in turn", precision=0)
+    # no gr.Number, whose page shows no number as 0, and sends it
+    label = gr.Textbox("", label="class", placeholder="every class in turn")
     return [_count(gr), _seed(gr), label, gr.Textbox("", label="prompt, for text-to-image models")]
 
 
@@ -185,19 +195,30 @@ def _seed(gr):
 def _pictures(gr, titles: tuple[str, str] = ("stock sampler", "this method")) -> list:
     with gr.Column(scale=2):
         with gr.Row():
-            pictures = [gr.Image(label=title, format="png", interactive=False) for title in titles]
+            pictures = [_picture(gr, title) for title in titles]
         return [*pictures, gr.Markdown()]
+
+
+def _picture(gr, title: str):
+    buttons = ["download", "fullscreen"]  # not "share", which sends the picture to the Hub
+    return gr.Image(label=title, format="png", interactive=False, buttons=buttons, elem_classes="picture")
 
 
 def _of(values: tuple) -> Drawn:
     count, seed, label, prompt = values
-    return Drawn(int(count), int(seed or 0), None if label is None else int(label), prompt.strip())
+    label = label.strip()
+    if label and not label.isdecimal():
+        raise ValueError(f"class must be a whole number, or empty for every class in turn, got {label!r}")
+    return Drawn(int(count), int(seed or 0), int(label) if label else None, prompt.strip())
 
 
-def _shown(gr, compare: Callable[..., Pair], *arguments) -> tuple:
-    """Both pictures, what to say of them, and the chart; what is wrong with the input is shown as a message."""
+def _shown(gr, drawn: tuple, compare: Callable[..., Pair], *arguments) -> tuple:
+    """Both pictures, what to say of them, and the chart; what is wrong with the input is shown as a message.
+
+    drawn: values of the controls of `_drawn`; `compare` takes what they mean as its last argument.
+    """
     try:
-        pair = compare(*arguments)
+        pair = compare(*arguments, _of(drawn))
     except (ValueError, OSError, ImportError) as error:
         raise gr.Error(str(error)) from error
     return pair.stock, pair.ours, pair.note, pair.chart
