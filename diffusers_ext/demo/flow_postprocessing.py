@@ -46,7 +46,7 @@ class FlowPostprocessingSettings:
     flow: str = "mnist-flow"
     guidance_scales: tuple[float, ...] = (1.0, 6.0, 15.0)
     num_inference_steps: int = 16
-    repair_steps: int = 4
+    repair_steps: int = 10
     num_samples: int = 200
     seed: int = 0
 

@@ -66,7 +66,7 @@ FLOW_CODE = """from diffusers_ext.shipped import load_pipeline
 base, flow = load_pipeline("mnist-unet"), load_pipeline("mnist-flow")
 call = {"class_labels": list(range(10)), "output_type": "pt"}
 digits = base(num_inference_steps=16, guidance_scale=6.0, **call).images
-repaired = flow(digits, class_labels=list(range(10)), num_inference_steps=4).images
+repaired = flow(digits, class_labels=list(range(10)), num_inference_steps=10).images
 """
 
 
