@@ -70,12 +70,12 @@ def compare(num_samples: int, grid_size: int, drawn: int) -> None:
     data = countdown_sequences(num_samples, LENGTH, TOKENS, torch.Generator().manual_seed(0))
     pipe = DiscreteDiffusionPipeline(model, scheduler)
     pipe.set_progress_bar_config(disable=True)
-    search = partial(optimize_timesteps, model, scheduler, data, STEPS, progress=False)
+    ours = partial(optimize_timesteps, model, scheduler, data, STEPS, progress=False)
     methods = {
         "plain": lambda: plain_search(model, scheduler, data, grid_size),
-        "golden": lambda: search("golden", grid_size=grid_size, batch_size=num_samples),
-        "exact": lambda: search(grid_size=grid_size),
-        "exact, half the grid": lambda: search(grid_size=grid_size // 2),
+        "golden": lambda: ours("golden", grid_size=grid_size, batch_size=num_samples),
+        "exact": lambda: ours(grid_size=grid_size),
+        "exact, half the grid": lambda: ours(grid_size=grid_size // 2),
     }
     table = Table("search", "evaluations", "CPU s", "ratio", *(f"error, {n} steps" for n in STEPS))
     plain_seconds = None
