@@ -107,6 +107,16 @@ def test_keep_must_mark_some_samples(keep):
         train(images(20), images(50, 1), model=unet(), keep=keep)
 
 
+@pytest.mark.parametrize("name", ["keep", "sample_labels"])
+def test_a_folder_begun_with_as_many_others_is_refused(tmp_path, name):
+    """The same numbers in another order are other data."""
+    marks = {"keep": torch.arange(20) < 8, "sample_labels": torch.arange(20) % 3}[name]
+    common = {"model": unet(3 if name == "sample_labels" else None), "output": tmp_path / "out"}
+    train(images(20), images(50, 1), **common, **{name: marks})
+    with pytest.raises(ValueError, match=f"other {name}"):
+        train(images(20), images(50, 1), **common, **{name: marks.flip(0)})
+
+
 def test_it_learns_a_known_flow_and_the_pipeline_walks_it():
     """Every real neighbour lies 0.3 above its sample, in class 1 0.2 below: v is that constant."""
     labels = torch.arange(60) % 2
