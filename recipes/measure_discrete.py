@@ -75,6 +75,10 @@ OPTIONS = (
     click.option("--corrector-size", type=float, default=None, help="In lengths of the step."),
     click.option("--corrector-entry-time", type=float, default=None, help="Correct steps that start at or below it."),
     click.option("--seed", default=0, show_default=True, help="Sample i is drawn with seed + i."),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True
+    ),
+    click.option("--compile", "compiled", is_flag=True, help="Compile the network before drawing."),
     click.option("--device", default=None, help="By default the fastest one here."),
 )
 SAMPLES = click.option("--samples", type=click.IntRange(min=1), default=1024, show_default=True)
@@ -96,7 +100,7 @@ def load(model: str, device: str | torch.device, **changes):
 
 def run(
     model, measure: Measure, samples, output, step_counts, batch_size, sampler, timestep_spacing, corrector_steps,
-    corrector_size, corrector_entry_time, seed, device, format: str = "npz", **inputs,
+    corrector_size, corrector_entry_time, seed, dtype, compiled, device, format: str = "npz", **inputs,
 ) -> None:  # fmt: skip
     """Draw samples at each number of steps, measure the file, print the numbers and keep them."""
     device = device or best_device()
@@ -111,7 +115,9 @@ def run(
         num_corrector_steps=corrector_steps,
         corrector_step_size_multiplier=corrector_size,
         corrector_entry_time=corrector_entry_time,
-    )
+    ).to(getattr(torch, dtype))
+    if compiled:
+        pipe.model.compile()
     for steps in step_counts:
         done = sample_to_folder(
             pipe, output / f"{steps}", samples, seed=seed, batch_size=batch_size, format=format,

@@ -277,6 +277,15 @@ def test_measuring_countdown(tmp_path, discrete_model):
     assert "original" in rows["2"]
 
 
+def test_measuring_in_half_precision(tmp_path, discrete_model, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(next(module.parameters()).dtype))
+    options = ("--samples", 3, "--steps", 2, "--output", tmp_path, "--device", "cpu", "--dtype", "bfloat16")
+    run(recipe("measure_discrete"), "countdown", discrete_model("sequence"), *options, "--compile")
+    assert compiled == [torch.bfloat16]
+    assert json.loads((tmp_path / "2/manifest.json").read_text())["settings"]["dtype"] == "torch.bfloat16"
+
+
 def test_measuring_continuations(tmp_path, discrete_model):
     module, model = recipe("measure_discrete"), discrete_model("sequence")
     truth = np.random.default_rng(0).integers(0, 6, (5, 10))
