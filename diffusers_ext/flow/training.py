@@ -81,18 +81,10 @@ def train_postprocessing_flow(
     Raises ValueError for data or arguments that do not fit, and for an output folder of another run or in use by one;
     FloatingPointError when the loss or the weights stop being finite, with the last good checkpoint kept.
     """
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {sorted(OPTIMIZERS)}, got {optimizer!r}")
-    if features != "pixel" and not callable(features):
-        raise ValueError(f'features must be "pixel" or a function of samples, got {features!r}')
-    counts = {"steps": steps, "batch_size": batch_size, "log_every": log_every, "checkpoint_every": checkpoint_every}
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
+    _check_choices(optimizer, features)
+    _check_counts(steps=steps, batch_size=batch_size, log_every=log_every, checkpoint_every=checkpoint_every)
     sample_labels = _check_data(model, samples, real, sample_labels)
-    held_out = min(1000, len(samples) // 20) if validation_samples is None else validation_samples
-    if not 0 <= held_out < len(samples):
-        raise ValueError(f"validation_samples must be in [0, {len(samples)}), got {held_out}")
+    held_out = _number_held_out(validation_samples, len(samples))
     accelerator = Accelerator(mixed_precision=mixed_precision)
     keep = _check_keep(keep, len(samples))
     settings = {
@@ -116,21 +108,42 @@ def train_postprocessing_flow(
         validation, training = order[:held_out], order[held_out:]
         total, since = torch.zeros((), device=accelerator.device), 0
         for step in run.bar(steps, progress):
-            generator = _generator(seed, accelerator.process_index, step)
-            rows = training[torch.randint(len(training), (batch_size,), generator=generator)]
-            loss = flow_loss(run.model, *pairs.draw(rows, generator, accelerator.device))
+            loss = flow_loss(run.model, *_draw(pairs, training, batch_size, seed, step, accelerator))
             run.update(loss, max_grad_norm)
-            total, since = total + loss.detach(), since + 1
-            done = step + 1
+            total, since, done = total + loss.detach(), since + 1, step + 1
             if done % log_every == 0 or done % checkpoint_every == 0 or done == steps:
-                mean = accelerator.reduce(total / since, "mean").item()
-                run.check_finite(mean, done)
+                run.log(total / since, done, pairs, validation, batch_size)
                 total, since = torch.zeros_like(total), 0
-                measured = {"validation_loss": run.validate(pairs, validation, batch_size)} if held_out else {}
-                run.history.append({"step": done, "loss": mean, **measured})
             if done % checkpoint_every == 0 or done == steps:
                 run.save(done)
         return run.finish()
+
+
+def _draw(pairs: Pairs, rows: torch.Tensor, batch_size: int, seed: int, step: int, accelerator) -> tuple:
+    """Pairs of an iteration: they depend on the seed, the process and the iteration only, so a run can go on."""
+    generator = _generator(seed, accelerator.process_index, step)
+    drawn = rows[torch.randint(len(rows), (batch_size,), generator=generator)]
+    return pairs.draw(drawn, generator, accelerator.device)
+
+
+def _check_choices(optimizer: str, features) -> None:
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {sorted(OPTIMIZERS)}, got {optimizer!r}")
+    if features != "pixel" and not callable(features):
+        raise ValueError(f'features must be "pixel" or a function of samples, got {features!r}')
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+
+
+def _number_held_out(wanted: int | None, samples: int) -> int:
+    held_out = min(1000, samples // 20) if wanted is None else wanted
+    if not 0 <= held_out < samples:
+        raise ValueError(f"validation_samples must be in [0, {samples}), got {held_out}")
+    return held_out
 
 
 def _check_data(model, samples, real, labels) -> torch.Tensor | None:

@@ -113,7 +113,14 @@ class TrainingRun:
         self.optimizer.zero_grad()
         self.ema.step(self.model.parameters())
 
-    def check_finite(self, loss: float, step: int) -> None:
+    def log(self, loss: torch.Tensor, step: int, pairs: Pairs, held_out: torch.Tensor, batch_size: int) -> None:
+        """Add the mean of the processes' losses () to the history, with that of the rows held out (n,), if any."""
+        mean = self.accelerator.reduce(loss, "mean").item()
+        self._check_finite(mean, step)
+        measured = {"validation_loss": self.validate(pairs, held_out, batch_size)} if len(held_out) else {}
+        self.history.append({"step": step, "loss": mean, **measured})
+
+    def _check_finite(self, loss: float, step: int) -> None:
         """Raises FloatingPointError for a loss, or weights after the last step, that are not finite."""
         weights = [*self.accelerator.unwrap_model(self.model).parameters(), *self.ema.shadow_params]
         if np.isfinite(loss) and all(torch.isfinite(weight).all() for weight in weights):
