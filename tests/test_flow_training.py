@@ -74,6 +74,23 @@ def test_pairs_are_drawn_anew_and_uniformly_from_the_k_nearest():
     assert t.min() >= 0 and t.max() <= 1 and abs(t.mean() - 0.5) < 0.02
 
 
+def test_iterations_and_processes_draw_other_samples_neighbours_and_times(monkeypatch):
+    drawn = []
+
+    def recording(model, *pairs):
+        drawn.append(pairs[:3])
+        return flow_loss(model, *pairs)
+
+    monkeypatch.setattr(module, "flow_loss", recording)
+    for process in (0, 1):
+        # accelerate gives the index from the launcher's state, which is 0 without one
+        monkeypatch.setattr(module.Accelerator, "process_index", process)
+        train(images(20), images(50, 1), model=Affine(), steps=3, validation_samples=0)
+    assert len(drawn) == 6
+    for i, one in enumerate(drawn):
+        assert not any(torch.equal(a, b) for other in drawn[:i] for a, b in zip(one, other, strict=True))
+
+
 def test_balanced_pairs_are_drawn_with_their_weights(monkeypatch):
     samples, real = images(20), images(50, 1)
     found = find_neighbours(samples.flatten(1), real.flatten(1), 4)

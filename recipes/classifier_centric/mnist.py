@@ -9,7 +9,8 @@ distance, precision and recall in the features of the shipped classifier, and th
 back" is (before - after) / (before - best), where best is the plain sampler at its best scale. Several --flow compare
 neighbours, k, or one flow for all scales with a flow for one.
 
-Every finished row stays in rows.json, and a second start goes on. Writes frechet.png and digits.png beside it.
+2,000 samples of three scales, one flow and 10 Euler steps take 8 minutes of one CPU core in bfloat16. Every finished
+row stays in rows.json, and a second start goes on. Writes frechet.png and digits.png beside it.
 """
 
 import time
