@@ -193,7 +193,7 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
         return self._logits(mean.flatten(1), log_scale.flatten(1))
 
     def _mean_and_log_scale(self, x: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the logistic law of each pixel and channel, each of the shape of x; float32 for any dtype of the model."""
+        """Of the logistic law of each pixel and channel, of the shape of x; float32 for any dtype of the model."""
         features = get_timestep_embedding(timestep * self.config.time_scale_factor, self.config.time_embed_dim)
         temb = self.time_mlp(features.to(x.dtype))
         h = self.conv_in(x)
