@@ -4,15 +4,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= logical
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Workers on all cores, each on one thread (tests/conftest.py); ARGS="-n 0" runs the tests in one process.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test quick numeric lint format clean
 
 help:
 	@echo "make demo     sample a shipped model with and without each method; ARGS=--quick; results go to out/"
 	@echo "make test     run the tests; ARGS=\"-k name -x\" goes to pytest"
+	@echo "make quick    run one case of every test: whether a change did harm, in 2 minutes"
+	@echo "make numeric  run the tests that compare numbers, with other kernels than usual"
 	@echo "make lint     check style and formatting with ruff; make format repairs them"
 	@echo "make clean    remove $(VENV), builds and caches"
 
@@ -27,7 +32,13 @@ demo: $(INSTALLED)
 	$(BIN)/diffusers-ext demo $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+quick: $(INSTALLED)
+	$(PYTEST) --quick $(ARGS)
+
+numeric: $(INSTALLED)
+	MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default $(PYTEST) -m numeric $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

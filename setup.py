@@ -30,7 +30,14 @@ ODE = ["torchdiffeq>=0.2.5"]
 # gradio is tested with this version alone, which takes no pillow 13 and no huggingface_hub before 1.16: the oldest
 # versions above were tested without the app. playwright 1.51 is the oldest that the app's tests can be written for.
 APP = ["gradio>=6.31.0"]
-TOOLS = ["pytest>=8.0.0", "hypothesis>=6.100.0", "ruff>=0.17.5", "build>=1.2.1", "playwright>=1.51.0"]
+TOOLS = [
+    "pytest>=8.0.0",
+    "hypothesis>=6.100.0",
+    "ruff>=0.17.5",
+    "build>=1.2.1",
+    "playwright>=1.51.0",
+    "pytest-xdist>=3.6.1",
+]
 TEST = [*TOOLS, *METRICS, *PLOTS, *TRAIN, *ODE, *APP]
 
 setup(

@@ -62,7 +62,7 @@ def main():
     given = parser.parse_args()
 
     dtype = getattr(torch, given.dtype)
-    base, flow = (load_pipeline(name).to(given.device, dtype) for name in (given.base, given.flow))
+    base, flow = (load_pipeline(name, dtype=dtype).to(given.device) for name in (given.base, given.flow))
     for pipe in (base, flow):
         pipe.set_progress_bar_config(disable=True)
     counter = Counter(flow.model)

@@ -21,6 +21,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2D
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.utils import logging
 
+from .casting import cast
 from .models import EDM2UNet2DModel, SEDDTransformer
 from .pipelines import BoostAndSkipPipeline, DiscreteDiffusionPipeline, EDM2Pipeline, FlowPostprocessingPipeline
 from .schedulers import BoostAndSkipDDIMScheduler, CTMCScheduler, EDMHeunScheduler
@@ -135,7 +136,7 @@ def _types(dtype: torch.dtype, tolerance: float) -> Callable[[str], None]:
     def check(device: str) -> None:
         for build in (_boost_and_skip, _edm2, _flow_postprocessing, _discrete):
             expected = _sample(_seeded(build))
-            _compare(_sample(_seeded(build).to(device, dtype)), expected, tolerance)
+            _compare(_sample(cast(_seeded(build), dtype).to(device)), expected, tolerance)
 
     return check
 
@@ -184,7 +185,7 @@ def _attention(backend: str) -> Callable[[str], None]:
         if "hub" in backend:
             raise NotHere("not tried: it downloads a kernel from the Hub")
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-        pipe = _seeded(_edm2).to(device, dtype)
+        pipe = cast(_seeded(_edm2), dtype).to(device)
         expected = _sample(pipe)
         try:
             for unet in (pipe.unet, pipe.guidance_unet):

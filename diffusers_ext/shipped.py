@@ -1,14 +1,19 @@
 """The small trained models that ship with the package, and how a model's name becomes something to load."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoModel, DiffusionPipeline, ModelMixin
+from diffusers.utils import logging
 from safetensors.torch import load_file
+from transformers.utils import logging as transformers_logging
 
 from . import models
+from .casting import dtype_option
 from .hub.downloads import download_pipeline
 from .models import ImageClassifier
 from .pipelines import ADMUpsamplerPipeline
@@ -52,13 +57,18 @@ def load_shipped_classifier(name: str = "mnist-classifier") -> tuple[ImageClassi
 
 
 def load_pipeline(
-    model: str, pipeline: str | None = None, trust_remote_code: bool = False, **kwargs
+    model: str,
+    pipeline: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    **kwargs,
 ) -> DiffusionPipeline:
     """Load a shipped model by name, or any folder or Hub id, as one of our pipelines or as its own.
 
     pipeline: a name of `PIPELINES`; None loads the class that the model's index names. Under "boost-and-skip" a stock
     scheduler that the pipeline cannot boost itself becomes the Boost-and-Skip one of its kind. trust_remote_code: run
-    the .py files that lie in the model's repository. kwargs: further arguments of `from_pretrained`.
+    the .py files that lie in the model's repository. dtype: of the parameters; None leaves it to `from_pretrained`.
+    kwargs: further arguments of that.
 
     Raises ValueError for an unknown pipeline name, a shipped model that is no pipeline, code that is not trusted, and
     what `download_pipeline` raises ValueError and OSError for.
@@ -66,17 +76,33 @@ def load_pipeline(
     if pipeline is not None and pipeline not in PIPELINES:
         raise ValueError(f"pipeline must be one of {sorted(PIPELINES)}, got {pipeline!r}")
     cls = DiffusionPipeline if pipeline is None else PIPELINES[pipeline]
+    if dtype is not None:
+        kwargs |= dtype_option(dtype)
     folder = Path(resolve_model(model))
     if not folder.is_dir():
         folder = download_pipeline(model, cls, trust_remote_code=trust_remote_code, **kwargs)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"model {model!r} is no pipeline: {folder} has no model_index.json")
     _check_trust(model, folder, trust_remote_code)
-    pipe = cls.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
+    with _no_bars_of_components():
+        pipe = cls.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
     pipe.register_to_config(_name_or_path=resolve_model(model))
     if pipeline == "boost-and-skip" and type(pipe.scheduler).__name__ in BOOST_AND_SKIP_CLASSES:
         pipe.scheduler = boost_and_skip(pipe.scheduler)
     return pipe
+
+
+@contextmanager
+def _no_bars_of_components() -> Iterator[None]:
+    """Without the bars that diffusers and transformers show for each pipeline that is read from a folder."""
+    shown = [library for library in (logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def load_network(model: str, trust_remote_code: bool = False) -> ModelMixin:

@@ -1,5 +1,7 @@
 """Diffusion pipelines, one file a method; each file also loads by path through custom_pipeline=."""
 
+from importlib import import_module
+
 from .adm_upsampler import ADMUpsamplerPipeline
 from .boost_and_skip import BoostAndSkipPipeline
 from .discrete_diffusion import DiscreteDiffusionPipeline, DiscreteDiffusionPipelineOutput
@@ -14,7 +16,6 @@ from .guidance_interval import (
     remove_guidance_interval,
 )
 from .respacing import respaced_timesteps
-from .stable_diffusion_xl_guidance_interval import StableDiffusionXLGuidanceIntervalPipeline
 
 __all__ = [
     "ADMUpsamplerPipeline",
@@ -32,3 +33,13 @@ __all__ = [
     "remove_guidance_interval",
     "respaced_timesteps",
 ]
+
+# Imported when asked for: its base imports the image processors of transformers, which takes seconds and prints a
+# warning where torchvision is missing.
+LAZY = {"StableDiffusionXLGuidanceIntervalPipeline": ".stable_diffusion_xl_guidance_interval"}
+
+
+def __getattr__(name: str):
+    if name in LAZY:
+        return getattr(import_module(LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

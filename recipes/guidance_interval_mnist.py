@@ -109,7 +109,7 @@ def run_row(pipe, candidate: GuidedSteps, steps: int, samples: int, batch_size: 
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
 def main(model, interval_json, pipeline, output, samples, seeds, batch_size, device, dtype):
     """Measure what a search for a guidance interval found for MODEL, with seeds that it did not see."""
-    pipe = load_pipeline(model, pipeline).to(device or best_device(), getattr(torch, dtype))
+    pipe = load_pipeline(model, pipeline, dtype=getattr(torch, dtype)).to(device or best_device())
     pipe.set_progress_bar_config(disable=True)
     steps, settings = read_settings(interval_json)
     results = ResultRows(output or interval_json.with_name("confirmed.json"))

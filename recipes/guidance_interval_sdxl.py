@@ -36,7 +36,7 @@ SHOWN = 512  # width of an image on the sheet
 def load(model: str, variant: str | None, device: str) -> StableDiffusionXLPipeline:
     """The pipeline in float16 on a GPU, float32 elsewhere, with Heun's method from noise of deviation sigma_max."""
     dtype = torch.float16 if device.startswith("cuda") else torch.float32
-    pipe = load_pipeline(model, torch_dtype=dtype, variant=variant)
+    pipe = load_pipeline(model, dtype=dtype, variant=variant)
     if not isinstance(pipe, StableDiffusionXLPipeline):
         raise click.BadParameter(f"{model} is a {type(pipe).__name__}, not a StableDiffusionXLPipeline")
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")

@@ -174,7 +174,7 @@ def main(
     device,
 ):
     output.mkdir(parents=True, exist_ok=True)
-    pipe = load_pipeline(model).to(device or best_device(), torch.float32)
+    pipe = load_pipeline(model, dtype=torch.float32).to(device or best_device())
     pipe.set_progress_bar_config(disable=True)
     pipe.model.eval()
     tables = optimise(pipe, output, search_samples, grid_size, list(alphas), sorted(steps), min(batch_size, 32))

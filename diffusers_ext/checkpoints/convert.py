@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
+from ..casting import cast
 from ..hub import new_folder, staged_folder
 from ..models import EDM2UNet2DModel
 from ..pipelines import ADMUpsamplerPipeline, BoostAndSkipPipeline, EDM2Pipeline
@@ -52,7 +53,7 @@ def convert_guided_diffusion(
     else:
         pipeline = BoostAndSkipPipeline(unet, scheduler)
     with staged_folder(folder) as (_, staged):
-        pipeline.to(dtype).save_pretrained(staged)
+        cast(pipeline, dtype).save_pretrained(staged)
     return pipeline, error
 
 

@@ -6,6 +6,7 @@ import torch
 from diffusers import ModelMixin
 from transformers import AutoTokenizer
 
+from ..casting import cast, dtype_option
 from ..hub import new_folder, staged_folder
 from ..pipelines import DiscreteDiffusionPipeline
 from ..schedulers import CTMCScheduler
@@ -77,11 +78,11 @@ def convert_tauldr(
 def _written(model: ModelMixin, scheduler: CTMCScheduler, tokenizer, folder: Path, dtype: torch.dtype):
     """Save beside the folder, load, compare, and only then put it in its place."""
     expected = _outputs(model, scheduler)
-    pipeline = DiscreteDiffusionPipeline(model, scheduler, tokenizer).to(dtype)
+    pipeline = cast(DiscreteDiffusionPipeline(model, scheduler, tokenizer), dtype)
     rounded = expected if dtype == torch.float32 else _outputs(model, scheduler)
     with staged_folder(folder) as (_, staged):
         pipeline.save_pretrained(staged)
-        loaded = DiscreteDiffusionPipeline.from_pretrained(staged).to(dtype)
+        loaded = DiscreteDiffusionPipeline.from_pretrained(staged, **dtype_option(dtype))
         found = _outputs(loaded.model, loaded.scheduler)
         if not torch.equal(found, rounded):
             raise ValueError(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..casting import cast
 from ..models.edm2_unet import EDM2UNet2DModel
 from .safe_pickle import PickledObject, safe_load
 
@@ -43,7 +44,7 @@ def load_edm2(path: str | Path, torch_dtype: torch.dtype | None = None) -> EDM2U
     """
     checkpoint = read_edm2(path)
     model = EDM2UNet2DModel.from_edm2_state_dict(checkpoint.state_dict, **checkpoint.config)
-    return model if torch_dtype is None else model.to(torch_dtype)
+    return model if torch_dtype is None else cast(model, torch_dtype)
 
 
 def read_edm2(path: str | Path) -> EDM2Checkpoint:

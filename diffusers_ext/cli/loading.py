@@ -16,5 +16,5 @@ def load_on_processes(model: str, pipeline: str | None, device, dtype: str, trus
         device = accelerator.device
     # one after the other, since the first may download the model and copy its code
     with nullcontext() if accelerator is None else accelerator.main_process_first():
-        pipe = load_pipeline(model, pipeline, trust_remote_code=trust_remote_code)
-    return pipe.to(device, getattr(torch, dtype))
+        pipe = load_pipeline(model, pipeline, trust_remote_code, dtype=getattr(torch, dtype))
+    return pipe.to(device)

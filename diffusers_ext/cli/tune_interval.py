@@ -55,7 +55,7 @@ def tune_interval(
     device = device or best_device()
     extractor = load_extractor(features, features_model, device)
     real = reference_statistics(reference, extractor, batch_size)
-    pipe = load_pipeline(model, pipeline, trust_remote_code=trust_remote_code).to(device, getattr(torch, dtype))
+    pipe = load_pipeline(model, pipeline, trust_remote_code, dtype=getattr(torch, dtype)).to(device)
     labels = cycled_labels(pipe, num_samples)
     if labels is None:
         raise click.UsageError(f"{model} takes no class labels; tune text-to-image models through the Python function")

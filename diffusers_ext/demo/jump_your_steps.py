@@ -48,7 +48,7 @@ def run_jump_your_steps(
     words, the seconds that the timestep tables took, and the files.
     """
     settings = settings or JumpYourStepsSettings()
-    pipe = load_pipeline(settings.model).to(device, torch.float32)
+    pipe = load_pipeline(settings.model, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     with Progress(console=console, transient=True) as progress:
         started, work = time.perf_counter(), progress.add_task("tables", total=None)

@@ -74,6 +74,10 @@ def optimize_timesteps(
     progress: whether to show a progress bar; or a function, called with what is done and what there is.
     accelerator: shares the work out among its processes, all of which get the same tables.
 
+    Another number of threads or processes, another batch size or another machine rounds the network's float32 in its
+    own way. That changes costs by about 1e-7 of themselves, so they are recorded to five digits, the last of which may
+    differ; and a table only where two are equally good to that rounding.
+
     Raises ValueError for arguments that are out of range or contradict each other, more steps than the grid has, data
     that are not of the scheduler's vocabulary, a file of other settings or in use, and rates that are not finite, with
     the time and the position.
@@ -154,12 +158,17 @@ def _by_statistics(
         n: (
             path,
             {
-                "bound": total_cost(costs, path, free_end),
-                "bound_of_even_steps": total_cost(costs, grid.even(n), free_end),
+                "bound": _recorded(total_cost(costs, path, free_end)),
+                "bound_of_even_steps": _recorded(total_cost(costs, grid.even(n), free_end)),
             },
         )
         for n, path in paths.items()
     }
+
+
+def _recorded(cost: float) -> float:
+    """To five digits: a float32 network rounds by its number of threads, its batch and its machine in the seventh."""
+    return float(f"{cost:.5g}")
 
 
 def _golden(objective: KLUB, grid: Grid, numbers: list[int], work) -> dict[int, tuple[list[int], dict]]:

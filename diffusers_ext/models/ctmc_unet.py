@@ -11,6 +11,8 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+FLOOR = 1e-6  # of the mass of a bin, relative to what lies on one side of it
+
 
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(channels // 4, 32), channels, eps=1e-6)
@@ -99,7 +101,8 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
     shape: (channels, height, width) of the image; tokens are flattened in this order. num_levels: size of the
     vocabulary. channels, channel_mult, num_res_blocks: width of the first level, factors of all, blocks a level.
     attention_level: which level has attention after each block. skip_rescale: residual sums are divided by sqrt 2.
-    fix_logistic: compute each mass from both tails and take the smaller, which is exact far to the right of the mean.
+    fix_logistic: whether levels far to the right of the mean become as improbable as those far to the left; else the
+        mass of a level is at least 1e-6 times all that lies below it, as in the authors' CIFAR-10 model.
 
     Raises ValueError unless time_embed_dim is even and at least 4, height and width can be halved once for each level
     but the first, and attention_level is a level.
@@ -187,10 +190,10 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
         x = tokens.view(-1, colours, height, width).to(self.conv_in.weight.dtype)
         x = x / (self.config.num_levels - 1) * 2 - 1
         mean, log_scale = self._mean_and_log_scale(x, timestep)
-        return self._logits(mean.flatten(1).float(), log_scale.flatten(1).float())
+        return self._logits(mean.flatten(1), log_scale.flatten(1))
 
     def _mean_and_log_scale(self, x: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the logistic law of each pixel and channel, each of the shape of x."""
+        """Of the logistic law of each pixel and channel, of the shape of x; float32 for any dtype of the model."""
         features = get_timestep_embedding(timestep * self.config.time_scale_factor, self.config.time_embed_dim)
         temb = self.time_mlp(features.to(x.dtype))
         h = self.conv_in(x)
@@ -204,27 +207,28 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
                 h = torch.cat([h, skips.pop()], dim=1)
             h = _run(stage, h, temb)
         mean, log_scale = self.conv_out(F.silu(self.norm_out(h))).chunk(2, dim=1)
-        return torch.tanh(x + mean), log_scale
+        return torch.tanh(x.float() + mean.float()), log_scale.float()
 
     def _logits(self, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
-        """Log mass of each level's bin under a logistic law; mean, log_scale: (batch, n)."""
+        r"""Log mass of each level's bin (a, b) under a logistic law; mean, log_scale: (batch, n) float32.
+
+        No difference of nearly equal numbers is taken, so that both tails are as exact as the middle:
+
+        .. math:: \log(\sigma(b) - \sigma(a)) = \log \sigma(b) + \log \sigma(-a) + \log(1 - e^{a - b})
+        """
         levels = self.config.num_levels
         edges = torch.linspace(-1, 1, levels + 1, device=mean.device)
-        # 2: where the scale starts, e^-2 of the range of the pixels
-        scaled = (edges - mean.unsqueeze(-1)) * torch.exp(2 - log_scale).unsqueeze(-1)
-        logits = _log_minus_exp(F.logsigmoid(scaled[..., 1:]), F.logsigmoid(scaled[..., :-1]))
-        if self.config.fix_logistic:
-            upper = _log_minus_exp(F.logsigmoid(-scaled[..., :-1]), F.logsigmoid(-scaled[..., 1:]))
-            logits = torch.minimum(logits, upper)
-        return logits
+        # 2: where the scale starts, e^-2 of the range of the pixels. The bounds keep what follows finite.
+        steepness = (2 - log_scale).clamp(-80, 80).exp().unsqueeze(-1)
+        scaled = (edges - mean.unsqueeze(-1)) * steepness
+        below, above = F.logsigmoid(scaled[..., 1:]), F.logsigmoid(-scaled[..., :-1])
+        mass = below + above + torch.log(-torch.expm1(-2 / levels * steepness))
+        # The authors' floor: a share of all that lies below the bin, or with fix_logistic of its smaller side.
+        side = torch.minimum(below, above) if self.config.fix_logistic else below
+        return torch.logaddexp(mass, side + math.log(FLOOR))
 
 
 def _run(layers: nn.ModuleList, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
     for layer in layers:
         x = layer(x, temb)
     return x
-
-
-def _log_minus_exp(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """log(e^a - e^b) for a > b, bounded below."""
-    return a + torch.log1p(-torch.exp(b - a) + 1e-6)

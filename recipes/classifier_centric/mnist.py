@@ -129,7 +129,7 @@ def draw_digits(pipe, solver: str, sets: dict[float, tuple], path: Path) -> None
 @click.option("--device", default="cpu", show_default=True)
 def main(base, flows, output, guidance_scales, solvers, samples, seeds, num_inference_steps, dtype, device):
     """Measure plain guidance and its repair on MNIST."""
-    pipe = load_pipeline(base).to(device, getattr(torch, dtype))
+    pipe = load_pipeline(base, dtype=getattr(torch, dtype)).to(device)
     repairers = {name: FlowPostprocessingPipeline.from_pretrained(folder).to(device, getattr(torch, dtype))
                  for name, _, folder in (flow.partition("=") for flow in flows)}  # fmt: skip
     for each in (pipe, *repairers.values()):

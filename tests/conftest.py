@@ -1,0 +1,70 @@
+"""What every run of the tests has in common: threads, caches, selections of tests, and which skips CI accepts.
+
+Read before any test module, so that the environment is set before torch is imported.
+"""
+
+import inspect
+import os
+import re
+import tempfile
+
+import pytest
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Workers share the cores, so each computes on one thread, and what a test starts inherits it.
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    # diffusers copies the files of custom pipelines there, always under the same names.
+    modules = tempfile.TemporaryDirectory(prefix=f"diffusers-ext-modules-{worker}-")
+    os.environ["HF_MODULES_CACHE"] = modules.name
+
+
+# Selections of tests, none of which anyone has to keep
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="the first case of every test that is not slow")
+
+
+COMPARES = re.compile(r"assert_close|assert_allclose|approx\(")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if not item.get_closest_marker("slow") and COMPARES.search(inspect.getsource(item.function)):
+            item.add_marker("numeric")
+    if config.getoption("--quick"):
+        first = {}
+        for item in items:
+            if not item.get_closest_marker("slow"):
+                first.setdefault(item.nodeid.split("[")[0], item)
+        kept = set(first.values())
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
+# In CI, whose versions are pinned and all there, a test is skipped only where it does not apply: anything else, an old
+# version or a package that is missing, is an error.
+
+ACCEPTED = re.compile(
+    "no browser on PATH|has no classes|has no callback|has no guidance scale or no callback"
+    "|takes no prompt, or draws one sample for each|UNets have no cache"
+)
+
+
+def checked(report):
+    reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
+    if os.environ.get("CI") == "true" and reason and not hasattr(report, "wasxfail") and not ACCEPTED.search(reason):
+        report.outcome, report.longrepr = "failed", f"CI must not skip this: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return checked((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return checked((yield))
