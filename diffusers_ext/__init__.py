@@ -22,11 +22,13 @@ from .models import *  # noqa: F403
 from .pipelines import *  # noqa: F403
 from .schedulers import *  # noqa: F403
 
-# A saved pipeline names its class alone, and DiffusionPipeline.from_pretrained looks that name up on diffusers. So a
-# scheduler does for the classes that its config can be given to (`compatibles`), its own among them.
-for _module, _kind in ((pipelines, "Pipeline"), (schedulers, "Scheduler")):
+# Saved pipelines and networks name their class alone, and DiffusionPipeline.from_pretrained and AutoModel look that name
+# up on diffusers. So a scheduler does for the classes that its config can be given to (`compatibles`), its own among them.
+_LOADED = (_diffusers.DiffusionPipeline, _diffusers.SchedulerMixin, _diffusers.ModelMixin)
+for _module in (pipelines, schedulers, models):
     for _name in _module.__all__:
-        if _name.endswith(_kind) and not hasattr(_diffusers, _name):
-            setattr(_diffusers, _name, getattr(_module, _name))
+        _value = getattr(_module, _name)
+        if isinstance(_value, type) and issubclass(_value, _LOADED) and not hasattr(_diffusers, _name):
+            setattr(_diffusers, _name, _value)
 
 __all__ = ["__version__", *models.__all__, *pipelines.__all__, *schedulers.__all__]
