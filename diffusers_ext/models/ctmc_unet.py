@@ -116,7 +116,6 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _repeated_blocks = ["ResBlock"]  # noqa: RUF012  diffusers' name and form
 
     @register_to_config
     def __init__(

@@ -149,7 +149,9 @@ class MPLayer(nn.Module):
         return kept[self][1]
 
     def normalised_weight(self) -> torch.Tensor:
-        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        # a copy where a hook narrows the parameter again before the backward pass reads it
+        wide, copy = torch.promote_types(self.weight.dtype, torch.float32), hasattr(self, "_diffusers_hook")
+        weight = self.weight.to(wide, copy=copy)
         fan_in = weight[0].numel()
         # A float16 gain rounds the quotient to float16, as it did in the network that was evaluated in the paper.
         scale = (1.0 if self.gain is None else self.gain) / math.sqrt(fan_in)
