@@ -22,8 +22,8 @@ from .models import *  # noqa: F403
 from .pipelines import *  # noqa: F403
 from .schedulers import *  # noqa: F403
 
-# Saved pipelines and networks name their class alone, and DiffusionPipeline.from_pretrained and AutoModel look that name
-# up on diffusers. So a scheduler does for the classes that its config can be given to (`compatibles`), its own among them.
+# Saved pipelines and networks name their class alone, which DiffusionPipeline.from_pretrained and AutoModel look up on
+# diffusers. So a scheduler does for the classes that its config can be given to (`compatibles`), its own among them.
 _LOADED = (_diffusers.DiffusionPipeline, _diffusers.SchedulerMixin, _diffusers.ModelMixin)
 for _module in (pipelines, schedulers, models):
     for _name in _module.__all__:

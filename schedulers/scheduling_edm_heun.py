@@ -128,8 +128,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         integer = isinstance(begin_index, numbers.Integral) and not isinstance(begin_index, bool)
         if not integer or begin_index % self.order or not 0 <= begin_index < entries:
             raise ValueError(
-                f"begin_index={begin_index!r} must be an even number in [0, {entries}): an entry of timesteps at which a"
-                " step starts, 2i for step i."
+                f"begin_index={begin_index!r} must be an even number in [0, {entries}): an entry of timesteps at which"
+                " a step starts, 2i for step i."
             )
         self._begin_index = int(begin_index)
 

@@ -18,8 +18,8 @@ def classifier_gradient(
 ) -> torch.Tensor:
     """grad_x log p(c | x_t) of a noise-aware classifier, by automatic differentiation.
 
-    classifier: called as classifier(x_t, timestep), returns logits (batch, classes), an output that has them, or a tuple
-        of which they are the first.
+    classifier: called as classifier(x_t, timestep), returns logits (batch, classes), an output that has them, or a
+        tuple of which they are the first.
     sample: x_t (batch, ...). timestep: (batch,). class_labels: (batch,); a label that is none of the classifier's
     classes, such as the null class, has gradient 0. Returns (batch, ...) in the sample's dtype.
     """

@@ -576,7 +576,7 @@ class EDM2UNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         patterns = (*(skip_modules_pattern or ()), *self._skip_layerwise_casting_patterns)
         for name, layer in self.named_modules():
             skipped = any(re.search(pattern, name) for pattern in patterns)
-            if hasattr(layer, "normalised_weight") and not skipped and not isinstance(layer, skip_modules_classes or ()):
+            if hasattr(layer, "normalised_weight") and not (skipped or isinstance(layer, skip_modules_classes or ())):
                 apply_layerwise_casting_hook(layer, storage_dtype, compute_dtype, non_blocking)
 
     @classmethod
