@@ -31,10 +31,12 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# A saved pipeline names its class alone, and DiffusionPipeline.from_pretrained looks that name up on diffusers. So a
-# scheduler does for the classes that its config can be given to (`compatibles`), its own among them.
-for _module, _kind in ((pipelines, "Pipeline"), (schedulers, "Scheduler")):
+# Saved pipelines and networks name their class alone, which DiffusionPipeline.from_pretrained and AutoModel look up on
+# diffusers. So a scheduler does for the classes that its config can be given to (`compatibles`), its own among them.
+_LOADED = (_diffusers.DiffusionPipeline, _diffusers.SchedulerMixin, _diffusers.ModelMixin)
+for _module in (pipelines, schedulers, models):
     for _name in _module.__all__:
-        if _name.endswith(_kind) and _name not in pipelines.LAZY and not hasattr(_diffusers, _name):
-            setattr(_diffusers, _name, getattr(_module, _name))
+        _value = None if _name in pipelines.LAZY else getattr(_module, _name)
+        if isinstance(_value, type) and issubclass(_value, _LOADED) and not hasattr(_diffusers, _name):
+            setattr(_diffusers, _name, _value)
 _diffusers.__getattr__ = __getattr__  # PEP 562; diffusers' own lazy names are looked up after it

@@ -7,7 +7,8 @@ Autoguidance: Karras et al., NeurIPS 2024, arXiv 2406.02507.
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from numbers import Real
 
 import torch
@@ -150,7 +151,7 @@ class EDM2Pipeline(DiffusionPipeline):
         self._num_evaluations = {"unet": 0, "guidance_unet": 0}
 
         x = self._initial_sample(batch_size, latents, generator, device)
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+        with self._constant_weights(), self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, sigma_next in enumerate(edges[1:]):
                 guide = i in self._guided_steps
                 x, sigma_hat = self.scheduler.churn(x, generator=generator)
@@ -166,6 +167,15 @@ class EDM2Pipeline(DiffusionPipeline):
         images = x if output_type == "latent" else as_output(self.decode(x, decode_batch_size), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @contextmanager
+    def _constant_weights(self) -> Iterator[None]:
+        """Where EDM2 networks normalise their weights once for the whole call. Others are left as they are."""
+        with ExitStack() as stack:
+            for network in (self.unet, self.guidance_unet):
+                if hasattr(network, "constant_weights"):
+                    stack.enter_context(network.constant_weights())
+            yield
 
     def _denoise(self, x: torch.Tensor, sigma: float, labels: torch.Tensor | None, guide: bool) -> torch.Tensor:
         """D, in the dtype of x."""

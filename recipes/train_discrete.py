@@ -76,7 +76,7 @@ def loss_of(model, scheduler: CTMCScheduler, original: torch.Tensor, weighting: 
     """Mean loss a position at uniform times; original: (batch, length) int64."""
     timesteps = FIRST_TIME + (1 - FIRST_TIME) * torch.rand(len(original), device=original.device)
     noisy = scheduler.add_noise(original, None, timesteps)
-    output = model(noisy, scheduler.model_time(timesteps, len(original))).float()
+    output = model(noisy, scheduler.model_time(timesteps, len(original))).sample.float()
     if scheduler.config.prediction_type == "x0":
         return x0_cross_entropy(scheduler, output, noisy, original).mean()
     loss = score_entropy_loss(scheduler, output, noisy, original, timesteps, weighting)

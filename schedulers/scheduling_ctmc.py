@@ -44,7 +44,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
     `step` walks the edges 1 = t_0 > t_1 > ... > t_n = min_timestep; at the last edge it returns clean tokens:
 
         for t in scheduler.timesteps:  # n + 1 network calls, n for gillespie
-            output = model(sample, scheduler.model_time(t, len(sample)))
+            output = model(sample, scheduler.model_time(t, len(sample))).sample
             sample = scheduler.step(output, t, sample, generator).prev_sample
 
     kernel: what Q is. "absorbing" to a mask, "uniform", "gaussian" (ordered tokens, tauLDR), "birth_death" (to either

@@ -61,7 +61,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
     Attributes after `set_timesteps`:
         sigmas: (n + 1,) float64 on the CPU, strictly decreasing to 0.
         timesteps: (2n - 1,) the sigma of each evaluation before churn, in order.
-        step_index: the step that the next evaluation belongs to.
+        step_index: the step that the next evaluation belongs to, which starts at `sigmas[step_index]`.
+        begin_index: what `set_begin_index` set, or None.
 
     Raises:
         ValueError: for numbers out of range; the message names them.
@@ -91,8 +92,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"S_max={S_max!r} must be a number >= S_min={S_min}, or None for no limit.")
         if math.isinf(limit):
             self.register_to_config(S_max=None)
-        self.num_inference_steps = None
-        self.timesteps = self.sigmas = None
+        self.num_inference_steps = self.timesteps = self.sigmas = None
+        self._step_index = self._begin_index = None
 
     @staticmethod
     def state_dtype(device: torch.device) -> torch.dtype:
@@ -107,7 +108,30 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
     @property
     def step_index(self) -> int | None:
         """The step that the next evaluation belongs to, from 0; None before `set_timesteps`."""
-        return None if self.num_inference_steps is None else self._step_index
+        if self.num_inference_steps is None or self._step_index is not None:
+            return self._step_index
+        return (self._begin_index or 0) // self.order
+
+    @property
+    def begin_index(self) -> int | None:
+        """The entry of `timesteps` at which a run starts, if it was set since the schedule was."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start the run at this entry of `timesteps` and leave those before it out; `set_timesteps` takes it back.
+
+        As for every diffusers scheduler of order 2, step i starts at entry 2i. Without effect on a run under way.
+
+        Raises ValueError for what is not the start of a step of the schedule.
+        """
+        entries = math.inf if self.timesteps is None else len(self.timesteps)
+        integer = isinstance(begin_index, numbers.Integral) and not isinstance(begin_index, bool)
+        if not integer or begin_index % self.order or not 0 <= begin_index < entries:
+            raise ValueError(
+                f"begin_index={begin_index!r} must be an even number in [0, {entries}): an entry of timesteps at which"
+                " a step starts, 2i for step i."
+            )
+        self._begin_index = int(begin_index)
 
     def set_timesteps(
         self,
@@ -136,7 +160,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         device = torch.device("cpu" if device is None else device)
         timesteps = self.sigmas[:-1].repeat_interleave(2)[1:]
         self.timesteps = timesteps.to(device=device, dtype=self.state_dtype(device))
-        self._step_index, self._slope, self._start, self._churned = 0, None, None, False
+        self._step_index = self._begin_index = self._slope = self._start = None
+        self._churned = False
 
     def _karras_table(self, n: int) -> np.ndarray:
         """Equation 5, (n,) float64."""
@@ -232,7 +257,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             model_output: D, the denoised sample, (batch, ...).
             timestep: the sigma at which D was evaluated: sigma_hat, then sigma_{i+1}. Checked against the schedule.
             sample: where D was evaluated: x_hat, then x' as this function returned it.
-            return_dict: `EDMHeunSchedulerOutput`, or the tuple (prev_sample,).
+            return_dict: `EDMHeunSchedulerOutput`, or the tuple (prev_sample, pred_original_sample).
 
         Returns x' or, from the second call of a step and from the last step, x_{i+1}, in the state's dtype.
 
@@ -260,7 +285,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             self._slope = self._start = None
             self._step_index += 1
         self._churned = False
-        return EDMHeunSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample,)
+        return EDMHeunSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
 
     def _first_sigma(self, sigma: float) -> float:
         """sigma_hat of this step."""
@@ -276,6 +301,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
     def _check_running(self):
         if self.num_inference_steps is None:
             raise ValueError("The schedule is not set: call set_timesteps first.")
+        self._step_index = self.step_index  # a run has begun
         if self._step_index >= self.num_inference_steps:
             raise ValueError(
                 f"All {self.num_inference_steps} steps of the schedule are done: call set_timesteps to start again."

@@ -165,10 +165,10 @@ def test_reduced_precision():
 def test_classifier_sees_the_timestep_and_saves(tmp_path):
     classifier = NoiseAwareClassifier(4, 3, (8,))
     x = torch.randn(2, 1, 2, 2)
-    assert not torch.equal(classifier(x, torch.tensor([1, 1])), classifier(x, torch.tensor([1, 900])))
+    assert not torch.equal(classifier(x, torch.tensor([1, 1])).logits, classifier(x, torch.tensor([1, 900])).logits)
     classifier.save_pretrained(tmp_path)
     again = NoiseAwareClassifier.from_pretrained(tmp_path)
-    torch.testing.assert_close(again(x, torch.tensor(5)), classifier(x, torch.tensor(5)))
+    torch.testing.assert_close(again(x, torch.tensor(5)).logits, classifier(x, torch.tensor(5)).logits)
     with pytest.raises(ValueError, match="sample must hold 4 numbers each"):
         classifier(torch.randn(2, 5), torch.tensor(5))
 

@@ -25,7 +25,7 @@ def test_sedd(name, case, tmp_path):
     g = golden(case).t
     _, error = convert_sedd(GOLDENS / name, tmp_path / "out")
     loaded = load_pipeline(str(tmp_path / "out"))
-    torch.testing.assert_close(loaded.model(g["x"], g["sigma"]), g["log_score"], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(loaded.model(g["x"], g["sigma"]).sample, g["log_score"], rtol=2e-5, atol=2e-5)
     kernel, noise = ("absorbing", "loglinear") if "absorb" in name else ("uniform", "geometric")
     assert error == 0 and (loaded.scheduler.config.kernel, loaded.scheduler.config.noise_schedule) == (kernel, noise)
     loaded.set_progress_bar_config(disable=True)
@@ -62,7 +62,7 @@ def test_countdown(tmp_path):
     torch.save(load_file(GOLDENS / "sedd_absorb_hub/model.safetensors"), tmp_path / "count.pt")
     convert_countdown(tmp_path / "count.pt", tmp_path / "out", length=24)
     pipe = load_pipeline(str(tmp_path / "out"))
-    torch.testing.assert_close(pipe.model(g["x"], g["sigma"]), g["log_score"], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(pipe.model(g["x"], g["sigma"]).sample, g["log_score"], rtol=2e-5, atol=2e-5)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.scheduler.mask_token_id == 17 and pipe(num_inference_steps=2).tokens.shape == (1, 24)
 
@@ -75,8 +75,8 @@ def test_tauldr(case, tmp_path):
     checkpoint, config = tauldr_files(tmp_path, recorded.config, state)
     pipeline, error = convert_tauldr(checkpoint, config, tmp_path / "out", weights="raw")
     pipe = load_pipeline(str(tmp_path / "out"))
-    probabilities = pipe.model(recorded.t["x"], recorded.t["t"]).softmax(-1)
-    torch.testing.assert_close(probabilities, pipeline.model(recorded.t["x"], recorded.t["t"]).softmax(-1))
+    probabilities = pipe.model(recorded.t["x"], recorded.t["t"]).sample.softmax(-1)
+    torch.testing.assert_close(probabilities, pipeline.model(recorded.t["x"], recorded.t["t"]).sample.softmax(-1))
     if case == "ctmc_unet_net":
         torch.testing.assert_close(probabilities, recorded.t["probs"], rtol=3e-4, atol=3e-5)
     assert error == 0 and pipe.scheduler.config.time_conditioning == "timestep"

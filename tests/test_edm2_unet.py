@@ -4,14 +4,18 @@ import copy
 import json
 import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conventions import newer_torch
 from diffusers.models.attention_dispatch import attention_backend
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from diffusers_ext import EDM2_PRESETS, EDM2UNet2DModel
 from diffusers_ext.checkpoints import UnsafePickleError, load_edm2
@@ -203,21 +207,43 @@ class Count:
         return self.calls - before
 
 
-def test_weights_are_normalised_once(monkeypatch):
+def test_weights_are_normalised_once_in_a_block(monkeypatch):
+    """One normalisation of every layer that runs, whatever the number of forwards; outside each forward its own."""
     model, count = tiny(), Count(monkeypatch)
     layers = sum(isinstance(layer, MPLayer) for layer in model.modules()) - 1  # the head of logvar is not asked
+    expected = run(model)
     assert count.during(lambda: run(model)) == layers
-    assert count.during(lambda: run(model)) == 0
-    assert count.during(lambda: run(copy.deepcopy(model))) == layers
+    for _ in range(2):
+        with model.constant_weights() as same:
+            assert same is model
+            assert count.during(lambda: run(model)) == layers
+            assert count.during(lambda: [run(model), run(model)]) == 0
+            assert torch.equal(run(model), expected)
+            assert count.during(lambda: run(copy.deepcopy(model))) == layers
+    assert count.during(lambda: run(model)) == layers
     model.train()
-    assert count.during(lambda: run(model)) == count.during(lambda: run(model)) == layers
+    with model.constant_weights():
+        assert count.during(lambda: run(model)) == count.during(lambda: run(model)) == layers
 
 
 def other_weights() -> dict[str, torch.Tensor]:
     return {name: 1.3 * tensor + 0.1 for name, tensor in tiny().state_dict().items()}
 
 
-CHANGES = {
+def averaged(model) -> EMAModel:
+    """An average whose weights are others."""
+    return EMAModel([1.3 * p.detach() + 0.1 for p in model.parameters()])
+
+
+def restore_others(model):
+    average = averaged(model)
+    average.store([1.2 * p for p in model.parameters()])
+    average.copy_to(model.parameters())
+    run(model)
+    average.restore(model.parameters())
+
+
+COUNTED = {
     "half": lambda model: model.half(),
     "half and back": lambda model: model.half().float(),
     "bfloat16": lambda model: model.to(torch.bfloat16),
@@ -226,16 +252,23 @@ CHANGES = {
     "assign": lambda model: model.load_state_dict(other_weights(), assign=True),
     "in place": lambda model: model.out_conv.weight.mul_(-1),
     "gain": lambda model: model.out_conv.gain.fill_(2.0),
-    "data and a change of mode": lambda model: [model.out_conv.weight.data.mul_(-1), model.train(), model.eval()],
     "another parameter": lambda model: setattr(model.out_conv, "gain", torch.nn.Parameter(torch.tensor(3.0))),
+    "other data": lambda model: setattr(model.out_conv.weight, "data", -model.out_conv.weight.data),
+    "vector_to_parameters": lambda model: vector_to_parameters(
+        1.3 * parameters_to_vector(model.parameters()) + 0.1, model.parameters()
+    ),
     "train and eval": lambda model: model.train() and model.eval(),
+}
+CHANGES = {
+    **COUNTED,
+    "data in place": lambda model: model.out_conv.weight.data.mul_(-1),
+    "EMAModel.copy_to": lambda model: averaged(model).copy_to(model.parameters()),
+    "EMAModel.restore": restore_others,
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_kept_weights_follow_every_change(change):
+def check_change(model, change):
     """After the change the model is what a new one with the same parameters is."""
-    model = tiny()
     before = run(model)
     with torch.no_grad():
         CHANGES[change](model)
@@ -246,20 +279,105 @@ def test_kept_weights_follow_every_change(change):
         assert not torch.equal(run(model), before)
 
 
-def test_moving_between_devices_as_offloading_does():
-    """accelerate takes the weights away between calls, where a second copy of them would be in the way."""
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_change_of_the_weights_is_missed(change):
     model = tiny()
+    with model.constant_weights():
+        run(model)
+    check_change(model, change)
+    with model.constant_weights():  # and none before a block
+        fresh = tiny().to(model.dtype)
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(run(model), run(fresh))
+
+
+@pytest.mark.parametrize("change", COUNTED)
+def test_what_torch_counts_is_seen_inside_of_a_block(change):
+    model = tiny()
+    with model.constant_weights():
+        check_change(model, change)
+
+
+def test_blocks_know_nothing_of_each_other(tmp_path):
+    """A block inside of another, one of another thread, and a thread without a block see the weights as they are."""
+    model = tiny()
+    with model.constant_weights():
+        before = run(model)
+        with torch.no_grad():
+            model.out_conv.weight.data.mul_(-1)  # hidden from torch
+        assert torch.equal(run(model), before)
+        with model.constant_weights():
+            inside = run(model)
+        with ThreadPoolExecutor(1) as pool:
+            elsewhere = pool.submit(run, model).result()
+        assert torch.equal(run(model), before)  # as it was promised
+        model.save_pretrained(tmp_path)
+    assert not torch.equal(inside, before)
+    assert torch.equal(inside, elsewhere) and torch.equal(inside, run(model))
+    torch.testing.assert_close(run(EDM2UNet2DModel.from_pretrained(tmp_path)), inside, atol=1e-5, rtol=0)
+    with pytest.raises(ZeroDivisionError), model.constant_weights():
+        1 / 0  # noqa: B018
+    assert not module._constant.get()
+
+
+def test_two_networks_at_a_time(monkeypatch):
+    one, other, count = tiny(), tiny(label_dim=0), Count(monkeypatch)
+    with one.constant_weights(), other.constant_weights():
+        first = count.during(lambda: [run(one), run(other, labels=None)])
+        assert first > 0 and count.during(lambda: [run(one), run(other, labels=None)]) == 0
+
+
+def test_offloading_keeps_no_copies(monkeypatch):
+    """accelerate takes the weights away between calls, where a second copy of them would be in the way."""
+    model, count = tiny(), Count(monkeypatch)
     expected = run(model)
     cpu_offload(model, torch.device("cpu"))
-    assert torch.equal(run(model), expected) and torch.equal(run(model), expected)
-    assert model.out_conv._kept is None
+    with model.constant_weights():
+        assert torch.equal(run(model), expected) and torch.equal(run(model), expected)
+        assert not any(module._constant.get().values())
+    whole = tiny()
+    add_hook_to_module(whole, ModelHook())  # as of model offloading, which moves the network as a whole
+    with whole.constant_weights():
+        run(whole)
+        assert count.during(lambda: run(whole)) == 0
+        whole.to("cpu", torch.float64)
+        assert not any(module._constant.get().values())
 
 
 @newer_torch
-def test_group_offloading():
+def test_group_offloading_and_casting_keep_no_copies():
     expected, other = run(tiny()), tiny()
     other.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-    assert torch.equal(run(other), expected)
+    cast = tiny()
+    cast.enable_layerwise_casting(torch.float16, torch.float32)
+    for network in (other, cast):
+        with network.constant_weights():
+            torch.testing.assert_close(run(network), expected, atol=5e-3, rtol=0)
+            assert not module._constant.get()
+
+
+@newer_torch
+def test_layerwise_casting():
+    """Most of the parameters are stored in the narrow type; embeddings, gains and both ends of the network not."""
+    expected, model = run(tiny()), tiny()
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    narrow = {name for name, p in model.named_parameters() if p.dtype == torch.float8_e4m3fn}
+    assert "enc.4x4_block0.attn.to_qkv.weight" in narrow and "dec.8x8_block0.conv_res1.weight" in narrow
+    assert not [name for name in narrow if "emb" in name or "gain" in name or "out_conv" in name or "logvar" in name]
+    with torch.device("meta"):
+        real = EDM2UNet2DModel.from_preset("edm2-img512-xs")
+    real.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+    cast = sum(p.numel() for p in real.parameters() if p.dtype == torch.float8_e4m3fn)
+    assert cast / real.num_parameters() > 0.9
+    assert model.dtype == torch.float32
+    torch.testing.assert_close(run(model), expected, atol=0.2, rtol=0)
+    assert not torch.equal(run(model), expected)
+    few = tiny()
+    few.enable_layerwise_casting(compute_dtype=torch.float32, skip_modules_pattern=("^enc",))
+    assert {name.split(".")[0] for name, p in few.named_parameters() if p.dtype == torch.float8_e4m3fn} == {"dec"}
+    none = tiny()
+    none.enable_layerwise_casting(skip_modules_classes=(MPLayer,))
+    assert {p.dtype for p in none.parameters()} == {torch.float32}
 
 
 def test_gradients():
@@ -300,8 +418,13 @@ def test_compiles_as_one_graph():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert torch.equal(run(compiled), expected) and torch.equal(run(compiled), expected)
         if mode == "eval":
-            model.load_state_dict(other_weights())
+            with model.constant_weights():
+                assert torch.equal(run(compiled), expected)
+            with torch.no_grad():
+                model.out_conv.weight.mul_(-1)
             assert torch.equal(run(compiled), run(model)) and not torch.equal(run(model), expected)
+            averaged(model).copy_to(model.parameters())
+            assert torch.equal(run(compiled), run(model))
         if mode == "train":
             model.train()
             compiled(X, SIGMA, LABELS).sample.sum().backward()
@@ -348,9 +471,7 @@ def test_what_computes_in_which_dtype():
     assert types["emb_noise"] == types["dec.4x4_in0.emb_linear"] == torch.float32
     assert set(watch(tiny().half()).values()) == {torch.float32}  # on the CPU
     assert set(watch(tiny(use_fp16=False).to(torch.bfloat16)).values()) == {torch.float32}
-    layer = MPLayer(4, 4).half()
-    assert layer.working_dtype == torch.float32
-    assert layer.to("meta").working_dtype == torch.float16  # as on any other device
+    assert tiny().half()._working_dtype(torch.device("cuda")) == torch.float16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -132,7 +132,7 @@ def test_loop_is_the_schedulers():
     x = scheduler.sample_prior((2, 12), generator)
     with torch.no_grad():
         for t in scheduler.timesteps:
-            x = scheduler.step(pipe.model(x, scheduler.model_time(t, 2)), t, x, generator).prev_sample
+            x = scheduler.step(pipe.model(x, scheduler.model_time(t, 2)).sample, t, x, generator).prev_sample
     assert torch.equal(run(pipe, timesteps=[1.0, 0.4, 1e-4]).tokens, x)
 
 

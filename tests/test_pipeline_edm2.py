@@ -12,12 +12,14 @@ from click.testing import CliRunner
 from contracts import PipelineContract
 from conventions import newer_torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
 from diffusers_ext import EDM2Pipeline, EDM2UNet2DModel, EDMHeunScheduler
 from diffusers_ext.checkpoints import load_edm2
 from diffusers_ext.cli import main
 from diffusers_ext.image_sets import read_images
+from diffusers_ext.models.edm2_unet import MPLayer
 from diffusers_ext.pipelines import edm2 as module
 from diffusers_ext.sampling import cycled_labels, sample_to_folder
 
@@ -232,6 +234,37 @@ def test_autoguidance_gives_both_networks_the_labels():
     )
     run(unconditional, guidance_scale=2.0, guided_steps=(1, 1))
     assert seen[2:] == [None, None]
+
+
+def test_weights_are_normalised_once_a_call(monkeypatch):
+    """Of both networks, whatever the number of steps, and anew at the next call; a failed call leaves nothing open."""
+    pipe, count = pipeline(), []
+    original = MPLayer.normalised_weight
+    monkeypatch.setattr(MPLayer, "normalised_weight", lambda layer: count.append(layer) or original(layer))
+    for steps in (2, 5):
+        count.clear()
+        run(pipe, num_inference_steps=steps, guidance_scale=2.0)
+        assert len(count) == len(set(count)) > 90
+    with pytest.raises(ZeroDivisionError):
+        run(pipe, callback_on_step_end=lambda *_: 1 / 0)
+    count.clear()
+    for _ in range(2):
+        pipe.unet(torch.zeros(1, 3, 8, 8), 1.0, 0)
+    assert len(count) == 2 * len(set(count))
+
+
+def test_raw_and_averaged_weights_are_told_apart():
+    """A comparison of the two swaps the weights with EMAModel, through `.data`, between calls."""
+    pipe, other = pipeline(guide=None), pipeline(guide=None)
+    for parameter in other.unet.parameters():
+        parameter.data.mul_(1.5).add_(0.1)
+    raw, averaged = run(pipe), run(other)
+    average = EMAModel(other.unet.parameters())
+    average.store(pipe.unet.parameters())
+    average.copy_to(pipe.unet.parameters())
+    assert torch.equal(run(pipe), averaged) and not torch.equal(averaged, raw)
+    average.restore(pipe.unet.parameters())
+    assert torch.equal(run(pipe), raw)
 
 
 def test_latents_are_unit_noise():

@@ -205,7 +205,7 @@ def test_sedd(**sizes):
     except ValueError as error:
         assert "hidden_size / num_heads must be even" in str(error) or "num_streams" in str(error)
         return
-    output = model(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2))
+    output = model(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2)).sample
     assert output.shape == (2, 4, sizes["vocab_size"]) and torch.isfinite(output).all()
 
 
@@ -218,7 +218,7 @@ def test_sequence_transformer(**sizes):
     except ValueError as error:
         assert "d_model must be even and a multiple of num_heads" in str(error) or "temb_dim" in str(error)
         return
-    output = model.eval()(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2))
+    output = model.eval()(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2)).sample
     assert output.shape == (2, 4, sizes["vocab_size"]) and torch.isfinite(output).all()
 
 
@@ -237,7 +237,7 @@ def test_ctmc_unet(channels, factors, num_res_blocks, attention_level, size):
         said = ("time_embed_dim must be even", "height and width of shape", "attention_level must be in")
         assert any(one and text in str(error) for one, text in zip(wrong, said, strict=True))
         return
-    output = model.eval()(torch.zeros(1, side * side, dtype=torch.int64), torch.ones(1))
+    output = model.eval()(torch.zeros(1, side * side, dtype=torch.int64), torch.ones(1)).sample
     assert output.shape == (1, side * side, 4) and torch.isfinite(output).all()
 
 

@@ -337,7 +337,7 @@ def test_predictors_of_sedd(graph, predictor):
     model = load_sedd(GOLDENS / f"sedd_{graph}_hub")
     for name in ("denoise_t", "denoise_eps"):
         t = g[f"{name}.t"][:, 0]
-        log_score = model(g["x"], scheduler.sigma_bar(t))
+        log_score = model(g["x"], scheduler.sigma_bar(t)).sample
         assert torch.equal(scheduler.denoise(log_score, t, g["x"], noise=g[f"{name}.u"]), g[f"{name}.x_next"])
 
 
@@ -354,7 +354,7 @@ def test_whole_sampling_of_sedd(graph, sampler):
         assert torch.equal(scheduler.sample_prior(tuple(x.shape)), x)
     for t, state, u in zip(scheduler.timesteps, g["states"], noise, strict=True):
         assert torch.equal(x, state)
-        x = scheduler.step(model(x, scheduler.model_time(t, len(x))), t, x, noise=u).prev_sample
+        x = scheduler.step(model(x, scheduler.model_time(t, len(x))).sample, t, x, noise=u).prev_sample
     assert torch.equal(x, g["x_final"])
 
 
@@ -387,13 +387,13 @@ def test_whole_sampling_of_tauldr_checkpoints(case, weights, tmp_path):
     scheduler.set_timesteps(timesteps=g["timesteps"])
     x = g["x_init"]
     for i, (t, then) in enumerate(itertools.pairwise(scheduler.edges.tolist())):
-        output = model(x, scheduler.model_time(t, len(x)))
+        output = model(x, scheduler.model_time(t, len(x))).sample
         mean = off_diagonal(scheduler.reverse_rates(output, t, x), x) * (t - then)
         torch.testing.assert_close(mean, g["poisson_mean"][i], rtol=2e-3, atol=1e-5)
         x = scheduler.step(output, t, x, noise=g["jumps"][i]).prev_sample
         if i < len(g["jumps"]) - 1:
             assert torch.equal(x, g["states"][:, i].long())
-    assert torch.equal(scheduler.denoise(model(x, scheduler.model_time(t, len(x))), t, x), g["x_final"])
+    assert torch.equal(scheduler.denoise(model(x, scheduler.model_time(t, len(x))).sample, t, x), g["x_final"])
 
 
 @torch.no_grad()
@@ -406,17 +406,17 @@ def test_predictor_corrector_of_tauldr(tmp_path):
     times, x, draws = torch.linspace(1, low + 1 / steps, steps).tolist(), g["x_init"], 0
     h = times[0] - times[1]
     for t in times[:-1]:
-        output = model(x, torch.full((1,), t))
+        output = model(x, torch.full((1,), t)).sample
         mean = off_diagonal(scheduler.reverse_rates(output, t, x), x) * h
         torch.testing.assert_close(mean, g["poisson_mean"][draws], rtol=5e-3, atol=1e-5)
         x, draws = scheduler.step(output, t, x, next_timestep=t - h, noise=next(jumps)).prev_sample, draws + 1
         for _ in range(settings["num_corrector_steps"] * (t <= settings["corrector_entry_time"])):
-            output, size = model(x, torch.full((1,), t - h)), h * settings["corrector_step_size_multiplier"]
+            output, size = model(x, torch.full((1,), t - h)).sample, h * settings["corrector_step_size_multiplier"]
             rates = scheduler.reverse_rates(output, t - h, x) + scheduler.rate_matrix(t - h).float()[x]
             torch.testing.assert_close(off_diagonal(rates, x) * size, g["poisson_mean"][draws], rtol=5e-3, atol=2e-5)
             x, draws = scheduler.step_correct(output, t - h, x, size, noise=next(jumps)).prev_sample, draws + 1
     assert draws == len(g["jumps"])
-    assert torch.equal(scheduler.denoise(model(x, torch.full((1,), low)), low, x), g["x_final"])
+    assert torch.equal(scheduler.denoise(model(x, torch.full((1,), low)).sample, low, x), g["x_final"])
 
 
 @torch.no_grad()
@@ -429,12 +429,12 @@ def test_conditional_sampling_of_tauldr(tmp_path):
     times = [*torch.linspace(1, 0.01, 6).tolist(), 0.0]
     x = torch.cat([g["conditioner"], g["x_init"]], dim=1)
     for (t, then), jumps, expected in zip(itertools.pairwise(times), g["jumps"], g["poisson_mean"], strict=True):
-        output = model(x, torch.full((2,), t))
+        output = model(x, torch.full((2,), t)).sample
         mean = off_diagonal(scheduler.reverse_rates(output, t, x), x) * (t - then)
         torch.testing.assert_close(mean[:, given:], expected, rtol=5e-3, atol=1e-4)
         moved = scheduler.step(output[:, given:], t, x[:, given:], next_timestep=then, noise=jumps).prev_sample
         x = torch.cat([g["conditioner"], moved], dim=1)
-    final = scheduler.denoise(model(x, torch.full((2,), 0.01)), 0.01, x)
+    final = scheduler.denoise(model(x, torch.full((2,), 0.01)).sample, 0.01, x)
     assert torch.equal(final[:, given:], g["x_final"][:, given:])
 
 

@@ -236,8 +236,40 @@ def test_churn_must_be_called_where_it_acts():
 def test_tuple_output():
     scheduler, x = EDMHeunScheduler(), noise(2)
     scheduler.set_timesteps(3)
-    (prev,) = scheduler.step(gaussian(x, 80), 80, x, return_dict=False)
+    prev, denoised = scheduler.step(gaussian(x, 80), 80, x, return_dict=False)
     scheduler.set_timesteps(3)
     output = scheduler.step(gaussian(x, 80), 80, x)
     assert torch.equal(prev, output.prev_sample)
-    assert torch.equal(output.pred_original_sample, gaussian(x, 80))
+    assert torch.equal(denoised, output.pred_original_sample) and torch.equal(denoised, gaussian(x, 80))
+
+
+def test_a_run_may_begin_later_as_with_the_stock_scheduler():
+    """The same entry of timesteps for both: the level, the samples and what set_timesteps does to it."""
+    ours, stock = EDMHeunScheduler(), HeunDiscreteScheduler(prediction_type="sample")
+    for scheduler in (ours, stock):
+        assert scheduler.begin_index is None and scheduler.step_index is None
+        scheduler.set_timesteps(6)
+        scheduler.set_begin_index(2 * scheduler.order)
+        assert scheduler.begin_index == 4
+    stock.sigmas = torch.cat([ours.timesteps, torch.zeros(1)]).float()
+    assert ours.step_index == 2
+    x = y = noise(2, 3, dtype=torch.float32)
+    for t_stock, sigma in list(zip(stock.timesteps, ours.timesteps, strict=True))[4:]:
+        x = stock.step(gaussian(x, sigma).tanh(), t_stock, x, return_dict=False)[0]
+        y = ours.step(gaussian(y, sigma).tanh(), sigma, y, return_dict=False)[0]
+    torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="All 6 steps"):
+        ours.churn(y)
+    ours.set_timesteps(6)
+    assert ours.begin_index is None and ours.step_index == 0
+    ours.churn(y)
+    ours.set_begin_index(4)  # too late for this run
+    assert ours.step_index == 0
+
+
+@pytest.mark.parametrize("begin", [1, -2, 12, 2.0, True, None])
+def test_a_run_begins_with_a_step(begin):
+    scheduler = EDMHeunScheduler()
+    scheduler.set_timesteps(6)
+    with pytest.raises(ValueError, match=r"begin_index=.* must be an even number in \[0, 11\)"):
+        scheduler.set_begin_index(begin)

@@ -101,4 +101,4 @@ def _outputs(model: ModelMixin, scheduler: CTMCScheduler) -> torch.Tensor:
     clean = torch.randint(scheduler.config.vocab_size - 1, (1, length or 64), generator=generator).expand(2, -1)
     times = torch.tensor([0.2, 0.8])
     tokens = scheduler.add_noise(clean.contiguous(), generator, times)
-    return model(tokens, scheduler.model_time(times, 2)).float()
+    return model(tokens, scheduler.model_time(times, 2)).sample.float()

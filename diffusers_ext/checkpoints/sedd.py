@@ -25,7 +25,7 @@ INV_FREQ = "rotary_emb.inv_freq"
 
 
 def load_sedd(path: str | Path, revision: str | None = None) -> SEDDTransformer:
-    """A SEDD network, in float32 and evaluation mode; `model(tokens, sigma)` gives log scores.
+    """A SEDD network, in float32 and evaluation mode; `model(tokens, sigma).sample` are log scores.
 
     path: a folder with config.json and model.safetensors (or pytorch_model.bin), or the id of such a repository on
         the Hub, such as "louaaron/sedd-small". revision: branch, tag or commit of the repository.

@@ -46,7 +46,7 @@ MOST_LAYERS = 1000
 def load_tauldr(
     checkpoint: str | Path, config: str | Path, weights: str = "ema", integer_time: bool = True
 ) -> CTMCUNet | CTMCSequenceTransformer:
-    """A network of tauLDR, in float32 and evaluation mode; `model(tokens, t)` gives logits of the clean tokens.
+    """A network of tauLDR, in float32 and evaluation mode; `model(tokens, t).sample` are logits of the clean tokens.
 
     checkpoint: the torch file, read with weights_only, so that nothing in it is executed. config: its config.yaml.
     weights: "ema", the averaged ones, or "raw". integer_time: of the sequence network only; True is how the authors

@@ -6,7 +6,7 @@ from .ctmc_sequence_transformer import CTMCSequenceTransformer
 from .ctmc_unet import CTMCUNet
 from .edm2_unet import EDM2_PRESETS, EDM2UNet2DModel, EDM2UNet2DOutput
 from .image_classifier import ImageClassifier, ImageClassifierOutput
-from .noise_aware_classifier import NoiseAwareClassifier
+from .noise_aware_classifier import NoiseAwareClassifier, NoiseAwareClassifierOutput
 from .sedd_transformer import SEDDTransformer
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "ImageClassifier",
     "ImageClassifierOutput",
     "NoiseAwareClassifier",
+    "NoiseAwareClassifierOutput",
     "SEDDTransformer",
     "classifier_gradient",
 ]

@@ -18,7 +18,8 @@ def classifier_gradient(
 ) -> torch.Tensor:
     """grad_x log p(c | x_t) of a noise-aware classifier, by automatic differentiation.
 
-    classifier: called as classifier(x_t, timestep), returns logits (batch, classes) or an output that has them.
+    classifier: called as classifier(x_t, timestep), returns logits (batch, classes), an output that has them, or a
+        tuple of which they are the first.
     sample: x_t (batch, ...). timestep: (batch,). class_labels: (batch,); a label that is none of the classifier's
     classes, such as the null class, has gradient 0. Returns (batch, ...) in the sample's dtype.
     """
@@ -28,6 +29,7 @@ def classifier_gradient(
         x.requires_grad_()
         output = classifier(x, timestep)
         logits = getattr(output, "logits", output)
+        logits = logits[0] if isinstance(logits, tuple) else logits
         known = class_labels < logits.shape[1]
         log_p = logits.log_softmax(dim=1).gather(1, class_labels.where(known, 0)[:, None])[:, 0]
         (gradient,) = torch.autograd.grad((log_p * known).sum(), x)
@@ -47,7 +49,8 @@ class ClassifierGuidance(ModelMixin):
     Take it as the unet of a pixel-space pipeline: `BoostAndSkipPipeline(ClassifierGuidance(unet, ...), scheduler)`.
 
     unet: the network, conditional or not. A learned variance, in further channels, is left as it is.
-    classifier: called as classifier(x_t, timestep), returns logits, (batch, classes), of noisy samples.
+    classifier: called as classifier(x_t, timestep), gives logits, (batch, classes), of noisy samples; see
+        `classifier_gradient`.
     scheduler: for its alphas_cumprod and prediction_type, those that the network was trained with.
     guidance_scale: s; 0 is the network itself.
     num_classes: of the classifier, for an unconditional network, which pipelines otherwise hand no labels.

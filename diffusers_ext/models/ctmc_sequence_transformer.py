@@ -8,6 +8,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
@@ -42,6 +43,13 @@ class SequenceAttention(nn.Module, AttentionModuleMixin):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.processor(self, x)
+
+
+class TokenEmbedding(nn.Linear):
+    """The linear layer of one-hot tokens, without making them: (batch, length) int64 -> (batch, length, d_model)."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.embedding(tokens, self.weight.T) + self.bias
 
 
 class Film(nn.Module):
@@ -104,6 +112,7 @@ class CTMCSequenceTransformer(ModelMixin, AttentionMixin, ConfigMixin):
     Raises ValueError unless d_model is even and a multiple of num_heads, and temb_dim even and at least 4.
     """
 
+    _supports_gradient_checkpointing = True
     _repeated_blocks = ["SequenceBlock"]  # noqa: RUF012  diffusers' name and form
     _no_split_modules = ["SequenceBlock", "OutputBlock"]  # noqa: RUF012
 
@@ -134,7 +143,7 @@ class CTMCSequenceTransformer(ModelMixin, AttentionMixin, ConfigMixin):
         self.time_mlp = nn.Sequential(
             nn.Linear(temb_dim, time_hidden_dim), nn.ReLU(), nn.Linear(time_hidden_dim, film_dim)
         )
-        self.embedding = nn.Linear(vocab_size if one_hot_input else 1, d_model)
+        self.embedding = TokenEmbedding(vocab_size, d_model) if one_hot_input else nn.Linear(1, d_model)
         self.input_dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             SequenceBlock(d_model, num_heads, dim_feedforward, film_dim, dropout) for _ in range(num_layers)
@@ -143,12 +152,15 @@ class CTMCSequenceTransformer(ModelMixin, AttentionMixin, ConfigMixin):
             OutputBlock(d_model, dim_feedforward, film_dim, dropout) for _ in range(num_output_layers)
         )
         self.output = nn.Linear(d_model, vocab_size)
+        self.gradient_checkpointing = False
 
-    def forward(self, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, length, vocab_size) of the clean tokens; 1 is added at the current token.
+    def forward(
+        self, tokens: torch.Tensor, timestep: torch.Tensor, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Logits (batch, length, vocab_size) of the clean tokens, as `.sample`; 1 is added at the current token.
 
-        tokens: (batch, length) int64, any length. timestep: t in [0, 1], (batch,). Raises ValueError for
-        other shapes.
+        tokens: (batch, length) int64, any length. timestep: t in [0, 1], (batch,). return_dict: False gives the
+        tuple (logits,). Raises ValueError for other shapes.
         """
         if tokens.ndim != 2 or timestep.shape != tokens.shape[:1]:
             raise ValueError(
@@ -157,18 +169,23 @@ class CTMCSequenceTransformer(ModelMixin, AttentionMixin, ConfigMixin):
             )
         if self.config.integer_time:
             timestep = timestep.long()
-        weight = self.embedding.weight
+        dtype = self.dtype
         features = get_timestep_embedding(timestep * self.config.time_scale_factor, self.config.temb_dim)
-        temb = self.time_mlp(features.to(weight.dtype))
+        temb = self.time_mlp(features.to(dtype))
         if self.config.one_hot_input:
-            x = F.embedding(tokens, weight.T) + self.embedding.bias
+            x = self.embedding(tokens)
         else:
-            x = self.embedding((tokens.to(weight.dtype) / self.config.vocab_size * 2 - 1).unsqueeze(-1))
+            x = self.embedding((tokens.to(dtype) / self.config.vocab_size * 2 - 1).unsqueeze(-1))
         x = self.input_dropout(x + _positions(tokens.shape[1], self.config.d_model, x.device).to(x.dtype))
         for block in (*self.blocks, *self.output_blocks):
-            x = block(x, temb)
-        current = torch.ones((*tokens.shape, 1), dtype=x.dtype, device=x.device)
-        return self.output(x).scatter_add_(-1, tokens.unsqueeze(-1), current)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, temb)
+            else:
+                x = block(x, temb)
+        logits = self.output(x)
+        current = tokens.unsqueeze(-1).to(logits.device)
+        logits.scatter_add_(-1, current, torch.ones_like(current, dtype=logits.dtype))
+        return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)
 
 
 def _positions(length: int, dim: int, device: torch.device) -> torch.Tensor:

@@ -9,6 +9,7 @@ from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 FLOOR = 1e-6  # of the mass of a bin, relative to what lies on one side of it
@@ -92,6 +93,15 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
+class Stage(nn.ModuleList):
+    """Layers one after the other; each takes the time embedding besides."""
+
+    def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            x = layer(x, temb)
+        return x
+
+
 class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
     r"""Logits of p(x_0 | x_t) for images of ordered levels (Campbell et al., 2205.14987).
 
@@ -108,7 +118,7 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
     but the first, and attention_level is a level.
     """
 
-    _repeated_blocks = ["ResBlock"]  # noqa: RUF012  diffusers' name and form
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -147,7 +157,7 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
             layers = [block(in_channels, widths[level])]
             if level == attention_level:
                 layers.append(PixelAttention(widths[level], residual_scale))
-            return nn.ModuleList(layers)
+            return Stage(layers)
 
         self.time_mlp = nn.Sequential(nn.Linear(time_embed_dim, temb_dim), nn.SiLU(), nn.Linear(temb_dim, temb_dim))
         self.conv_in = nn.Conv2d(colours, channels, 3, padding=1)
@@ -159,9 +169,9 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
                 width = wide
                 skips.append(width)
             if level < len(widths) - 1:
-                self.down.append(nn.ModuleList([Downsample(width)]))
+                self.down.append(Stage([Downsample(width)]))
                 skips.append(width)
-        self.middle = nn.ModuleList([block(width, width), PixelAttention(width, residual_scale), block(width, width)])
+        self.middle = Stage([block(width, width), PixelAttention(width, residual_scale), block(width, width)])
         # flags and no isinstance: diffusers executes a Hub file anew at each load, old layers keep the old classes
         self.up, self._takes_skip = nn.ModuleList(), []
         for level in reversed(range(len(widths))):
@@ -170,16 +180,19 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
                 self._takes_skip.append(True)
                 width = widths[level]
             if level > 0:
-                self.up.append(nn.ModuleList([Upsample(width)]))
+                self.up.append(Stage([Upsample(width)]))
                 self._takes_skip.append(False)
         self.norm_out = _norm(width)
         self.conv_out = nn.Conv2d(width, 2 * colours, 3, padding=1)
+        self.gradient_checkpointing = False
 
-    def forward(self, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, channels * height * width, num_levels) of the clean levels.
+    def forward(
+        self, tokens: torch.Tensor, timestep: torch.Tensor, return_dict: bool = True
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """Logits (batch, channels * height * width, num_levels) float32 of the clean levels, as `.sample`.
 
-        tokens: (batch, channels * height * width) int64 levels. timestep: t in [0, 1], (batch,). Raises
-        ValueError for other shapes.
+        tokens: (batch, channels * height * width) int64 levels. timestep: t in [0, 1], (batch,). return_dict: False
+        gives the tuple (logits,). Raises ValueError for other shapes.
         """
         colours, height, width = self.config.shape
         if tokens.ndim != 2 or tokens.shape[1] != colours * height * width or timestep.shape != tokens.shape[:1]:
@@ -187,10 +200,11 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
                 f"tokens must be (batch, {colours * height * width}) and timestep (batch,), got"
                 f" {tuple(tokens.shape)}, {tuple(timestep.shape)}"
             )
-        x = tokens.view(-1, colours, height, width).to(self.conv_in.weight.dtype)
+        x = tokens.view(-1, colours, height, width).to(self.dtype)
         x = x / (self.config.num_levels - 1) * 2 - 1
         mean, log_scale = self._mean_and_log_scale(x, timestep)
-        return self._logits(mean.flatten(1), log_scale.flatten(1))
+        logits = self._logits(mean.flatten(1), log_scale.flatten(1))
+        return UNet2DOutput(sample=logits) if return_dict else (logits,)
 
     def _mean_and_log_scale(self, x: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the logistic law of each pixel and channel, of the shape of x; float32 for any dtype of the model."""
@@ -199,15 +213,20 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
         h = self.conv_in(x)
         skips = [h]
         for stage in self.down:
-            h = _run(stage, h, temb)
+            h = self._run(stage, h, temb)
             skips.append(h)
-        h = _run(self.middle, h, temb)
+        h = self._run(self.middle, h, temb)
         for stage, takes_skip in zip(self.up, self._takes_skip, strict=True):
             if takes_skip:
                 h = torch.cat([h, skips.pop()], dim=1)
-            h = _run(stage, h, temb)
+            h = self._run(stage, h, temb)
         mean, log_scale = self.conv_out(F.silu(self.norm_out(h))).chunk(2, dim=1)
         return torch.tanh(x.float() + mean.float()), log_scale.float()
+
+    def _run(self, stage: Stage, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(stage, x, temb)
+        return stage(x, temb)
 
     def _logits(self, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
         r"""Log mass of each level's bin (a, b) under a logistic law; mean, log_scale: (batch, n) float32.
@@ -226,9 +245,3 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
         # The authors' floor: a share of all that lies below the bin, or with fix_logistic of its smaller side.
         side = torch.minimum(below, above) if self.config.fix_logistic else below
         return torch.logaddexp(mass, side + math.log(FLOOR))
-
-
-def _run(layers: nn.ModuleList, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-    for layer in layers:
-        x = layer(x, temb)
-    return x

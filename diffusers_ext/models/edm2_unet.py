@@ -5,17 +5,23 @@ Every layer keeps the magnitude (root mean square, RMS) of its activations at 1.
 
 .. math:: \hat w_i = \frac{g}{\sqrt{n}} \frac{w_i}{rms(w_i) + \epsilon}, \quad \epsilon = 10^{-4}
 
-for each output channel i with fan-in n and learned gain g (1 in most layers). In evaluation mode they are computed
-once; in training mode at every forward, after w itself was replaced by its normalised value (forced weight
-normalisation). Sums and concatenations are balanced by t so that independent inputs of magnitude 1 give magnitude 1.
+for each output channel i with fan-in n and learned gain g (1 in most layers), at every forward; inside a block of
+`EDM2UNet2DModel.constant_weights` once. In training mode w itself is replaced by its normalised value first (forced
+weight normalisation). Sums and concatenations are balanced by t so that independent inputs of magnitude 1 give
+magnitude 1.
 """
 
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
@@ -23,6 +29,10 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 EPSILON = 1e-4
+
+# What the blocks of `constant_weights` that are open here keep, by layer: None, or what the normalised weight was
+# computed from and the weight. A thread or task sees the blocks that it opened itself.
+_constant: ContextVar[dict[nn.Module, tuple | None] | None] = ContextVar("_constant", default=None)
 
 _SIZES = {"xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, "xxl": 448}
 _SMALL = ("xs", "s")  # trained without dropout
@@ -99,9 +109,6 @@ class MPLayer(nn.Module):
 
     kernel_size: None for a linear layer. gain: whether the layer has a learned gain g, which starts at 0.
     full_precision: compute in float32 whatever the dtype of the weights is.
-
-    The weights of evaluation are kept until something changes what they were computed from: moving, casting, loading,
-    a change of mode, or a change in place that torch counts (`.data` hides it: call `train()` and `eval()` then).
     """
 
     def __init__(
@@ -117,42 +124,34 @@ class MPLayer(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
         self.gain = nn.Parameter(torch.zeros([])) if gain else None
         self.full_precision = full_precision
-        self._kept = self._kept_for = self._forced_for = None
-
-    @property
-    def working_dtype(self) -> torch.dtype:
-        """What the layer computes in: the dtype of its weights, but float32 for float16 weights on the CPU."""
-        dtype = self.weight.dtype
-        slow = dtype == torch.float16 and self.weight.device.type == "cpu"
-        return torch.promote_types(dtype, torch.float32) if slow or self.full_precision else dtype
+        self._forced_for = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, in_channels) or (batch, in_channels, height, width) -> the same with out_channels."""
         if self.full_precision and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x.to(torch.float32))
-        weight = self.current_weight().to(x.dtype)
+        weight = self.current_weight(x.dtype)
         return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
-    def current_weight(self) -> torch.Tensor:
+    def current_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The normalised weight times gain and 1 / sqrt(fan-in)."""
         if self.training:
             self._force_normalisation()
-        if self.training or (torch.is_grad_enabled() and self.weight.requires_grad):
-            return self.normalised_weight()
-        # Hooks of accelerate move weights in and out to save memory, which keeping a second copy would undo.
-        if hasattr(self, "_hf_hook"):
-            self._kept = None
-            return self.normalised_weight()
-        compiling = torch.compiler.is_compiling()  # a graph cannot ask for versions
-        if self._kept is None or not (compiling or self._kept_for == self._fingerprint()):
+        differentiable = self.training or (torch.is_grad_enabled() and self.weight.requires_grad)
+        # A graph cannot ask which blocks are open where it runs; compiled, weights are normalised in it.
+        if differentiable or torch.compiler.is_compiling() or self not in (kept := _constant.get() or {}):
+            return self.normalised_weight().to(dtype)
+        source = (*self._fingerprint(), dtype)
+        if kept[self] is None or kept[self][0] != source:
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = self.normalised_weight().to(self.working_dtype)
-            self._kept_for = None if compiling else self._fingerprint()
-        return self._kept
+                kept[self] = source, self.normalised_weight().to(dtype)
+        return kept[self][1]
 
     def normalised_weight(self) -> torch.Tensor:
-        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        # a copy where a hook narrows the parameter again before the backward pass reads it
+        wide, copy = torch.promote_types(self.weight.dtype, torch.float32), hasattr(self, "_diffusers_hook")
+        weight = self.weight.to(wide, copy=copy)
         fan_in = weight[0].numel()
         # A float16 gain rounds the quotient to float16, as it did in the network that was evaluated in the paper.
         scale = (1.0 if self.gain is None else self.gain) / math.sqrt(fan_in)
@@ -168,26 +167,21 @@ class MPLayer(nn.Module):
             self._forced_for = None if compiling else self._fingerprint()
 
     def _fingerprint(self) -> tuple:
-        """Differs after any change of weight or gain that torch knows of."""
+        """Differs after a change of weight or gain, except in place through `.data`, which torch does not count."""
         tensors = [tensor for tensor in (self.weight, self.gain) if tensor is not None]
-        versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
-        return (*map(id, tensors), *versions, self.weight.device, self.weight.dtype)
-
-    def forget(self):
-        """Drop what was computed from the weights."""
-        self._kept = self._kept_for = self._forced_for = None
+        return tuple(
+            (id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in tensors
+        )
 
     def train(self, mode: bool = True):
-        self.forget()
+        self._forced_for = None
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
-        self.forget()
+        kept = _constant.get() or {}
+        if self in kept:
+            kept[self] = None  # where model offloading takes the weights away, a copy would stay behind
         return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self.forget()
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 class MPFourier(nn.Module):
@@ -342,8 +336,11 @@ class EDM2UNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         ValueError: for a resolution that cannot be halved often enough, and a filter with an odd number of taps.
     """
 
+    _supports_gradient_checkpointing = True
     _no_split_modules = ["EDM2Block"]  # noqa: RUF012  diffusers' names and forms
     _keep_in_fp32_modules = ["emb_fourier", "logvar_fourier"]  # noqa: RUF012
+    # all that is computed in float32, and gains, of which a rounded one rescales a whole layer
+    _skip_layerwise_casting_patterns = ["^emb_", "emb_linear", "^logvar_", "^out_conv$"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -390,6 +387,7 @@ class EDM2UNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self.out_conv = MPLayer(widths[0], img_channels, 3, gain=True, full_precision=not use_fp16)
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPLayer(logvar_channels, 1, full_precision=True)
+        self.gradient_checkpointing = False
 
     def _build_blocks(self, widths: list[int], emb_width: int):
         """`enc` and `dec`, in the order in which they run, under the authors' names."""
@@ -482,17 +480,28 @@ class EDM2UNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
     def _body(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """F: the network between the preconditioning, in the working dtype."""
-        x = x.to(self.out_conv.working_dtype)
+        x = x.to(self._working_dtype(x.device))
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # stands for the biases
         skips = []
         for name, layer in self.enc.items():
-            x = layer(x) if name.endswith("_conv") else layer(x, emb)
+            x = layer(x) if name.endswith("_conv") else self._run(layer, x, emb)
             skips.append(x)
         for name, layer in self.dec.items():
             if "block" in name:
-                x = mp_cat(x, skips.pop(), self.config.concat_balance)
-            x = layer(x, emb)
+                x = mp_cat(x, skips.pop().to(x.device), self.config.concat_balance)
+            x = self._run(layer, x, emb)
         return self.out_conv(x)
+
+    def _run(self, block: EDM2Block, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, x, emb)
+        return block(x, emb)
+
+    def _working_dtype(self, device: torch.device) -> torch.dtype:
+        """What the body computes in: the dtype of the parameters, but float32 for float16 on the CPU."""
+        dtype = self.dtype
+        slow = dtype == torch.float16 and device.type == "cpu"
+        return dtype if self.config.use_fp16 and not slow else torch.promote_types(dtype, torch.float32)
 
     def _label_rows(self, class_labels, batch: int, device: torch.device) -> torch.Tensor | None:
         """Labels as (batch or 1, label_dim) float32; None for an unconditional network."""
@@ -529,6 +538,46 @@ class EDM2UNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             if wrong:
                 raise ValueError(f"class_labels must be in [0, {self.config.label_dim}), got {wrong}.")
         return labels.long()
+
+    @contextmanager
+    def constant_weights(self) -> Iterator["EDM2UNet2DModel"]:
+        """A block in which each weight is normalised once, at its first use, and no more: it must not change inside.
+
+        A call of `EDM2Pipeline` opens one. Moves, casts, loading and changes in place that torch counts are seen all
+        the same; those through `.data` (`EMAModel.copy_to`) are not before the next block. What is kept, a second copy
+        of the weights in memory, is seen by the thread or task that opened the block alone, and dropped at its end; a
+        block inside of another starts anew. Nothing is kept in training mode, with gradients enabled for weights that
+        require them, in compiled graphs, which normalise for themselves, and of weights that hooks move or cast at
+        each call to save memory (sequential and group offloading, layerwise casting).
+        """
+        # by what they can do: diffusers executes a Hub file anew at each load, old layers keep the old class
+        layers = [layer for layer in self.modules() if hasattr(layer, "normalised_weight")]
+        if _moved_by_hooks(self):
+            layers = []
+        token = _constant.set({**(_constant.get() or {}), **dict.fromkeys(layers)})
+        try:
+            yield self
+        finally:
+            _constant.reset(token)
+
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        skip_modules_pattern: tuple[str, ...] | None = None,
+        skip_modules_classes: tuple[type[nn.Module], ...] | None = None,
+        non_blocking: bool = False,
+    ) -> None:
+        """diffusers' method, for whose list of classes this network's layers are unknown.
+
+        Casts the weights of the blocks' convolutions; embeddings and gains, which are computed in float32, stay.
+        """
+        compute_dtype = self.dtype if compute_dtype is None else compute_dtype
+        patterns = (*(skip_modules_pattern or ()), *self._skip_layerwise_casting_patterns)
+        for name, layer in self.named_modules():
+            skipped = any(re.search(pattern, name) for pattern in patterns)
+            if hasattr(layer, "normalised_weight") and not (skipped or isinstance(layer, skip_modules_classes or ())):
+                apply_layerwise_casting_hook(layer, storage_dtype, compute_dtype, non_blocking)
 
     @classmethod
     def from_preset(cls, name: str, **config) -> "EDM2UNet2DModel":
@@ -567,6 +616,15 @@ class EDM2UNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()  # training would change the given tensors
         return model.eval()
+
+
+def _moved_by_hooks(network: nn.Module) -> bool:
+    """Whether hooks inside of the network move or cast its weights at each call; one on the whole moves it at once."""
+    inside = [module for module in network.modules() if module is not network]
+    registries = [module._diffusers_hook for module in network.modules() if hasattr(module, "_diffusers_hook")]
+    return any(hasattr(module, "_hf_hook") for module in inside) or any(
+        registry.get_hook(name) for registry in registries for name in ("group_offloading", "layerwise_casting")
+    )
 
 
 # Attention is a module of its own here, and gains belong to their layers.

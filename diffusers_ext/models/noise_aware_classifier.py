@@ -1,11 +1,20 @@
 """A classifier of noisy samples that also sees the timestep, for classifier guidance: linear, or a small MLP."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
 from torch import nn
+
+
+@dataclass
+class NoiseAwareClassifierOutput(BaseOutput):
+    """logits: (batch, num_classes), unnormalised."""
+
+    logits: torch.Tensor
 
 
 class NoiseAwareClassifier(ModelMixin, ConfigMixin):
@@ -28,14 +37,17 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.SiLU())]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], num_classes))
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, num_classes).
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float, return_dict: bool = True
+    ) -> NoiseAwareClassifierOutput | tuple[torch.Tensor]:
+        """Classify noisy samples.
 
-        sample: x_t (batch, ...) of in_features numbers each. timestep: one, or (batch,). Raises ValueError for a
-        sample of another size.
+        sample: x_t (batch, ...) of in_features numbers each. timestep: one, or (batch,). return_dict: False gives the
+        tuple (logits,). Raises ValueError for a sample of another size.
         """
         x = sample.flatten(1)
         if x.shape[1] != self.config.in_features:
             raise ValueError(f"sample must hold {self.config.in_features} numbers each, got {tuple(sample.shape)}")
-        time = timestep.to(x).expand(len(x))[:, None] / self.config.num_train_timesteps
-        return self.layers(torch.cat([x, time], dim=1))
+        time = torch.as_tensor(timestep).to(x).expand(len(x))[:, None] / self.config.num_train_timesteps
+        logits = self.layers(torch.cat([x, time], dim=1))
+        return NoiseAwareClassifierOutput(logits=logits) if return_dict else (logits,)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
@@ -126,7 +127,7 @@ class SEDDTransformer(ModelMixin, AttentionMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _repeated_blocks = ["SEDDBlock"]  # noqa: RUF012  diffusers' name and form
-    _no_split_modules = ["SEDDBlock"]  # noqa: RUF012
+    _no_split_modules = ["SEDDBlock", "SEDDOutput"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -160,11 +161,13 @@ class SEDDTransformer(ModelMixin, AttentionMixin, ConfigMixin):
         self.output = SEDDOutput(hidden_size, cond_dim, vocab_size)
         self.gradient_checkpointing = False
 
-    def forward(self, tokens: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """Log scores (batch, length, vocab_size), 0 at the current token.
+    def forward(
+        self, tokens: torch.Tensor, sigma: torch.Tensor, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Log scores (batch, length, vocab_size), as `.sample`, 0 at the current token.
 
-        tokens: (batch, length) int64, any length. sigma: total noise sigma_bar, (batch,). Raises ValueError
-        for other shapes.
+        tokens: (batch, length) int64, any length. sigma: total noise sigma_bar, (batch,). return_dict: False gives
+        the tuple (log scores,). Raises ValueError for other shapes.
         """
         if tokens.ndim != 2 or sigma.shape != tokens.shape[:1]:
             raise ValueError(
@@ -183,8 +186,9 @@ class SEDDTransformer(ModelMixin, AttentionMixin, ConfigMixin):
                 x = block(x, c, cos, sin)
         scores = self.output(x, c)  # changed in place below: at 50,258 tokens a copy would be the largest tensor
         if self.config.scale_by_sigma:
-            scores.sub_(self._log_scale(sigma)[:, None, None])
-        return scores.scatter_(-1, tokens.unsqueeze(-1), 0)
+            scores.sub_(self._log_scale(sigma.to(scores.device))[:, None, None])
+        scores.scatter_(-1, tokens.unsqueeze(-1).to(scores.device), 0)
+        return Transformer2DModelOutput(sample=scores) if return_dict else (scores,)
 
     def _log_scale(self, sigma: torch.Tensor) -> torch.Tensor:
         sigma = sigma.float()

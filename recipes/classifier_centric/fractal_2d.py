@@ -176,7 +176,7 @@ def train_diffusion(data: torch.Tensor, labels: torch.Tensor, steps: int, batch:
 def train_classifier(data: torch.Tensor, labels: torch.Tensor, steps: int, batch: int) -> nn.Module:
     def loss_of(network):
         x, c, sigma = noisy_batch(data, labels, batch)
-        return F.cross_entropy(network(*scaled(x + sigma * torch.randn_like(x), sigma)), c)
+        return F.cross_entropy(network(*scaled(x + sigma * torch.randn_like(x), sigma)).logits, c)
 
     return train(NoiseAwareClassifier(2, len(CLASSES), (128, 128)), loss_of, steps)
 

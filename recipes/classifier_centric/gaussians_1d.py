@@ -69,7 +69,7 @@ def train_classifier(classifier: nn.Module, data: TwoGaussians, steps: int, lr: 
         labels, timestep = torch.randint(2, (512,)), torch.randint(len(data.alphas), (512,))
         means, variance = data.moments(timestep)
         x = means.gather(1, labels[:, None]) + variance.sqrt() * torch.randn(512, 1, dtype=means.dtype)
-        loss = F.cross_entropy(classifier(x.float(), timestep), labels)
+        loss = F.cross_entropy(classifier(x.float(), timestep).logits, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
