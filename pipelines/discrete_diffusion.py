@@ -103,13 +103,14 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         self._num_timesteps = len(scheduler.timesteps)
 
         sample = torch.where(given, fixed, scheduler.sample_prior(tuple(fixed.shape), generator, device))
-        clock = scheduler.timesteps[0]
+        times, edges = scheduler.timesteps.tolist(), scheduler.edges.tolist()  # all that is read of the schedule
+        clock = times[0]
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
-                clock = clock if scheduler.config.sampler == "gillespie" else t
+                clock = clock if scheduler.sampler.counts_tokens else times[i]
                 sample, clock = self._step(scheduler, i, clock, sample, generator)
                 sample = torch.where(given, fixed, sample)
-                for time, size in self._corrections(scheduler, i):
+                for time, size in self._corrections(scheduler.config, edges[i : i + 2]):
                     sample = torch.where(given, fixed, self._correct(scheduler, time, size, sample, generator))
                 if callback_on_step_end is not None:
                     kwargs = dict.fromkeys(callback_on_step_end_tensor_inputs, sample)
@@ -126,9 +127,9 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
     def _step(self, scheduler, index: int, clock, sample, generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens after step `index` and the time that they are at, (batch,), which gillespie keeps for each sample."""
         output = self._model_output(scheduler, clock, sample)
-        options = (
-            {"num_decode": scheduler.num_decode(sample, index)} if scheduler.config.sampler == "gillespie" else {}
-        )
+        options = {}
+        if scheduler.sampler.counts_tokens:
+            options["num_decode"] = scheduler.num_decode_on_device(sample, index)
         result = scheduler.step(output, clock, sample, generator, **options)
         return result.prev_sample, result.prev_timestep
 
@@ -137,18 +138,16 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         return scheduler.step_correct(output, time, sample, size, generator).prev_sample
 
     def _model_output(self, scheduler, time, sample: torch.Tensor) -> torch.Tensor:
-        time = scheduler.model_time(time, len(sample)).to(sample.device)
-        output = self.model(sample, time)
+        output = self.model(sample, scheduler.model_time(time, len(sample), sample.device))
         return output if isinstance(output, torch.Tensor) else output[0]
 
     @staticmethod
-    def _corrections(scheduler, index: int) -> list[tuple[float, float]]:
-        """(time, step size) of the corrector steps that follow a step of the schedule."""
-        edges, config = scheduler.edges.tolist(), scheduler.config
-        if index + 1 == len(edges) or edges[index] > config.corrector_entry_time:
+    def _corrections(config, edges: list[float]) -> list[tuple[float, float]]:
+        """(time, step size) of the corrector steps that follow the step between two edges."""
+        if len(edges) < 2 or edges[0] > config.corrector_entry_time:
             return []
-        size = config.corrector_step_size_multiplier * (edges[index] - edges[index + 1])
-        return [(edges[index + 1], size)] * config.num_corrector_steps
+        size = config.corrector_step_size_multiplier * (edges[0] - edges[1])
+        return [(edges[1], size)] * config.num_corrector_steps
 
     # Inputs
 

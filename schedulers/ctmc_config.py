@@ -1,10 +1,12 @@
-"""What the configuration of CTMCScheduler may hold, and the kernel and noise schedule that it names."""
+"""What the configuration of CTMCScheduler may hold, and the kernel, noise schedule and sampler that it names."""
 
 import math
 from numbers import Real
 
 from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel, birth_death_kernel, gaussian_kernel
 from .ctmc_noise_schedules import NoiseSchedule, arccos, constant, cosine, exponential, geometric, loglinear
+from .ctmc_reverse import ReverseChain
+from .ctmc_samplers import EulerSampler, GillespieSampler, Sampler, TweedieSampler
 from .timestep_edges import check_edges
 
 
@@ -81,6 +83,15 @@ def build_kernel(config) -> AbsorbingKernel | UniformKernel | ReversibleKernel:
     if config.kernel == "gaussian":
         return gaussian_kernel(config.vocab_size, config.rate_sigma, config.Q_sigma)
     return birth_death_kernel(config.vocab_size)
+
+
+def build_sampler(config, chain: ReverseChain) -> Sampler:
+    """The sampler that a checked configuration names."""
+    if config.sampler == "tweedie":
+        return TweedieSampler(chain)
+    if config.sampler == "gillespie":
+        return GillespieSampler(chain)
+    return EulerSampler(chain, config.jumps or ("poisson" if chain.kernel.ordered else "categorical"))
 
 
 def build_noise_schedule(config) -> NoiseSchedule:

@@ -2,7 +2,9 @@ r"""Kernels of continuous-time discrete diffusion: the constant rate matrix Q an
 
 Q[i, j] is the rate of jumps from i to j and its rows sum to 0. With the total noise sigma the transition is
 P_sigma = exp(sigma Q), P[i, j] = P(x_t = j | x_0 = i). The methods act on rows: the (n, vocab) quantities of n
-positions whose current tokens are x, all at the same time, so that no method sees a whole batch of sequences.
+positions whose current tokens are x, all at the same time; `sample_prior`, `perturb` and `score_entropy` act on whole
+sequences. A kernel says its `name`, its `vocab_size`, how many of the tokens are of data (`num_real_tokens`), the
+`mask` (None without one), and whether tokens are `ordered`.
 
 A score is the ratio p_t(y) / p_t(x) over tokens y for the current token x; a network may predict it (its logarithm)
 or p(x_0 | x_t), from which
@@ -14,34 +16,18 @@ import math
 
 import torch
 
+from .ctmc_draws import clocks, clocks_for_tokens, draw_tokens, integers, replay_tokens
 
-def race(weights: torch.Tensor, uniforms: torch.Tensor | None, generator: torch.Generator | None) -> torch.Tensor:
-    """Draw a category in proportion to each row of weights, by a race of exponential clocks.
-
-    weights: (n, vocab), not normalised; negative ones count as 0. Overwritten. uniforms: recorded uniforms in [0, 1)
-    of the same shape to replay, or None to draw from the generator. Returns (n,) int64.
-    """
-    if uniforms is None:
-        device = weights.device if generator is None else generator.device
-        clocks = torch.empty(weights.shape, device=device).exponential_(generator=generator).to(weights.device)
-    else:
-        clocks = -torch.log(uniforms.to(weights.device, torch.float32))
-    return weights.div_(clocks.clamp_(min=1e-38)).argmax(dim=-1)
-
-
-def uniform_noise(shape, generator: torch.Generator | None, device) -> torch.Tensor:
-    """float32 uniforms in [0, 1) on the device, drawn where the generator lives."""
-    source = device if generator is None else generator.device
-    return torch.rand(shape, generator=generator, device=source).to(device)
+KEPT_BYTES = 2**28  # of matrices that a kernel keeps on a device
 
 
 class AbsorbingKernel:
     """Every token jumps to the mask, the last one, at rate 1, and stays there."""
 
-    ordered = False
+    name, ordered = "absorbing", False
 
     def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
+        self.vocab_size, self.num_real_tokens = vocab_size, vocab_size - 1
         self.mask = vocab_size - 1
 
     def base_rate(self) -> torch.Tensor:
@@ -62,10 +48,17 @@ class AbsorbingKernel:
     def sample_prior(self, shape, generator, device) -> torch.Tensor:
         return torch.full(shape, self.mask, device=device)
 
-    def perturb(self, x0, sigma: torch.Tensor, noise, generator) -> torch.Tensor:
-        """noise: uniforms of the shape of x0; masked is where they are below 1 - exp(-sigma). sigma: (n, 1)."""
-        uniforms = uniform_noise(x0.shape, generator, x0.device) if noise is None else noise
-        return torch.where(uniforms < -torch.expm1(-sigma), self.mask, x0)
+    def noise_shapes(self, shape: tuple[int, ...]) -> list:
+        """Of recorded noise that `perturb` takes for tokens (batch, length)."""
+        return [shape]
+
+    def perturb(self, x0, sigma: list[float], noise, generator) -> torch.Tensor:
+        """A draw of x_t for x0 (batch, length). sigma: one a sample. noise: recorded uniforms (batch, length) or None.
+
+        Masked is where they are below 1 - exp(-sigma); drawn, where a clock rings before sigma, which has the same
+        probability to a relative 1e-7 and however small it is.
+        """
+        return x0.masked_fill(_moved(x0, sigma, noise, generator), self.mask)
 
     def jumps_from(self, x: torch.Tensor) -> torch.Tensor:
         """Q[x, y], diagonal 0."""
@@ -73,10 +66,16 @@ class AbsorbingKernel:
         rates[:, self.mask] = x != self.mask
         return rates
 
-    def times_jumps_into(self, score: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """score[y] Q[y, x], diagonal 0; in place."""
+    def jumps_into(self, score: torch.Tensor, x: torch.Tensor, rate: float) -> torch.Tensor:
+        """rate score[y] Q[y, x], diagonal 0; in place."""
         score[:, self.mask] = 0
-        return score if bool((x == self.mask).all()) else score.mul_((x == self.mask).unsqueeze(1))
+        return score.mul_(((x == self.mask) * rate).unsqueeze(1))
+
+    def x0_law(self, output: torch.Tensor, logits: bool) -> torch.Tensor:
+        """p(x_0 | x), a new tensor, of its logits or of itself; the mask's column is not read."""
+        output = output.clone()
+        output[:, self.mask] = -math.inf if logits else 0
+        return output.softmax(dim=1) if logits else output
 
     def score(self, p0, x, sigma_bar: float, floor: float) -> torch.Tensor:
         """p(x_0 = y | x) / expm1(sigma_bar) at masked positions; in place."""
@@ -84,8 +83,23 @@ class AbsorbingKernel:
 
     def tweedie_weights(self, score, x, delta: float) -> torch.Tensor:
         """Staggered score times P_delta[y, x], which is the score times expm1(delta), and the rest of 1 stays."""
-        weights = self.times_jumps_into(score, x).mul_(math.expm1(delta))
-        return weights.scatter_(1, x.unsqueeze(1), 1 - weights.sum(1, keepdim=True))
+        return rest_stays(self.jumps_into(score, x, math.expm1(delta)), x)
+
+    def clean_weights(self, score, x, sigma_bar: float) -> torch.Tensor:
+        """Of the token that a mask hides, at any time: the score, 0 for the mask. In place."""
+        score[:, self.mask] = 0
+        return score
+
+    def score_entropy(self, log_score, noisy, original, sigma_bar: torch.Tensor) -> torch.Tensor:
+        """See `losses.score_entropy`.
+
+        Only x_0 can have become the mask: r is 1 / expm1(sigma_bar) there and 0 elsewhere.
+        """
+        ratio = 1 / torch.expm1(sigma_bar)
+        score = log_score.gather(-1, original.unsqueeze(-1)).squeeze(-1)
+        total = log_score[..., : self.mask].exp().sum(dim=-1)
+        entropy = total - ratio * score + ratio * (ratio.log() - 1)
+        return torch.where(noisy == self.mask, entropy, 0.0)
 
     def posterior_weights(self, p0, x, sigma_bar: float, next_sigma_bar: float, floor: float) -> torch.Tensor:
         return self.tweedie_weights(self.score(p0, x, sigma_bar, floor), x, sigma_bar - next_sigma_bar)
@@ -94,10 +108,10 @@ class AbsorbingKernel:
 class UniformKernel:
     """Every token jumps at rate 1 to a token drawn uniformly from all, itself included."""
 
-    ordered = False
+    name, ordered, mask = "uniform", False, None
 
     def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
+        self.vocab_size = self.num_real_tokens = vocab_size
 
     def base_rate(self) -> torch.Tensor:
         size = self.vocab_size
@@ -112,31 +126,39 @@ class UniformKernel:
         return torch.full((self.vocab_size,), 1 / self.vocab_size, dtype=torch.float64)
 
     def sample_prior(self, shape, generator, device) -> torch.Tensor:
-        source = device if generator is None else generator.device
-        return torch.randint(self.vocab_size, shape, generator=generator, device=source).to(device)
+        return integers(self.vocab_size, shape, generator, device)
 
-    def perturb(self, x0, sigma: torch.Tensor, noise, generator) -> torch.Tensor:
-        """noise: a pair (uniforms, target tokens) of the shape of x0, or uniforms (*x0.shape, vocab) for a race.
+    def noise_shapes(self, shape: tuple[int, ...]) -> list:
+        """Of recorded noise that `perturb` takes for tokens (batch, length)."""
+        return [[shape, shape], (*shape, self.vocab_size)]
 
-        sigma: (n, 1).
+    def perturb(self, x0, sigma: list[float], noise, generator) -> torch.Tensor:
+        """A draw of x_t for x0 (batch, length). sigma: one a sample; moved is what would be masked, see above.
+
+        noise: None, or recorded: a pair (uniforms, target tokens) (batch, length), or uniforms (batch, length, vocab)
+        for a race.
         """
-        if noise is None:
-            noise = uniform_noise(x0.shape, generator, x0.device), self.sample_prior(x0.shape, generator, x0.device)
-        if isinstance(noise, tuple):
-            uniforms, targets = noise
-            return torch.where(uniforms < -torch.expm1(-sigma), targets, x0)
-        weights = (-torch.expm1(-sigma) / self.vocab_size).unsqueeze(-1).repeat(1, *noise.shape[1:])
-        stay = torch.exp(-sigma).expand(x0.shape).unsqueeze(-1)
-        return race(weights.scatter_add_(-1, x0.unsqueeze(-1), stay), noise, generator)
+        if isinstance(noise, torch.Tensor):
+            column = _column(sigma, x0.device)
+            weights = (-torch.expm1(-column) / self.vocab_size).unsqueeze(-1).repeat(1, *noise.shape[1:])
+            stay = torch.exp(-column).expand(x0.shape).unsqueeze(-1)
+            return replay_tokens(weights.scatter_add_(-1, x0.unsqueeze(-1), stay), noise)
+        moved = _moved(x0, sigma, None if noise is None else noise[0], generator)
+        targets = self.sample_prior(x0.shape, generator, x0.device) if noise is None else noise[1]
+        return torch.where(moved, targets, x0)
 
     def jumps_from(self, x: torch.Tensor) -> torch.Tensor:
         """Q[x, y], diagonal 0."""
         rates = torch.full((len(x), self.vocab_size), 1 / self.vocab_size, device=x.device)
         return rates.scatter_(1, x.unsqueeze(1), 0)
 
-    def times_jumps_into(self, score: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """score[y] Q[y, x], diagonal 0; in place."""
-        return score.div_(self.vocab_size).scatter_(1, x.unsqueeze(1), 0)
+    def jumps_into(self, score: torch.Tensor, x: torch.Tensor, rate: float) -> torch.Tensor:
+        """rate score[y] Q[y, x], diagonal 0; in place."""
+        return score.mul_(rate / self.vocab_size).scatter_(1, x.unsqueeze(1), 0)
+
+    def x0_law(self, output: torch.Tensor, logits: bool) -> torch.Tensor:
+        """p(x_0 | x), a new tensor, of its logits or of itself."""
+        return output.softmax(dim=1) if logits else output.clone()
 
     def _expected_ratio(self, p0, x, sigma_bar: float, target_sigma_bar: float, floor: float) -> torch.Tensor:
         """sum over x_0 of p0[x_0] P_target[x_0, y] / (P_t[x_0, x] + floor); in place."""
@@ -160,41 +182,61 @@ class UniformKernel:
     def tweedie_weights(self, score, x, delta: float) -> torch.Tensor:
         """Staggered score times P_delta[y, x] (SEDD, theorem 4.2). score: 1 at the current token. In place."""
         shared = score.sum(1, keepdim=True) * (-math.expm1(delta) / self.vocab_size)
-        return self._times_transition_into(score.mul_(math.exp(delta)).add_(shared), x, delta)
+        return self._times_transition_into(score.mul_(math.exp(delta)).add_(shared).clamp_(min=0), x, delta)
+
+    def clean_weights(self, score, x, sigma_bar: float) -> torch.Tensor:
+        """Of x_0: all of the noise is removed by one tweedie step. score: 1 at the current token. In place."""
+        return self.tweedie_weights(score, x, sigma_bar)
 
     def posterior_weights(self, p0, x, sigma_bar: float, next_sigma_bar: float, floor: float) -> torch.Tensor:
         ratio = self._expected_ratio(p0, x, sigma_bar, next_sigma_bar, floor)
         return self._times_transition_into(ratio, x, sigma_bar - next_sigma_bar)
+
+    def score_entropy(self, log_score, noisy, original, sigma_bar: torch.Tensor) -> torch.Tensor:
+        """See `losses.score_entropy`.
+
+        r is (a + b) / b at x_0 if x is another token, b / (a + b) everywhere if it is not, and 1 elsewhere.
+        """
+        size = self.vocab_size
+        away = -torch.expm1(-sigma_bar) / size
+        log_ratio = torch.log(away + torch.exp(-sigma_bar)) - torch.log(away)  # of x_0 to any other token
+
+        def at(tokens):
+            return log_score.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+        positive = log_score.exp().sum(dim=-1) - at(noisy).exp()
+        others = log_score.sum(dim=-1) - at(noisy)  # of all tokens but the current one
+        kept = noisy == original
+        small, large = torch.exp(-log_ratio), torch.exp(log_ratio)
+        negative = torch.where(kept, small * others, others - at(original) + large * at(original))
+        constant_kept = (size - 1) * small * (-log_ratio - 1)
+        constant_moved = large * (log_ratio - 1) - (size - 2)
+        return (positive - negative + torch.where(kept, constant_kept, constant_moved)) / size
 
 
 class ReversibleKernel:
     """Ordered tokens with a rate matrix in detailed balance with its prior, exponentiated by its eigenvalues.
 
     rate: (vocab, vocab) float64, off-diagonal rates; the diagonal is set. log_prior: (vocab,) float64, not
-    normalised, with prior[i] rate[i, j] = prior[j] rate[j, i].
+    normalised, with prior[i] rate[i, j] = prior[j] rate[j, i]. Matrices are computed in float64 on the CPU; float32
+    copies of them are kept on the device that asks (`prepare`).
     """
 
-    ordered = True
+    ordered, mask = True, None
 
-    def __init__(self, rate: torch.Tensor, log_prior: torch.Tensor, initial: torch.Tensor | None = None):
-        self.vocab_size = len(rate)
+    def __init__(self, name: str, rate: torch.Tensor, log_prior: torch.Tensor, initial: torch.Tensor | None = None):
+        self.name = name
+        self.vocab_size = self.num_real_tokens = len(rate)
         self._rate = rate - torch.diag(rate.sum(1))
         self._half = ((log_prior - log_prior.max()) / 2).exp()
         self._initial = torch.softmax(log_prior if initial is None else initial, 0)
         self._eigen: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._transitions: dict[float, torch.Tensor] = {}
+        self._kept: dict[tuple, torch.Tensor] = {}
 
     def base_rate(self) -> torch.Tensor:
         return self._rate.clone()
 
     def transition(self, sigma: float) -> torch.Tensor:
-        if sigma not in self._transitions:
-            if len(self._transitions) == 8:  # a step needs three
-                self._transitions.clear()
-            self._transitions[sigma] = self._exponential(sigma)
-        return self._transitions[sigma].clone()
-
-    def _exponential(self, sigma: float) -> torch.Tensor:
         if self._eigen is None:
             # sqrt(prior_i) rate_ij / sqrt(prior_j) is symmetric, so that eigh applies, which is exact to rounding
             symmetric = self._half[:, None] * self._rate / self._half
@@ -203,39 +245,75 @@ class ReversibleKernel:
         matrix = (vectors * torch.exp(sigma * values)) @ vectors.T
         return (matrix / self._half[:, None] * self._half).clamp_(min=0)
 
+    def prepare(self, sigmas: list[float], device: torch.device) -> None:
+        """Move the transitions of these total noises to a device at once, as many as 256 MiB hold, and the rates.
+
+        The others are moved when they are asked for.
+        """
+        self._kept.clear()
+        room = KEPT_BYTES // (4 * self.vocab_size**2) - 1
+        sigmas = list(dict.fromkeys(sigmas))[: max(0, room)]
+        matrices = torch.stack([*map(self.transition, sigmas), self._rate]).to(torch.float32).to(device)
+        self._kept = {(sigma, matrices.device): one for sigma, one in zip([*sigmas, None], matrices, strict=True)}
+
+    def _on(self, device: torch.device, sigma: float | None) -> torch.Tensor:
+        """The transition of a total noise, or the rates (None), float32 on a device."""
+        key = sigma, device
+        if key not in self._kept:
+            if len(self._kept) >= max(4, KEPT_BYTES // (4 * self.vocab_size**2)):
+                self._kept.popitem()  # the last one; the first are those of the schedule
+            matrix = self._rate if sigma is None else self.transition(sigma)
+            self._kept[key] = matrix.to(torch.float32).to(device)
+        return self._kept[key]
+
     def prior(self) -> torch.Tensor:
         return self._initial.clone()
 
     def sample_prior(self, shape, generator, device) -> torch.Tensor:
-        source = device if generator is None else generator.device
-        law = self._initial.to(source, torch.float32)
-        return torch.multinomial(law, math.prod(shape), replacement=True, generator=generator).view(shape).to(device)
+        ticks = clocks_for_tokens(shape, self.vocab_size, generator, device).flatten(0, -2)
+        law = self._initial.to(torch.float32).to(device)
+        return draw_tokens(law.expand(len(ticks), -1), ticks).view(shape)
 
-    def perturb(self, x0, sigma: torch.Tensor, noise, generator) -> torch.Tensor:
-        """One sample, (1, length). noise: uniforms (*x0.shape, vocab) for a race. sigma: (1, 1)."""
-        weights = self.transition(float(sigma)).to(x0.device, torch.float32)[x0]
-        flat = None if noise is None else noise.reshape(-1, self.vocab_size)
-        return race(weights.reshape(-1, self.vocab_size), flat, generator).view(x0.shape)
+    def noise_shapes(self, shape: tuple[int, ...]) -> list:
+        """Of recorded noise that `perturb` takes for tokens (batch, length)."""
+        return [(*shape, self.vocab_size)]
+
+    def perturb(self, x0, sigma: list[float], noise, generator) -> torch.Tensor:
+        """A draw of x_t for x0 (batch, length). sigma: one a sample. noise: uniforms (*x0.shape, vocab) or None."""
+        ticks = clocks_for_tokens(x0.shape, self.vocab_size, generator, x0.device) if noise is None else None
+        result = torch.empty_like(x0)
+        for b, one in enumerate(sigma):
+            weights = self._on(x0.device, one)[x0[b]]
+            result[b] = draw_tokens(weights, ticks[b]) if noise is None else replay_tokens(weights, noise[b])
+        return result
 
     def jumps_from(self, x: torch.Tensor) -> torch.Tensor:
         """Q[x, y], diagonal 0."""
-        return self._rate.to(x.device, torch.float32)[x].scatter_(1, x.unsqueeze(1), 0)
+        return self._on(x.device, None)[x].scatter_(1, x.unsqueeze(1), 0)
 
-    def times_jumps_into(self, score: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """score[y] Q[y, x], diagonal 0; in place."""
-        return score.mul_(self._rate.T.to(x.device, torch.float32)[x]).scatter_(1, x.unsqueeze(1), 0)
+    def jumps_into(self, score: torch.Tensor, x: torch.Tensor, rate: float) -> torch.Tensor:
+        """rate score[y] Q[y, x], diagonal 0; in place."""
+        return score.mul_(self._on(x.device, None).T[x]).mul_(rate).scatter_(1, x.unsqueeze(1), 0)
+
+    def x0_law(self, output: torch.Tensor, logits: bool) -> torch.Tensor:
+        """p(x_0 | x), a new tensor, of its logits or of itself."""
+        return output.softmax(dim=1) if logits else output.clone()
 
     def _expected_ratio(self, p0, x, sigma_bar: float, target_sigma_bar: float, floor: float) -> torch.Tensor:
         """sum over x_0 of p0[x_0] P_target[x_0, y] / (P_t[x_0, x] + floor)."""
-        here = self.transition(sigma_bar).T.to(x.device, torch.float32)[x]
-        return (p0 / here.add_(floor)) @ self.transition(target_sigma_bar).to(x.device, torch.float32)
+        here = self._on(x.device, sigma_bar).T[x]
+        return (p0 / here.add_(floor)) @ self._on(x.device, target_sigma_bar)
 
     def score(self, p0, x, sigma_bar: float, floor: float) -> torch.Tensor:
         return self._expected_ratio(p0, x, sigma_bar, sigma_bar, floor)
 
     def posterior_weights(self, p0, x, sigma_bar: float, next_sigma_bar: float, floor: float) -> torch.Tensor:
         ratio = self._expected_ratio(p0, x, sigma_bar, next_sigma_bar, floor)
-        return ratio.mul_(self.transition(sigma_bar - next_sigma_bar).T.to(x.device, torch.float32)[x])
+        return ratio.mul_(self._on(x.device, sigma_bar - next_sigma_bar).T[x])
+
+    def score_entropy(self, log_score, noisy, original, sigma_bar: torch.Tensor) -> torch.Tensor:
+        """Raises ValueError: scores are not predicted for ordered tokens."""
+        raise ValueError(f"score entropy is for kernel='absorbing' and 'uniform', this is {self.name!r}")
 
 
 def gaussian_kernel(vocab_size: int, rate_sigma: float, Q_sigma: float) -> ReversibleKernel:
@@ -253,10 +331,31 @@ def gaussian_kernel(vocab_size: int, rate_sigma: float, Q_sigma: float) -> Rever
     rate = torch.exp(-(((i - j).abs() - 1) ** 2) / rate_sigma**2) * inward
     back = rate.T * torch.exp(log_prior[None, :] - log_prior[:, None])
     initial = -((tokens - (vocab_size // 2 - 1)) ** 2) / (2 * Q_sigma**2)
-    return ReversibleKernel(torch.where(inward, rate, back), log_prior, initial)
+    return ReversibleKernel("gaussian", torch.where(inward, rate, back), log_prior, initial)
 
 
 def birth_death_kernel(vocab_size: int) -> ReversibleKernel:
     """Jumps to either neighbour at rate 1, reflected at the ends; the prior is uniform (tauLDR)."""
     ones = torch.ones(vocab_size - 1, dtype=torch.float64)
-    return ReversibleKernel(torch.diag(ones, 1) + torch.diag(ones, -1), torch.zeros(vocab_size, dtype=torch.float64))
+    rate = torch.diag(ones, 1) + torch.diag(ones, -1)
+    return ReversibleKernel("birth_death", rate, torch.zeros(vocab_size, dtype=torch.float64))
+
+
+def rest_stays(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Weights (n, vocab) with what they leave of 1 for the current token x (n,), at least 0; in place."""
+    return weights.scatter_(1, x.unsqueeze(1), (1 - weights.sum(1, keepdim=True)).clamp_(min=0))
+
+
+def _column(sigma: list[float], device) -> torch.Tensor:
+    """(batch, 1) float32; nothing is moved where all are the same."""
+    if all(one == sigma[0] for one in sigma):
+        return torch.full((len(sigma), 1), sigma[0], device=device, dtype=torch.float32)
+    return torch.tensor(sigma, dtype=torch.float32).unsqueeze(1).to(device)
+
+
+def _moved(x0: torch.Tensor, sigma: list[float], recorded: torch.Tensor | None, generator) -> torch.Tensor:
+    """Where tokens (batch, length) jump at rate 1 within a time sigma, at least once; bool."""
+    column = _column(sigma, x0.device)
+    if recorded is None:
+        return clocks(x0.shape, generator, x0.device) < column
+    return recorded < -torch.expm1(-column)

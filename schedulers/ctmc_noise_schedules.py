@@ -13,16 +13,22 @@ import torch
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """sigma_bar and sigma as functions of a floating-point tensor of times; both keep its shape and dtype."""
+    """sigma_bar and sigma as functions of a floating-point tensor of times; both keep its shape and dtype.
+
+    stable: the same functions without the cancellation near t = 1 that the usual forms have in float32, for devices
+    without float64; None where there is none.
+    """
 
     sigma_bar: Callable[[torch.Tensor], torch.Tensor]
     sigma: Callable[[torch.Tensor], torch.Tensor]
+    stable: "NoiseSchedule | None" = None
 
 
 def loglinear(eps: float) -> NoiseSchedule:
     """sigma_bar = -log(1 - (1 - eps) t): a share (1 - eps) t of the tokens has moved at time t (SEDD, 2310.16834)."""
     rest = 1 - eps
-    return NoiseSchedule(lambda t: -torch.log1p(-rest * t), lambda t: rest / (1 - rest * t))
+    stable = _of_shares(lambda t: rest * t, lambda t: eps + rest * (1 - t), lambda t: torch.full_like(t, rest))
+    return NoiseSchedule(lambda t: -torch.log1p(-rest * t), lambda t: rest / (1 - rest * t), stable)
 
 
 def cosine(eps: float) -> NoiseSchedule:
@@ -35,7 +41,15 @@ def cosine(eps: float) -> NoiseSchedule:
     def sigma(t):
         return angle * (1 - eps) * torch.sin(angle * (1 - (1 - eps) * t)) / (1 - moved(t))
 
-    return NoiseSchedule(lambda t: -torch.log1p(-moved(t)), sigma)
+    def rest(t):
+        return angle * (eps + (1 - eps) * (1 - t))
+
+    stable = _of_shares(
+        lambda t: torch.sin(angle * (1 - eps) * t),
+        lambda t: 2 * torch.sin(rest(t) / 2) ** 2,
+        lambda t: angle * (1 - eps) * torch.sin(rest(t)),
+    )
+    return NoiseSchedule(lambda t: -torch.log1p(-moved(t)), sigma, stable)
 
 
 def arccos(eps: float) -> NoiseSchedule:
@@ -48,7 +62,25 @@ def arccos(eps: float) -> NoiseSchedule:
         slope = 2 * (1 - eps) / (math.pi * torch.sqrt(1 - (1 - (1 - eps) * t) ** 2))
         return slope / (1 - moved(t))
 
-    return NoiseSchedule(lambda t: -torch.log1p(-moved(t)), sigma)
+    rest = 1 - eps
+    stable = _of_shares(
+        lambda t: 4 / math.pi * torch.asin(torch.sqrt(rest * t / 2)),
+        lambda t: 2 / math.pi * torch.asin(eps + rest * (1 - t)),
+        lambda t: 2 * rest / (math.pi * torch.sqrt(rest * t * (2 - rest * t))),
+    )
+    return NoiseSchedule(lambda t: -torch.log1p(-moved(t)), sigma, stable)
+
+
+def _of_shares(moved: Callable, left: Callable, slope: Callable) -> NoiseSchedule:
+    """sigma_bar = -log(left) and sigma = slope / left, of the share of tokens that have moved and of the others.
+
+    Both shares are given in a form without cancellation. slope: the derivative of the first.
+    """
+
+    def sigma_bar(t):
+        return torch.where(t < 0.5, -torch.log1p(-moved(t)), -torch.log(left(t)))
+
+    return NoiseSchedule(sigma_bar, lambda t: slope(t) / left(t))
 
 
 def geometric(sigma_min: float, sigma_max: float) -> NoiseSchedule:

@@ -1,26 +1,24 @@
 """Sampling of discrete diffusion models in continuous time: SEDD, tauLDR, their samplers and timestep tables."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
-import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 
-from .ctmc_config import build_kernel, build_noise_schedule, check_config
-from .ctmc_kernels import race, uniform_noise
+from .ctmc_config import build_kernel, build_noise_schedule, build_sampler, check_config
+from .ctmc_draws import Generators, check_generators, uniforms
+from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel
 from .ctmc_noise_schedules import NoiseSchedule
-from .timestep_edges import check_edges
+from .ctmc_reverse import ReverseChain
+from .ctmc_samplers import CHUNK, Sampler, check_recorded, chunks, denoise, groups, movable
+from .timestep_edges import StepEdges, check_edges, interpolated_edges, times_of
 
 logger = logging.get_logger(__name__)
-
-CHUNK = 2**22  # floats that a step works on at a time, so that its memory does not grow with batch x length x vocab
-
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass
@@ -106,23 +104,23 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         Q_sigma: float = 512.0,
     ):
         check_config(self.config)
-        self._kernel = build_kernel(self.config)
+        self.kernel: AbsorbingKernel | UniformKernel | ReversibleKernel = build_kernel(self.config)
         self._noise: NoiseSchedule = build_noise_schedule(self.config)
-        self._edges: list[float] | None = None
+        self.reverse = ReverseChain(self.kernel, self._noise, prediction_type, eps_ratio)
+        self.sampler: Sampler = build_sampler(self.config, self.reverse)
+        self._steps: StepEdges | None = None
         self.num_inference_steps: int | None = None
         self.timesteps: torch.Tensor | None = None
 
     @property
     def mask_token_id(self) -> int | None:
         """The last token for the absorbing kernel; None for the others."""
-        return self._kernel.mask if self.config.kernel == "absorbing" else None
+        return self.kernel.mask
 
     @property
     def jumps(self) -> str:
         """ "categorical" or "poisson", the config's None resolved."""
-        return self.config.jumps or (
-            "poisson" if self._kernel.ordered and self.config.sampler == "euler" else "categorical"
-        )
+        return self.sampler.jumps
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """The sample, (batch, length), as it is: tokens have no scale."""
@@ -140,33 +138,40 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
 
     @staticmethod
     def _at(function: Callable, timestep: float | torch.Tensor) -> torch.Tensor:
-        if isinstance(timestep, torch.Tensor) and timestep.is_floating_point():
-            return function(timestep)
+        if isinstance(timestep, torch.Tensor):
+            return function(timestep if timestep.is_floating_point() else timestep.float())
         return function(torch.as_tensor(timestep, dtype=torch.float64)).float()
 
-    def model_time(self, timestep: float | torch.Tensor, batch_size: int) -> torch.Tensor:
-        """What the network receives beside the tokens, (batch_size,) float32: sigma_bar(t), or t."""
-        timestep = torch.as_tensor(timestep)
-        if self.config.time_conditioning == "timestep":
-            return timestep.float().expand(batch_size)
-        # as exact as the rates' sigma(t): in float32 near t = 1 they would disagree by 1e-5
-        exact = self.sigma_bar(timestep.to("cpu", torch.float64))
-        return exact.to(timestep.device, torch.float32).expand(batch_size)
+    def model_time(
+        self, timestep: float | torch.Tensor, batch_size: int, device: str | torch.device | None = None
+    ) -> torch.Tensor:
+        """What the network receives beside the tokens, (batch_size,) float32: sigma_bar(t), or t.
+
+        device: of the result; by default the timestep's. An entry of `timesteps` was computed with the schedule; times
+        on the host are computed in float64; other times on a device are computed there in float32.
+        """
+        index = self._steps.known(timestep) if self._steps else None
+        if index is not None:
+            time = self._steps.model_times[index]
+        elif isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
+            time = self._conditioning(timestep.float(), self._noise.stable or self._noise)
+        else:
+            time = self._conditioning(torch.as_tensor(timestep, dtype=torch.float64), self._noise).float()
+            if time.ndim == 0:
+                return torch.full((batch_size,), float(time), dtype=torch.float32, device=device)
+        return (time if device is None else time.to(device)).expand(batch_size)
+
+    def _conditioning(self, times: torch.Tensor, noise: NoiseSchedule) -> torch.Tensor:
+        return times if self.config.time_conditioning == "timestep" else noise.sigma_bar(times)
 
     def transition_matrix(self, timestep: float, next_timestep: float = 0.0) -> torch.Tensor:
         """P[i, j] = P(x_t = j | x_s = i), (vocab, vocab) float64, from s = next_timestep to the larger t."""
-        delta = self._sigma_bar(timestep) - (self._sigma_bar(next_timestep) if next_timestep else 0)
-        return self._kernel.transition(delta)
+        earlier = self.reverse.sigma_bar(next_timestep) if next_timestep else 0
+        return self.kernel.transition(self.reverse.sigma_bar(timestep) - earlier)
 
     def rate_matrix(self, timestep: float) -> torch.Tensor:
         """Forward rates sigma(t) Q, [i, j] from i to j, (vocab, vocab) float64; its rows sum to 0."""
-        return self._kernel.base_rate() * self._sigma(timestep)
-
-    def _sigma_bar(self, time: float) -> float:
-        return float(self._noise.sigma_bar(torch.tensor(time, dtype=torch.float64)))
-
-    def _sigma(self, time: float) -> float:
-        return float(self._noise.sigma(torch.tensor(time, dtype=torch.float64)))
+        return self.kernel.base_rate() * self.reverse.sigma(timestep)
 
     # Schedule
 
@@ -195,10 +200,13 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
             check_edges(edges, "timesteps")
         else:
             edges = self._edges_for(num_inference_steps)
-        self._edges = edges
         self.num_inference_steps = len(edges) - 1
-        evaluated = edges[:-1] if self.config.sampler == "gillespie" else edges
-        self.timesteps = torch.tensor(evaluated, dtype=torch.float32, device=device)
+        # gillespie has nothing left to evaluate at the last edge
+        evaluated = len(edges) - self.sampler.counts_tokens
+        self._steps = StepEdges(edges, evaluated, lambda times: self._conditioning(times, self._noise), device)
+        self.timesteps = self._steps.timesteps
+        if self.kernel.ordered and self.timesteps.device.type != "cpu":
+            self.kernel.prepare(self.sampler.noise_levels(edges), self.timesteps.device)
 
     def _edges_for(self, steps: int) -> list[float]:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -209,7 +217,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
             if str(steps) in tables:
                 return [float(t) for t in tables[str(steps)]]
             if spacing == "interpolated_table" and tables:
-                return _interpolated(tables, steps)
+                return interpolated_edges(tables, steps)
             logger.warning(
                 f"timestep_spacing is {spacing!r}, but timestep_tables has none for {steps} steps, only for"
                 f" {sorted(tables, key=int)}; the steps are spaced evenly"
@@ -219,35 +227,24 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
     @property
     def edges(self) -> torch.Tensor:
         """The n + 1 edges of the schedule as set, (n + 1,) float64 on the CPU. Raises ValueError if none is set."""
-        if self._edges is None:
-            raise ValueError("there is no schedule yet; call set_timesteps first")
-        return torch.tensor(self._edges, dtype=torch.float64)
+        return torch.tensor(self._schedule().edges, dtype=torch.float64)
 
-    def _edge_index(self, timestep: float | torch.Tensor) -> int:
-        """Which edge a timestep is; the same for the whole batch."""
-        times = torch.as_tensor(timestep, dtype=torch.float64).reshape(-1).cpu()
-        distance = (self.edges - times[0]).abs()
-        index = int(distance.argmin())
-        if distance[index] > 2e-7 or not torch.equal(times, times[:1].expand_as(times)):
-            raise ValueError(
-                f"timestep={timestep} is not one of the schedule's {[round(t, 6) for t in self._edges]}; pass one of"
-                " them, or say where the step ends with next_timestep= (num_decode= for gillespie)"
-            )
-        return index
+    def _schedule(self) -> StepEdges:
+        if self._steps is None:
+            raise ValueError("there is no schedule yet; call set_timesteps first")
+        return self._steps
 
     # The chain forward
 
     def sample_prior(self, shape: tuple[int, ...], generator: Generators = None, device=None) -> torch.Tensor:
         """Tokens at time 1, int64 of the shape (batch, length): masks, uniform ones, or of the kernel's Gaussian."""
-        device = torch.device("cpu" if device is None else device)
-        if not isinstance(generator, list):
-            return self._kernel.sample_prior(tuple(shape), generator, device)
-        _check_generators(generator, shape[0])
-        return torch.cat([self._kernel.sample_prior((1, *shape[1:]), one, device) for one in generator])
+        if isinstance(generator, list):
+            check_generators(generator, shape[0])
+        return self.kernel.sample_prior(tuple(shape), generator, torch.device("cpu" if device is None else device))
 
     def prior_probabilities(self) -> torch.Tensor:
         """The law from which `sample_prior` draws each token, (vocab,) float64."""
-        return self._kernel.prior()
+        return self.kernel.prior()
 
     def add_noise(
         self,
@@ -266,23 +263,15 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         """
         x0 = original_samples
         self._check_tokens(x0)
-        recorded = isinstance(noise, torch.Tensor | tuple)
-        if recorded:
-            self._check_noise_of_add_noise(noise, x0)
-        elif isinstance(noise, list):
-            _check_generators(noise, len(x0))
-        sigma = self._noise.sigma_bar(torch.tensor(self._times(timesteps, len(x0)), dtype=torch.float64))
-        sigma = sigma[:, None] if self._kernel.ordered else sigma[:, None].to(x0.device, torch.float32)
-        if recorded:
-            noise = tuple(n.to(x0.device) for n in noise) if isinstance(noise, tuple) else noise.to(x0.device)
-        if not isinstance(noise, list) and not self._kernel.ordered:
-            generator, noise = (None, noise) if recorded else (noise, None)
-            return self._kernel.perturb(x0, sigma, noise, generator)
-        noisy = torch.empty_like(x0)
-        for b in range(len(x0)):
-            row, generator = slice(b, b + 1), noise[b] if isinstance(noise, list) else None if recorded else noise
-            noisy[row] = self._kernel.perturb(x0[row], sigma[row], noise[row] if recorded else None, generator)
-        return noisy
+        generator, recorded = (None, noise) if isinstance(noise, torch.Tensor | tuple) else (noise, None)
+        if recorded is not None:
+            self._check_noise_of_add_noise(recorded, x0)
+            pair = isinstance(recorded, tuple)
+            recorded = tuple(n.to(x0.device) for n in recorded) if pair else recorded.to(x0.device)
+        elif isinstance(generator, list):
+            check_generators(generator, len(x0))
+        sigma = [self.reverse.sigma_bar(t) for t in self._times(timesteps, len(x0))]
+        return self.kernel.perturb(x0, sigma, recorded, generator)
 
     def add_noise_by_count(
         self, original_samples: torch.Tensor, noise: torch.Tensor | Generators, num_decoded: int
@@ -298,7 +287,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         """
         x0 = original_samples
         self._check_tokens(x0)
-        if self.config.kernel != "absorbing" or self.config.noise_schedule != "loglinear":
+        if self.kernel.mask is None or self.config.noise_schedule != "loglinear":
             raise ValueError(
                 "add_noise_by_count needs kernel='absorbing' and noise_schedule='loglinear', whose share of masked"
                 f" tokens is (1 - eps) t; this is {self.config.kernel!r} with {self.config.noise_schedule!r}"
@@ -306,10 +295,9 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         if not 0 <= num_decoded <= x0.shape[1]:
             raise ValueError(f"num_decoded must be in [0, {x0.shape[1]}], the length, got {num_decoded}")
         if not isinstance(noise, torch.Tensor):
-            groups = self._groups(x0, 1.0, noise)
-            noise = torch.cat([uniform_noise(x0[rows].shape, one, x0.device) for rows, _, one in groups])
-        order = noise.argsort(dim=1)[:, : x0.shape[1] - num_decoded]
-        masked = x0.scatter(1, order, self._kernel.mask)
+            noise = uniforms(x0.shape, noise, x0.device)
+        order = noise.argsort(dim=1, stable=True)[:, : x0.shape[1] - num_decoded]
+        masked = x0.scatter(1, order, self.kernel.mask)
         last = noise.gather(1, order[:, -1:])[:, 0] if order.shape[1] else torch.zeros(len(x0), device=x0.device)
         return masked, (last / (1 - self.config.eps)).clamp(self.config.min_timestep, 1)
 
@@ -327,53 +315,12 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         """
         self._check_step_inputs(model_output, sample)
         result = torch.zeros(model_output.shape, dtype=torch.float32, device=model_output.device)
-        for rows, time, _ in self._groups(sample, timestep, None):
+        for rows, time in groups(self._times(timestep, len(sample))):
             target, output, x = result[rows].flatten(0, 1), model_output[rows].flatten(0, 1), sample[rows].flatten()
-            for chosen in self._chunks(x):
-                rates = self._rates(output[chosen].float(), x[chosen], time)
+            for chosen in chunks(movable(self.reverse, x), CHUNK // output.shape[-1]):
+                rates = self.reverse.rates(output[chosen].float(), x[chosen], time)
                 target[chosen] = rates.scatter_(1, x[chosen, None], -rates.sum(1, keepdim=True))
         return result
-
-    def _rates(self, output: torch.Tensor, x: torch.Tensor, time: float) -> torch.Tensor:
-        """Reverse rates of n positions, (n, vocab), 0 at the current token; output: (n, vocab) float32."""
-        score = self._score(output, x, time)
-        return self._kernel.times_jumps_into(score, x).mul_(self._sigma(time))
-
-    def _score(self, output: torch.Tensor, x: torch.Tensor, time: float) -> torch.Tensor:
-        if self.config.prediction_type == "log_score":
-            return output.exp()
-        return self._kernel.score(self._x0_law(output), x, self._sigma_bar(time), self.config.eps_ratio)
-
-    def _x0_law(self, output: torch.Tensor) -> torch.Tensor:
-        """p(x_0 | x) of n positions, a new tensor (n, vocab)."""
-        output = output.clone()
-        if self.config.prediction_type == "x0":
-            if self.config.kernel == "absorbing":
-                output[:, -1] = -math.inf
-            return output.softmax(dim=1)
-        if self.config.kernel == "absorbing":
-            output[:, -1] = 0
-        return output
-
-    def _weights(self, output: torch.Tensor, x: torch.Tensor, time: float, next_time: float) -> torch.Tensor:
-        """Weights of the next token of n positions after a step of the euler or the tweedie sampler, (n, vocab)."""
-        if self.config.sampler == "euler":
-            weights = self._rates(output, x, time).mul_(time - next_time)
-            return weights.scatter_(1, x.unsqueeze(1), 1 - weights.sum(1, keepdim=True))
-        now, then = self._sigma_bar(time), self._sigma_bar(next_time)
-        if self.config.prediction_type == "log_score":
-            return self._kernel.tweedie_weights(output.exp(), x, now - then)
-        return self._kernel.posterior_weights(self._x0_law(output), x, now, then, self.config.eps_ratio)
-
-    def _final_weights(self, output: torch.Tensor, x: torch.Tensor, time: float) -> torch.Tensor:
-        """Weights of the clean token of n positions, (n, vocab), 0 for the mask."""
-        if self.config.prediction_type != "log_score":
-            return self._x0_law(output)
-        if self.config.kernel == "uniform":
-            return self._kernel.tweedie_weights(output.exp(), x, self._sigma_bar(time))
-        weights = output.exp()
-        weights[:, -1] = 0
-        return weights
 
     def step(
         self,
@@ -405,29 +352,45 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         decrease or leave (0, 1], and for num_decode with another sampler than gillespie.
         """
         self._check_step_inputs(model_output, sample)
-        if self.config.sampler == "gillespie":
-            sample, time = self._gillespie(model_output, timestep, sample, generator, next_timestep, num_decode, noise)
-        elif num_decode is not None:
+        if self.sampler.counts_tokens:
+            if next_timestep is not None:
+                raise ValueError(f"next_timestep={next_timestep}: sampler='gillespie' takes num_decode= instead")
+            counts = self._counts(timestep, sample, num_decode)
+            return self._decode(model_output, timestep, sample, counts, generator, noise, return_dict)
+        if num_decode is not None:
             raise ValueError(f"num_decode={num_decode} is for sampler='gillespie', this is {self.config.sampler!r}")
-        else:
-            if next_timestep is None:
-                index = self._edge_index(timestep)
-                if index == self.num_inference_steps:
-                    denoised = self.denoise(model_output, timestep, sample, generator, noise=noise)
-                    return self._output(denoised, 0.0, return_dict)
-                timestep, next_timestep = self._edges[index : index + 2]
-            self._check_order(timestep, next_timestep)
-            if self.jumps == "poisson":
-                sample = self._leap(self._rates, model_output, timestep, next_timestep, sample, generator, noise)
-            else:
-                times = self._both_times(timestep, next_timestep, len(sample))
-                sample = self._draw(self._weights, model_output, times, sample, generator, noise)
-            time = next_timestep
-        return self._output(sample, time, return_dict)
+        if next_timestep is None:
+            index = self._schedule().index(timestep)
+            if index == self.num_inference_steps:
+                denoised = self.denoise(model_output, timestep, sample, generator, noise=noise)
+                return self._output(denoised, 0.0, return_dict)
+            timestep, next_timestep = self._steps.edges[index : index + 2]
+        times = self._both_times(timestep, next_timestep, len(sample))
+        moved = self.sampler.step(model_output, sample, times, generator, noise)
+        return self._output(moved, [then for _, then in times], return_dict)
+
+    def _decode(self, model_output, timestep, sample, counts, generator, noise, return_dict: bool):
+        """A gillespie step; times on a device are not read."""
+        if noise is not None:
+            check_recorded(noise[0], sample.shape)
+        start = self._start(timestep, sample)
+        tokens, elapsed, finished = self.sampler.step(model_output, sample, start, counts, generator, noise)
+        least = self.config.min_timestep
+        return self._output(tokens, (start - elapsed).clamp(min=least).masked_fill(finished, least), return_dict)
+
+    def _start(self, timestep: float | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """The times of a batch, (batch,) float32 on its device."""
+        on_device = isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"
+        if on_device and (self._steps is None or self._steps.known(timestep) is None):
+            self._check_number(timestep.numel(), len(sample))
+            return timestep.to(sample.device, torch.float32).reshape(-1).expand(len(sample))
+        return _column(self._times(timestep, len(sample)), sample.device)
 
     @staticmethod
-    def _output(sample: torch.Tensor, time: float | torch.Tensor, return_dict: bool) -> CTMCSchedulerOutput | tuple:
-        time = torch.as_tensor(time, dtype=torch.float32, device=sample.device).expand(len(sample))
+    def _output(sample: torch.Tensor, time, return_dict: bool) -> CTMCSchedulerOutput | tuple:
+        """time: a number or a list of one a sample on the host, or (batch,) on the sample's device."""
+        if not isinstance(time, torch.Tensor):
+            time = _column(time if isinstance(time, list) else [time] * len(sample), sample.device)
         return CTMCSchedulerOutput(prev_sample=sample, prev_timestep=time) if return_dict else (sample, time)
 
     def step_correct(
@@ -450,27 +413,14 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         Raises ValueError for other shapes, with gillespie, and for a step_size that is not finite and > 0.
         """
         self._check_step_inputs(model_output, sample)
-        if self.config.sampler == "gillespie":
+        if self.sampler.counts_tokens:
             raise ValueError("sampler='gillespie' counts decoded tokens and a corrector masks them again; use 'euler'")
         if not (isinstance(step_size, Real) and math.isfinite(step_size) and step_size > 0):
             raise ValueError(f"step_size must be a finite number > 0, got {step_size!r}")
-
-        def rates(output, x, time):
-            return self._rates(output, x, time).add_(self._kernel.jumps_from(x), alpha=self._sigma(time))
-
-        def weights(output, x, time, _):
-            change = rates(output, x, time).mul_(step_size)
-            return change.scatter_(1, x.unsqueeze(1), 1 - change.sum(1, keepdim=True))
-
-        times = self._both_times(timestep, timestep, len(sample))
-        if self.jumps == "poisson":
-            ends = [time - step_size for time, _ in times]
-            corrected = self._leap(
-                rates, model_output, timestep, torch.tensor(ends, dtype=torch.float64), sample, generator, noise
-            )
-        else:
-            corrected = self._draw(weights, model_output, times, sample, generator, noise, everywhere=True)
-        return self._output(corrected, timestep, return_dict)
+        times = self._times(timestep, len(sample))
+        leaps = [(time, time - step_size) for time in times]
+        corrected = self.sampler.correct(model_output, sample, leaps, generator, noise)
+        return self._output(corrected, times, return_dict)
 
     def denoise(
         self,
@@ -488,106 +438,12 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         noise: recorded uniforms (batch, length, vocab), without the mask's column for the absorbing kernel.
         """
         self._check_step_inputs(model_output, sample)
-        if self.config.kernel != "absorbing" and self.config.prediction_type != "log_score":
+        if self.kernel.mask is None and self.config.prediction_type != "log_score":
             return model_output.argmax(dim=-1)
-        times = self._both_times(timestep, timestep, len(sample))
+        times = [(time, 0.0) for time in self._times(timestep, len(sample))]
+        return denoise(self.reverse, model_output, sample, times, generator, noise)
 
-        def weights(output, x, time, _):
-            return self._final_weights(output, x, time)
-
-        return self._draw(weights, model_output, times, sample, generator, noise, real_tokens_only=True)
-
-    # Drawing, position by position in chunks
-
-    def _draw(
-        self, weights, output, times, sample, generator, noise, everywhere=False, real_tokens_only=False
-    ) -> torch.Tensor:
-        """New tokens by one race a position. weights(output, x, time, next_time) acts on n positions, (n, vocab)."""
-        columns = self.config.vocab_size - (real_tokens_only and self.config.kernel == "absorbing")
-        _check_recorded(noise, (*sample.shape, columns))
-        result = sample.clone()
-        for rows, (time, next_time), one in self._groups(sample, times, generator):
-            x, flat_output = sample[rows].flatten(), output[rows].flatten(0, 1)
-            recorded = None if noise is None else noise[rows].flatten(0, 1).to(x.device)
-            new = x.clone()
-            for chosen in self._chunks(x, everywhere):
-                values = weights(flat_output[chosen].float(), x[chosen], time, next_time)[:, :columns]
-                new[chosen] = race(values, None if recorded is None else recorded[chosen], one)
-            result[rows] = new.view_as(sample[rows])
-        return result
-
-    def _leap(self, rates, output, timestep, next_timestep, sample, generator, noise) -> torch.Tensor:
-        """Tokens plus all jumps of a Poisson number of them to each token, clamped to the vocabulary."""
-        _check_recorded(noise, output.shape)
-        result, last = sample.clone(), self.config.vocab_size - 1
-        tokens = torch.arange(last + 1, device=sample.device, dtype=torch.float32)
-        times = self._both_times(timestep, next_timestep, len(sample))
-        for rows, (time, next_time), one in self._groups(sample, times, generator):
-            x, flat_output = sample[rows].flatten(), output[rows].flatten(0, 1)
-            recorded = None if noise is None else noise[rows].flatten(0, 1).to(x.device)
-            new = x.clone()
-            for chosen in self._chunks(x):
-                if recorded is not None:
-                    counts = recorded[chosen].float()
-                else:
-                    mean = rates(flat_output[chosen].float(), x[chosen], time).mul_(time - next_time)
-                    source = mean.device if one is None else one.device
-                    counts = torch.poisson(mean.to(source), generator=one).to(mean.device)
-                jumps = counts @ tokens - counts.sum(1) * x[chosen]
-                new[chosen] = (x[chosen] + jumps.round().long()).clamp(0, last)
-            result[rows] = new.view_as(sample[rows])
-        return result
-
-    def _gillespie(self, output, timestep, sample, generator, next_timestep, num_decode, noise):
-        """Decode the masks with the shortest holding times; tokens (batch, length) and the times reached (batch,)."""
-        masked = sample == self._kernel.mask
-        counts = torch.tensor(self._counts(timestep, sample, next_timestep, num_decode), device=sample.device)
-        _check_recorded(noise[0] if noise else None, sample.shape)
-        holding = self._holding_times(output, timestep, sample, generator, None if noise is None else noise[0])
-        ranks = holding.argsort(dim=1).argsort(dim=1)
-        chosen = masked & (ranks < counts.unsqueeze(1))
-        result = sample.clone()
-        for rows, time, one in self._groups(sample, timestep, generator):
-            x, flat_output = sample[rows].flatten(), output[rows].flatten(0, 1)
-            new = x.clone()
-            for part in chosen[rows].flatten().nonzero().squeeze(1).split(self._rows()):
-                weights = self._rates(flat_output[part].float(), x[part], time)[:, :-1]
-                recorded = None
-                if noise is not None:
-                    batch = torch.arange(len(sample), device=x.device)[rows][part // sample.shape[1]]
-                    recorded = noise[1].to(x.device)[batch, ranks[rows].flatten()[part]]
-                new[part] = race(weights, recorded, one)
-            result[rows] = new.view_as(sample[rows])
-        elapsed = holding.masked_fill(~chosen, 0).amax(dim=1)
-        times = torch.tensor(self._times(timestep, len(sample)), dtype=torch.float32, device=sample.device)
-        least = self.config.min_timestep
-        finished = (chosen == masked).all(dim=1)
-        return result, (times - elapsed).clamp(min=least).masked_fill(finished, least)
-
-    def _holding_times(self, output, timestep, sample, generator, uniforms) -> torch.Tensor:
-        """Time until each mask jumps at its present rate, (batch, length); infinite for decoded positions."""
-        holding = torch.full(sample.shape, math.inf, device=sample.device)
-        for rows, time, one in self._groups(sample, timestep, generator):
-            x, flat_output, times = sample[rows].flatten(), output[rows].flatten(0, 1), holding[rows].flatten()
-            u = uniform_noise(x.shape, one, x.device) if uniforms is None else uniforms[rows].flatten().to(x.device)
-            for part in self._chunks(x):
-                times[part] = -torch.log(u[part]) / self._rates(flat_output[part].float(), x[part], time).sum(dim=1)
-            holding[rows] = times.view_as(sample[rows])
-        return holding
-
-    def _counts(self, timestep, sample, next_timestep, num_decode) -> list[int]:
-        """How many masks of each sample a gillespie step decodes."""
-        if next_timestep is not None:
-            raise ValueError(f"next_timestep={next_timestep}: sampler='gillespie' takes num_decode= instead")
-        if num_decode is None:
-            index = self._edge_index(timestep)
-            if index == self.num_inference_steps:
-                raise ValueError(f"timestep={timestep} is the last edge, where gillespie has decoded everything")
-            return self.num_decode(sample, index)
-        counts = torch.as_tensor(num_decode).expand(len(sample)).tolist()
-        if any(isinstance(k, float) or k < 0 for k in counts):
-            raise ValueError(f"num_decode must be an integer >= 0, or one a sample, got {num_decode}")
-        return counts
+    # Counting tokens
 
     def num_decode(self, sample: torch.Tensor, step_index: int) -> list[int]:
         """How many masks of each sample step `step_index` of the schedule decodes with gillespie.
@@ -596,61 +452,54 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         token-count table k_0 = 0 < k_1 < ... < k_n = length is the table of times 1 - k_i / length, t_n small.
         Where other tokens were given from the start, the same share of the masks stays. sample: (batch, length).
         """
-        length, last = sample.shape[1], self._edges[-1]
-        ends = self._edges[step_index : step_index + 2]
+        return self.num_decode_on_device(sample, step_index).tolist()
+
+    def num_decode_on_device(self, sample: torch.Tensor, step_index: int) -> torch.Tensor:
+        """What `num_decode` gives, (batch,) int64 on the sample's device, without reading it."""
+        length, last = sample.shape[1], self._schedule().edges[-1]
+        ends = self._steps.edges[step_index : step_index + 2]
         now, then = (math.ceil(length * (t - last) / (1 - last) - 1e-9 * length) for t in ends)
-        masked = (sample == self._kernel.mask).sum(1).tolist()
-        return [left - (-(-left * then // now) if now else 0) for left in masked]
+        left = (sample == self.kernel.mask).sum(dim=1)
+        return left if now == 0 else left + torch.div(-left * then, now, rounding_mode="floor")
 
-    def _rows(self) -> int:
-        return max(1, CHUNK // self.config.vocab_size)
+    def _counts(self, timestep, sample, num_decode) -> int | torch.Tensor:
+        """How many masks a gillespie step decodes: one number, or (batch,) on the device."""
+        if num_decode is None:
+            index = self._schedule().index(timestep)
+            if index == self.num_inference_steps:
+                raise ValueError(f"timestep={timestep} is the last edge, where gillespie has decoded everything")
+            return self.num_decode_on_device(sample, index)
+        counts = torch.as_tensor(num_decode)
+        on_device = counts.device.type != "cpu"  # its numbers are not read: a negative one decodes nothing
+        if counts.is_floating_point() or (not on_device and bool((counts < 0).any())):
+            raise ValueError(f"num_decode must be an integer >= 0, or one a sample, got {num_decode}")
+        if counts.ndim == 0 and not on_device:
+            return int(counts)
+        return counts.to(sample.device).expand(len(sample))
 
-    def _chunks(self, x: torch.Tensor, everywhere: bool = False) -> Iterator[torch.Tensor]:
-        """Indices of the positions that may jump, a bounded number at a time. x: (n,) tokens."""
-        if self.config.kernel == "absorbing" and not everywhere:
-            positions = (x == self._kernel.mask).nonzero().squeeze(1)
-        else:
-            positions = torch.arange(len(x), device=x.device)
-        return iter(positions.split(self._rows())) if len(positions) else iter(())
+    # Times of a batch, on the host, and checks
 
-    def _groups(self, sample: torch.Tensor, times, generator: Generators) -> Iterator[tuple]:
-        """(slice of the batch, its time, its generator): the whole batch where all share both, else sample by sample.
-
-        times: a number, a tensor () or (batch,), or a list of one entry a sample.
-        """
-        batch = len(sample)
-        if not isinstance(times, list):
-            times = self._times(times, batch)
-        if isinstance(generator, list):
-            _check_generators(generator, batch)
-        elif all(time == times[0] for time in times):
-            yield slice(0, batch), times[0], generator
-            return
-        for b in range(batch):
-            yield slice(b, b + 1), times[b], generator[b] if isinstance(generator, list) else generator
+    def _times(self, timestep: float | list[float] | torch.Tensor, batch: int) -> list[float]:
+        times = self._steps.times(timestep) if self._steps else times_of(timestep)
+        self._check_number(len(times), batch)
+        if not all(0 < time <= 1 for time in times):
+            raise ValueError(f"timestep must lie in (0, 1], got {times}")
+        return times if len(times) == batch else times * batch
 
     @staticmethod
-    def _times(timestep: float | torch.Tensor, batch: int) -> list[float]:
-        times = torch.as_tensor(timestep, dtype=torch.float64, device="cpu").reshape(-1)
-        if len(times) not in (1, batch):
-            raise ValueError(f"timestep must be one time or one a sample, {batch}, got {len(times)}")
-        if not bool(((times > 0) & (times <= 1)).all()):
-            raise ValueError(f"timestep must lie in (0, 1], got {times.tolist()}")
-        return times.expand(batch).tolist()
+    def _check_number(count: int, batch: int) -> None:
+        if count not in (1, batch):
+            raise ValueError(f"timestep must be one time or one a sample, {batch}, got {count}")
 
     def _both_times(self, timestep, next_timestep, batch: int) -> list[tuple[float, float]]:
-        starts = self._times(timestep, batch)
-        ends = torch.as_tensor(next_timestep, dtype=torch.float64, device="cpu").reshape(-1).expand(batch).tolist()
+        starts, ends = self._times(timestep, batch), times_of(next_timestep)
+        self._check_number(len(ends), batch)
+        ends = ends if len(ends) == batch else ends * batch
+        least = 0.0 if self.config.sampler == "tweedie" else -math.inf
+        if not all(least <= end < start for start, end in zip(starts, ends, strict=True)):
+            allowed = "in [0, " if least == 0 else "below ("
+            raise ValueError(f"next_timestep must be {allowed}timestep={timestep}), got {next_timestep}")
         return list(zip(starts, ends, strict=True))
-
-    # Checks
-
-    def _check_order(self, timestep, next_timestep) -> None:
-        pair = (torch.as_tensor(t, dtype=torch.float64, device="cpu").reshape(-1) for t in (timestep, next_timestep))
-        start, end = pair
-        if not bool((end < start).all()) or (self.config.sampler == "tweedie" and bool((end < 0).any())):
-            least = "in [0, " if self.config.sampler == "tweedie" else "below ("
-            raise ValueError(f"next_timestep must be {least}timestep={timestep}), got {next_timestep}")
 
     def _check_tokens(self, tokens: torch.Tensor) -> None:
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or not len(tokens):
@@ -668,32 +517,13 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
 
     def _check_noise_of_add_noise(self, noise, x0: torch.Tensor) -> None:
         shapes = [tuple(n.shape) for n in noise] if isinstance(noise, tuple) else tuple(noise.shape)
-        plain, full = tuple(x0.shape), (*x0.shape, self.config.vocab_size)
-        allowed = {"absorbing": [plain], "uniform": [[plain, plain], full]}.get(self.config.kernel, [full])
+        allowed = self.kernel.noise_shapes(tuple(x0.shape))
         if shapes not in allowed:
             raise ValueError(f"noise of kernel={self.config.kernel!r} must have the shape {allowed}, got {shapes}")
 
 
-def _interpolated(tables: dict[str, list[float]], steps: int) -> list[float]:
-    """Edges for a number of steps between those of two tables, by linear interpolation over the share of steps done.
-
-    Between the next smaller and the next larger number of steps they are mixed in proportion to the logarithms;
-    beyond the smallest and the largest table, these alone are stretched.
-    """
-    numbers = sorted(map(int, tables))
-    low = max((n for n in numbers if n < steps), default=numbers[0])
-    high = min((n for n in numbers if n > steps), default=numbers[-1])
-    share = 0.0 if low == high else math.log(steps / low) / math.log(high / low)
-    places = np.linspace(0, 1, steps + 1)
-    near, far = (np.interp(places, np.linspace(0, 1, n + 1), tables[str(n)]) for n in (low, high))
-    return ((1 - share) * near + share * far).tolist()
-
-
-def _check_recorded(noise: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-    if noise is not None and tuple(noise.shape) != tuple(shape):
-        raise ValueError(f"noise must have the shape {tuple(shape)}, got {tuple(noise.shape)}")
-
-
-def _check_generators(generators: list[torch.Generator], batch: int) -> None:
-    if len(generators) != batch:
-        raise ValueError(f"generator is a list of {len(generators)}, the batch has {batch} samples; give one a sample")
+def _column(times: list[float], device: torch.device) -> torch.Tensor:
+    """(batch,) float32; nothing is moved where all are the same."""
+    if all(time == times[0] for time in times):
+        return torch.full((len(times),), times[0], device=device, dtype=torch.float32)
+    return torch.tensor(times, dtype=torch.float32).to(device)

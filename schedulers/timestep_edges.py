@@ -1,7 +1,12 @@
-"""The edges of the steps of a schedule as data."""
+"""The edges of the steps of a schedule as data, tables of them, and which edge a timestep is."""
 
+import math
+from collections.abc import Callable
 from itertools import pairwise
 from numbers import Real
+
+import numpy as np
+import torch
 
 
 def check_edges(edges: list[float], name: str, steps: str | None = None) -> None:
@@ -11,3 +16,80 @@ def check_edges(edges: list[float], name: str, steps: str | None = None) -> None
         raise ValueError(f"{name} must be at least two strictly decreasing numbers in (0, 1], got {list(edges)}")
     if steps is not None and (not str(steps).isdigit() or len(edges) != int(steps) + 1):
         raise ValueError(f"{name} must be named by its number of steps and hold one edge more, got {len(edges)} edges")
+
+
+def interpolated_edges(tables: dict[str, list[float]], steps: int) -> list[float]:
+    """Edges for a number of steps between those of two tables, by linear interpolation over the share of steps done.
+
+    Between the next smaller and the next larger number of steps they are mixed in proportion to the logarithms;
+    beyond the smallest and the largest table, these alone are stretched.
+    """
+    numbers = sorted(map(int, tables))
+    low = max((n for n in numbers if n < steps), default=numbers[0])
+    high = min((n for n in numbers if n > steps), default=numbers[-1])
+    share = 0.0 if low == high else math.log(steps / low) / math.log(high / low)
+    places = np.linspace(0, 1, steps + 1)
+    near, far = (np.interp(places, np.linspace(0, 1, n + 1), tables[str(n)]) for n in (low, high))
+    return ((1 - share) * near + share * far).tolist()
+
+
+def times_of(timestep: float | list[float] | torch.Tensor) -> list[float]:
+    """A timestep or several as Python's numbers; reads the device of a tensor that is on one."""
+    if isinstance(timestep, torch.Tensor):
+        return [float(t) for t in timestep.detach().reshape(-1).tolist()]
+    return [float(t) for t in timestep] if isinstance(timestep, list | tuple) else [float(timestep)]
+
+
+class StepEdges:
+    """The edges of the steps as set, on the host, beside the timesteps of the network, on its device.
+
+    edges: n + 1 times. evaluated: at how many of the first the network is called. conditioning: what it receives at
+    times (n,) float64. `timesteps` and `model_times`: (evaluated,) float32, on the device.
+
+    A timestep taken from `timesteps`, by a loop or an index, is known by the tensor that it is a view of and by its
+    place there, which the host knows; the device is only read for timesteps from elsewhere.
+    """
+
+    def __init__(self, edges: list[float], evaluated: int, conditioning: Callable, device=None):
+        self.edges = edges
+        rounded = torch.tensor(edges[:evaluated], dtype=torch.float32)
+        both = torch.stack([rounded, conditioning(rounded.double()).float()])
+        self.timesteps, self.model_times = both.to(device).unbind()
+        self.timesteps = self.timesteps.clone()  # the base of its views, and of nothing else
+        self._rounded = rounded.tolist()
+        self._version = _version(self.timesteps)
+
+    def known(self, timestep) -> int | None:
+        """The index of a timestep that is an entry of `timesteps`, also repeated by `expand`; else None."""
+        if not isinstance(timestep, torch.Tensor) or not timestep.numel() or self._version is None:
+            return None
+        base = timestep if timestep._base is None else timestep._base
+        once = timestep.numel() == 1 or not any(timestep.stride())
+        if base is not self.timesteps or not once or _version(base) != self._version:
+            return None
+        return timestep.storage_offset() if timestep.dtype == base.dtype else None
+
+    def times(self, timestep) -> list[float]:
+        """A timestep or several as Python's numbers, without reading the device for one of `timesteps`."""
+        index = self.known(timestep)
+        return times_of(timestep) if index is None else [self._rounded[index]]
+
+    def index(self, timestep) -> int:
+        """Which edge a timestep is, the same for the whole batch. Raises ValueError for one that is none."""
+        index = self.known(timestep)
+        if index is not None:
+            return index
+        times = times_of(timestep)
+        distances = [abs(edge - times[0]) for edge in self.edges]
+        index = min(range(len(distances)), key=distances.__getitem__)
+        if not distances[index] <= 2e-7 or any(t != times[0] for t in times):
+            raise ValueError(
+                f"timestep={timestep} is not one of the schedule's {[round(t, 6) for t in self.edges]}; pass one of"
+                " them, or say where the step ends with next_timestep= (num_decode= for gillespie)"
+            )
+        return index
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was written to; None where torch does not count (inference mode)."""
+    return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,75 @@
+r"""The chain in reverse: what a network's output says about rates, and about laws of the next and of the clean token.
+
+.. math:: \hat R_t(x, y) = \sigma(t)\, Q[y, x]\, \frac{p_t(y)}{p_t(x)}
+
+The functions act on rows, (n, vocab) float32 outputs of n positions whose current tokens are x, all at the same time,
+and give new tensors.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel
+from .ctmc_noise_schedules import NoiseSchedule
+
+Kernel = AbsorbingKernel | UniformKernel | ReversibleKernel
+
+
+@dataclass(frozen=True)
+class ReverseChain:
+    """A kernel, its noise in time, and how a network predicts: "log_score", "x0" (logits) or "probabilities".
+
+    floor: added to P[x_0, x] where a prediction of x_0 is divided by it.
+    """
+
+    kernel: Kernel
+    noise: NoiseSchedule
+    prediction_type: str
+    floor: float
+
+    def sigma_bar(self, time: float) -> float:
+        """Total noise up to a time, in float64."""
+        return float(self.noise.sigma_bar(torch.tensor(time, dtype=torch.float64)))
+
+    def sigma(self, time: float) -> float:
+        """Noise rate at a time, in float64."""
+        return float(self.noise.sigma(torch.tensor(time, dtype=torch.float64)))
+
+    def score(self, output: torch.Tensor, x: torch.Tensor, time: float) -> torch.Tensor:
+        """p_t(y) / p_t(x)."""
+        if self.prediction_type == "log_score":
+            return output.exp()
+        return self.kernel.score(self.x0_law(output), x, self.sigma_bar(time), self.floor)
+
+    def x0_law(self, output: torch.Tensor) -> torch.Tensor:
+        """p(x_0 | x) of a network that predicts it."""
+        return self.kernel.x0_law(output, logits=self.prediction_type == "x0")
+
+    def rates(self, output: torch.Tensor, x: torch.Tensor, time: float, duration: float = 1.0) -> torch.Tensor:
+        """Rates of jumping times a duration, 0 at the current token."""
+        return self.kernel.jumps_into(self.score(output, x, time), x, self.sigma(time) * duration)
+
+    def rates_both_ways(self, output: torch.Tensor, x: torch.Tensor, time: float, duration: float) -> torch.Tensor:
+        """Reverse plus forward rates times a duration: they leave the law at the time as it is."""
+        forward = self.kernel.jumps_from(x)
+        return self.rates(output, x, time, duration).add_(forward, alpha=self.sigma(time) * duration)
+
+    def posterior_weights(self, output: torch.Tensor, x: torch.Tensor, time: float, next_time: float) -> torch.Tensor:
+        """Weights of the token at an earlier time, exact for each position given the network's output."""
+        now, then = self.sigma_bar(time), self.sigma_bar(next_time)
+        if self.prediction_type == "log_score":
+            return self.kernel.tweedie_weights(output.exp(), x, now - then)
+        return self.kernel.posterior_weights(self.x0_law(output), x, now, then, self.floor)
+
+    def clean_weights(self, output: torch.Tensor, x: torch.Tensor, time: float) -> torch.Tensor:
+        """Weights of the clean token; 0 for the mask."""
+        if self.prediction_type != "log_score":
+            return self.x0_law(output)
+        return self.kernel.clean_weights(output.exp(), x, self.sigma_bar(time))
+
+    def decoding_rates(self, times: torch.Tensor) -> torch.Tensor:
+        """By which `clean_weights` of the absorbing kernel are rates of jumping at times, of their shape and dtype."""
+        noise = self.noise.stable or self.noise
+        sigma = noise.sigma(times)
+        return sigma if self.prediction_type == "log_score" else sigma / noise.sigma_bar(times).expm1()

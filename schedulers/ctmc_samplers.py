@@ -1,0 +1,251 @@
+r"""Samplers of the reverse chain: how tokens at a time become tokens at an earlier one.
+
+Each says how many evaluations of the network one step takes, `evaluations_per_step`, whether its steps count decoded
+tokens instead of time, `counts_tokens`, and at which total noises it needs transitions, `noise_levels`. They know a
+`ReverseChain`; what is random comes from a generator, or is recorded noise to replay.
+
+Tokens are worked on position by position, a bounded number at a time, so that memory does not grow with batch x
+length x vocab. What a position draws does not depend on the others: of one generator the draws of all positions come
+first, in their order.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+
+from .ctmc_draws import Generators, clocks, clocks_for_tokens, draw_tokens, replay_tokens
+from .ctmc_kernels import rest_stays
+from .ctmc_reverse import ReverseChain
+
+CHUNK = 2**22  # floats that are worked on at a time
+
+Times = list[tuple[float, float]]  # of each sample: where a step starts, and where it ends
+
+
+class EulerSampler:
+    """Tau-leaping: the rates of the start are held over a step, of a length h.
+
+    jumps: "categorical", one jump at most, with probabilities 1{x} + h R; "poisson", Poisson numbers of jumps to each
+    token, which are added and clamped to the vocabulary (tauLDR, 2205.14987).
+    """
+
+    evaluations_per_step, counts_tokens = 1, False
+
+    def __init__(self, chain: ReverseChain, jumps: str):
+        self.chain, self.jumps = chain, jumps
+
+    def noise_levels(self, edges: list[float]) -> list[float]:
+        return [self.chain.sigma_bar(t) for t in edges]
+
+    def step(self, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
+        """Tokens at the ends of `times`. noise: uniforms (batch, length, vocab), or counts of Poisson jumps."""
+        return self._jump(self.chain.rates, output, sample, times, generator, noise)
+
+    def correct(self, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
+        """Tokens after as long a leap at the starts of `times`, with rates that leave the law there as it is."""
+        return self._jump(self.chain.rates_both_ways, output, sample, times, generator, noise, everywhere=True)
+
+    def _jump(self, rates, output, sample, times, generator, noise, everywhere=False) -> torch.Tensor:
+        def means(out, x, time, next_time):
+            return rates(out, x, time, time - next_time)
+
+        if self.jumps == "poisson":
+            return leap(self.chain, means, output, sample, times, generator, noise)
+
+        def weights(out, x, time, next_time):
+            return rest_stays(means(out, x, time, next_time), x)
+
+        return move(self.chain, weights, output, sample, times, generator, noise, everywhere=everywhere)
+
+
+class TweedieSampler:
+    """Each token by its exact posterior given the network's prediction; the analytic sampler of SEDD (2310.16834)."""
+
+    evaluations_per_step, counts_tokens = 1, False
+    jumps = "categorical"
+
+    def __init__(self, chain: ReverseChain):
+        self.chain = chain
+        self.correct = EulerSampler(chain, self.jumps).correct
+
+    def noise_levels(self, edges: list[float]) -> list[float]:
+        levels = [self.chain.sigma_bar(t) for t in edges]
+        return [*levels, *(now - then for now, then in pairwise(levels))]
+
+    def step(self, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
+        """Tokens at the ends of `times`. noise: uniforms (batch, length, vocab)."""
+        return move(self.chain, self.chain.posterior_weights, output, sample, times, generator, noise)
+
+
+class GillespieSampler:
+    """k-Gillespie (Jump Your Steps, 2410.07761): an exact number of masks is decoded, those that jump first."""
+
+    evaluations_per_step, counts_tokens = 1, True
+    jumps = "categorical"
+
+    def __init__(self, chain: ReverseChain):
+        self.chain = chain
+
+    def step(self, output, sample, start: torch.Tensor, counts, generator: Generators, noise):
+        r"""Tokens (batch, length), the time that passed (batch,) and whether all is decoded (batch,), on the device.
+
+        A mask with the rates R(y) is held for \tau = E / \sum_y R(y), E exponential; the `counts` (an integer, or
+        (batch,)) with the shortest times become tokens y in proportion to R(y).
+
+        start: (batch,) float32, the time. noise: a pair of uniforms, (batch, length) of the holding times and (batch,
+        most decoded, vocab - 1) of the tokens in the order in which they are decoded.
+        """
+        masked = sample == self.chain.kernel.mask
+        totals, drawn = self._totals_and_tokens(output, sample, masked, generator, noise is None)
+        rings = clocks(sample.shape, generator, sample.device) if noise is None else -noise[0].to(sample.device).log()
+        holding = rings / (totals * self.chain.decoding_rates(start).unsqueeze(1))
+        # a recorded 0 rings never, but before positions that are no masks
+        most = torch.finfo(holding.dtype).max
+        holding = holding.nan_to_num(nan=most, posinf=most).masked_fill(~masked, math.inf)
+        order = holding.argsort(dim=1, stable=True)
+        ranks = order.argsort(dim=1)
+        chosen = masked & (ranks < (counts if isinstance(counts, int) else counts.unsqueeze(1)))
+        if noise is not None:
+            drawn = self._replayed(output, sample, order, noise[1].to(sample.device))
+        elapsed = holding.masked_fill(~chosen, 0).amax(dim=1)
+        return torch.where(chosen, drawn, sample), elapsed, (chosen == masked).all(dim=1)
+
+    def _weights(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        # their ratios and the law of the token do not depend on the time
+        return self.chain.clean_weights(output.float(), x, 1.0)[:, : self.chain.kernel.num_real_tokens]
+
+    def _totals_and_tokens(self, output, sample, masked, generator, draw: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of the weights of each mask, 1 elsewhere, and a token drawn for it, (batch, length)."""
+        x, flat, real = sample.flatten(), output.flatten(0, 1), self.chain.kernel.num_real_tokens
+        totals, drawn = torch.ones(x.shape, device=x.device), x.clone()
+        ticks = clocks_for_tokens(sample.shape, real, generator, x.device).flatten(0, 1) if draw else None
+        for chosen in chunks(masked.flatten().nonzero().squeeze(1), CHUNK // output.shape[-1]):
+            weights = self._weights(flat[chosen], x[chosen])
+            totals[chosen] = weights.sum(dim=1)
+            if draw:
+                drawn[chosen] = draw_tokens(weights, ticks[chosen])
+        return totals.view_as(sample), drawn.view_as(sample)
+
+    def _replayed(self, output, sample, order, recorded) -> torch.Tensor:
+        """Tokens of recorded uniforms (batch, count, vocab - 1) for the first masks in order, (batch, length)."""
+        drawn = sample.clone()
+        for place in range(min(recorded.shape[1], sample.shape[1])):
+            at = order[:, place : place + 1]
+            rows = output.take_along_dim(at.unsqueeze(-1), dim=1).squeeze(1)
+            weights = self._weights(rows, sample.gather(1, at).squeeze(1))
+            drawn.scatter_(1, at, replay_tokens(weights, recorded[:, place]).unsqueeze(1))
+        return drawn
+
+
+Sampler = EulerSampler | TweedieSampler | GillespieSampler
+
+
+def denoise(chain: ReverseChain, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
+    """Clean tokens (batch, length). noise: uniforms, (batch, length, vocab) without the mask's column."""
+
+    def weights(out, x, time, _):
+        return chain.clean_weights(out, x, time)
+
+    return move(chain, weights, output, sample, times, generator, noise, columns=chain.kernel.num_real_tokens)
+
+
+def move(
+    chain: ReverseChain, weights: Callable, output, sample, times: Times, generator: Generators, noise,
+    everywhere: bool = False, columns: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """New tokens of every position that may jump, in proportion to weights.
+
+    weights(output, x, time, next_time) acts on n positions, (n, vocab). columns: how many tokens there are to draw
+    from. everywhere: also where the absorbing kernel has decoded.
+    """
+    columns = output.shape[-1] if columns is None else columns
+    check_recorded(noise, (*sample.shape, columns))
+    if noise is None:
+        ticks = clocks_for_tokens(sample.shape, columns, generator, sample.device)
+    draw = draw_tokens if noise is None else replay_tokens
+    result = sample.clone()
+    for rows, (time, next_time) in groups(times):
+        x, flat = sample[rows].flatten(), output[rows].flatten(0, 1)
+        draws = (ticks[rows] if noise is None else noise[rows].to(x.device)).flatten(0, 1)
+        positions = all_of(x) if everywhere else movable(chain, x)
+        new = x.clone()
+        for chosen in chunks(positions, CHUNK // output.shape[-1]):
+            # no name for the weights, so that those of one chunk are gone before the next
+            new[chosen] = draw(weights(flat[chosen].float(), x[chosen], time, next_time)[:, :columns], draws[chosen])
+        result[rows] = new.view_as(sample[rows])
+    return result
+
+
+def leap(
+    chain: ReverseChain, means: Callable, output, sample, times: Times, generator: Generators, noise
+) -> torch.Tensor:
+    r"""Tokens plus all jumps of a Poisson number of them to each token y, with means m_y, clamped to the vocabulary.
+
+    With M the sum of the means, the first jump comes after a share E / M of the step, E exponential, if at all, and
+    leads to y with probability m_y / M; the rest of the step adds Poisson numbers with means (1 - E / M) m_y. So rare
+    jumps do not depend on the resolution of `torch.poisson`, which on CUDA gives 0 for means below 2^-24, except as
+    further jumps within one step. `torch.poisson` needs the means where the generator lives: with one of another
+    device they are moved there.
+    """
+    check_recorded(noise, output.shape)
+    result, last = sample.clone(), output.shape[-1] - 1
+    tokens = torch.arange(last + 1, device=sample.device, dtype=torch.float32)
+    if noise is None:
+        rings = clocks(sample.shape, generator, sample.device)
+        ticks = clocks_for_tokens(sample.shape, last + 1, generator, sample.device)
+    for rows, (time, next_time) in groups(times, each=isinstance(generator, list)):
+        x, flat = sample[rows].flatten(), output[rows].flatten(0, 1)
+        one = generator[rows.start] if isinstance(generator, list) else generator
+        new = x.clone()
+        for chosen in chunks(all_of(x), CHUNK // output.shape[-1]):
+            if noise is not None:
+                counts = noise[rows].flatten(0, 1)[chosen].to(x.device).float()
+            else:
+                mean = means(flat[chosen].float(), x[chosen], time, next_time)
+                counts = poisson_counts(mean, rings[rows].flatten()[chosen], ticks[rows].flatten(0, 1)[chosen], one)
+            jumps = counts @ tokens - counts.sum(1) * x[chosen]
+            new[chosen] = (x[chosen] + jumps.round().long()).clamp(0, last)
+        result[rows] = new.view_as(sample[rows])
+    return result
+
+
+def poisson_counts(mean: torch.Tensor, rings: torch.Tensor, ticks: torch.Tensor, generator) -> torch.Tensor:
+    """Poisson numbers (n, vocab) with these means, overwritten; rings (n,), ticks (n, .): see `leap`."""
+    left = 1 - rings / mean.sum(dim=1)  # of the step after the first jump
+    first = draw_tokens(mean, ticks)
+    mean = mean.mul_(left.nan_to_num(nan=0.0, neginf=0.0).clamp(min=0).unsqueeze(1))
+    source = mean.device if generator is None else generator.device
+    counts = torch.poisson(mean.to(source), generator=generator).to(mean.device)
+    return counts.scatter_add_(1, first.unsqueeze(1), (left > 0).float().unsqueeze(1))
+
+
+def movable(chain: ReverseChain, x: torch.Tensor) -> torch.Tensor:
+    """Indices of the tokens (n,) that may jump in reverse."""
+    return all_of(x) if chain.kernel.mask is None else (x == chain.kernel.mask).nonzero().squeeze(1)
+
+
+def all_of(x: torch.Tensor) -> torch.Tensor:
+    """Indices of the tokens (n,)."""
+    return torch.arange(len(x), device=x.device)
+
+
+def chunks(positions: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    """Positions, at least one and no more than size at a time."""
+    return iter(positions.split(max(1, size))) if len(positions) else iter(())
+
+
+def groups(times: list, each: bool = False) -> Iterator[tuple]:
+    """(slice of the batch, its time): the whole batch where all share it, else sample by sample."""
+    if not each and all(time == times[0] for time in times):
+        yield slice(0, len(times)), times[0]
+        return
+    for b, time in enumerate(times):
+        yield slice(b, b + 1), time
+
+
+def check_recorded(noise: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for recorded noise of another shape."""
+    if noise is not None and tuple(noise.shape) != tuple(shape):
+        raise ValueError(f"noise must have the shape {tuple(shape)}, got {tuple(noise.shape)}")
