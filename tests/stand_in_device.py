@@ -331,14 +331,19 @@ def _copy_from(source, target, non_blocking=False):
     return _copied(target, source)
 
 
+def _local_scalar_dense(source):
+    return _run(aten._local_scalar_dense.default, (source,), {})
+
+
 @functools.cache
 def _register() -> tuple[torch.library.Library, ...]:
     """Give torch the device. Python's dispatch has most ops; these kernels serve what meets no tensor on the way."""
     backend_registration._setup_privateuseone_for_python_backend("dx", backend_module=_Backend(), hook=_hook())
     library = torch.library.Library("aten", "IMPL")
-    kernels = {"empty.memory_format": _empty, "empty_strided": _empty_strided, "_copy_from": _copy_from}
-    for name, kernel in kernels.items():
+    for name, kernel in {"empty.memory_format": _empty, "empty_strided": _empty_strided}.items():
         library.impl(name, kernel, "PrivateUse1")
+    for kernel in (_copy_from, _local_scalar_dense):
+        library.impl(kernel.__name__, kernel, "PrivateUse1")
     others = torch.library.Library("_", "IMPL")
     others.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
     others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast is there, and casts nothing
