@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -129,6 +130,24 @@ def coarse_exponentials(bits: int = 24, zeros: bool = False) -> Iterator[None]:
         _Modes.exponential_bits, _Modes.zero_exponentials = before
 
 
+class _DataMoves(TorchFunctionMode):
+    """`parameter.data = moved` across devices, which torch does not do for classes of Python."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func == torch.Tensor.data.__set__ and isinstance(args[0], DeviceTensor) != isinstance(
+            args[1], DeviceTensor
+        ):
+            kept, moved = args
+            moved = torch.nn.Parameter(moved, kept.requires_grad) if isinstance(kept, torch.nn.Parameter) else moved
+            return torch.utils.swap_tensors(kept, moved)
+        return func(*args, **(kwargs or {}))
+
+
+def moving_data() -> TorchFunctionMode:
+    """Inside, `parameter.data = moved` moves a parameter to the device and back, as diffusers' group offloading does."""
+    return _DataMoves()
+
+
 def _note(kind: str, op: str) -> None:
     if not _Modes.noted:
         return
@@ -147,7 +166,9 @@ class DeviceTensor(torch.Tensor):
     """A tensor on dx:0; `host` holds its data."""
 
     @staticmethod
-    def __new__(cls, host: torch.Tensor):
+    def __new__(cls, host: torch.Tensor, requires_grad: bool | None = None):
+        if requires_grad is not None:  # accelerate makes a parameter anew, by the class of the one that it replaces
+            return torch.nn.Parameter(host, requires_grad)
         if host.dtype in REFUSED_WITHOUT_FLOAT64 and not _Modes.float64:
             raise TypeError(f"Cannot convert a tensor to {host.dtype} on dx, which does not support it; use float32")
         tensor = torch.Tensor._make_wrapper_subclass(
@@ -237,9 +258,9 @@ def _copied(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 def _check_devices(func, args, kwargs, others: list[torch.Tensor]) -> None:
     """Refuse what a device refuses: tensors of the host, but for single numbers, and generators of the host."""
-    generator = kwargs.get("generator")
-    if isinstance(generator, torch.Generator):
-        raise RuntimeError(f"Expected a 'dx' device type for generator but found '{generator.device}'")
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, torch.Generator):
+            raise RuntimeError(f"Expected a 'dx' device type for generator but found '{argument.device}'")
     op = func.overloadpacket
     numbers = torch.Tag.pointwise in func.tags or op in TAKES_HOST_NUMBERS
     indices = [] if op not in INDEXING or not isinstance(args[0], DeviceTensor) else tree_leaves(args[1])

@@ -23,7 +23,8 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UNet2DModel,
 )
-from stand_in_device import Wait, coarse_exponentials, device, needs_device, ours, waits, without_float64
+from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
+from stand_in_device import coarse_exponentials, device, moving_data, needs_device, waits, without_float64
 from tiny_pipelines import tiny_sdxl, tiny_stable_diffusion
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,7 +60,7 @@ from diffusers_ext.metrics import (
 from diffusers_ext.shipped import load_network, load_pipeline, shipped_models
 
 pytestmark = [needs_device, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-FEW, MANY = 3, 5  # steps of two calls
+FEW, MANY = 2, 3  # steps of two calls
 ONE_NONZERO = {"nonzero": 1}  # the reads that a step of masked diffusion may make: where the masks are
 
 
@@ -75,8 +76,9 @@ class Draws(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += (kwargs or {}).get("generator") is not None
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        self.count += any(isinstance(argument, torch.Generator) for argument in (*args, *kwargs.values()))
+        return func(*args, **kwargs)
 
 
 def generator() -> torch.Generator:
@@ -87,10 +89,10 @@ def seeded(build: Callable) -> Callable:
     """With the same weights every time; without the progress bar."""
 
     @functools.wraps(build)
-    def built(*args):
+    def built(*args, **settings):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            pipe = build(*args)
+            pipe = build(*args, **settings)
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -274,30 +276,22 @@ def assert_nobody_waits(step: Counter, draws: float, masked: bool = False) -> No
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("draws", [False, True], ids=["no generator", "generator"])
-def test_a_pipeline_on_a_device(name, draws):
+@pytest.mark.parametrize("as_on_a_mac", [False, True], ids=["generator", "without float64 and generator"])
+def test_a_pipeline_on_a_device(name, as_on_a_mac, monkeypatch):
     build, options = RUNS[name]
-    pipe = build()
+    pipe, draws = build(), not as_on_a_mac
     pipe.set_progress_bar_config(disable=True)
-    expected = called(pipe, options, MANY, draws)
-    assert torch.isfinite(expected).all()
-    pipe.to("dx")
+    with monkeypatch.context() as patched:
+        if as_on_a_mac:  # the state of EDM is float32 there
+            patched.setattr(EDMHeunScheduler, "state_dtype", staticmethod(lambda device: torch.float32))
+        expected = called(pipe, options, MANY, draws)
+    assert torch.isfinite(expected.float()).all()
     outputs = []
-    step, drawn = a_step(lambda steps: outputs.append(called(pipe, options, steps, draws)))
+    with without_float64() if as_on_a_mac else contextlib.nullcontext():
+        pipe.to("dx")
+        step, drawn = a_step(lambda steps: outputs.append(called(pipe, options, steps, draws)))
     torch.testing.assert_close(outputs[-1], expected, rtol=1e-5, atol=1e-5)
-    assert_nobody_waits(step, drawn if draws else 0, is_masked_diffusion(pipe))
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_pipeline_on_a_device_without_float64(name, monkeypatch):
-    build, options = RUNS[name]
-    pipe = build()
-    pipe.set_progress_bar_config(disable=True)
-    with monkeypatch.context() as patched:  # the state of EDM is float32 there
-        patched.setattr(EDMHeunScheduler, "state_dtype", staticmethod(lambda device: torch.float32))
-        expected = called(pipe, options, FEW, True)
-    with without_float64():
-        torch.testing.assert_close(called(pipe.to("dx"), options, FEW, True), expected, rtol=1e-5, atol=1e-5)
+    assert_nobody_waits(step, drawn, is_masked_diffusion(pipe))
 
 
 def test_the_state_of_edm_follows_the_device():
@@ -305,6 +299,56 @@ def test_the_state_of_edm_follows_the_device():
     assert EDMHeunScheduler.state_dtype(place) == torch.float64
     with without_float64():
         assert EDMHeunScheduler.state_dtype(place) == torch.float32
+
+
+# Where the weights are
+
+
+def as_balanced(pipe, folder) -> object:
+    """Saved, and loaded with a map that puts its networks on the device."""
+    pipe.save_pretrained(folder)
+    placed = type(pipe).from_pretrained(folder, device_map="balanced")
+    assert set(placed.hf_device_map.values()) == {torch.device("dx:0")}
+    return placed
+
+
+def as_on_one_device(pipe, folder) -> object:
+    pipe.save_pretrained(folder)
+    return type(pipe).from_pretrained(folder, device_map="dx")
+
+
+PLACES: dict[str, Callable] = {
+    'device_map="balanced"': as_balanced,
+    'device_map="dx"': as_on_one_device,
+    "model": lambda pipe, _: pipe.enable_model_cpu_offload(device="dx"),
+    "sequential": lambda pipe, _: pipe.enable_sequential_cpu_offload(device="dx"),
+    "leaf_level": lambda pipe, _: pipe.enable_group_offload(torch.device("dx"), offload_type="leaf_level"),
+    "block_level": lambda pipe, _: pipe.enable_group_offload(
+        torch.device("dx"), offload_type="block_level", num_blocks_per_group=1
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "name", ["boosted ddim", "upsampler", "edm2 in latents", "flow in latents"]
+    + [f"tokens of {variant}" for variant in ("text", "sequence", "image")],
+)  # fmt: skip
+def test_weights_elsewhere(name, place, tmp_path, monkeypatch):
+    """The host keeps the weights, or diffusers places them: the sample is the same."""
+    # accelerate counts the memory of devices that it knows by name, and diffusers looks for devices when imported
+    monkeypatch.setattr(pipeline_utils, "SUPPORTED_DEVICE_MAP", [*pipeline_utils.SUPPORTED_DEVICE_MAP, "dx"])
+    monkeypatch.setattr(pipeline_loading_utils, "get_max_memory", lambda _=None: {torch.device("dx:0"): 2**30})
+    build, options = RUNS[name]
+    pipe = build()
+    pipe.set_progress_bar_config(disable=True)
+    expected = called(pipe, options, FEW, True)
+    with moving_data():
+        pipe = PLACES[place](pipe, tmp_path) or pipe
+        pipe.set_progress_bar_config(disable=True)
+        for _ in range(2):  # hooks are put in anew after a call
+            torch.testing.assert_close(called(pipe, options, FEW, True), expected, rtol=1e-5, atol=1e-5)
+    assert torch.device(pipe._execution_device).type == "dx"
 
 
 # Schedulers
@@ -385,9 +429,8 @@ def test_edm_heun_on_a_device(settings):
     with without_float64():
         result = heun("dx", MANY, **settings)
     assert result.dtype == torch.float32
-    noise = heun("cpu", MANY, **settings) if not settings else None  # other draws in float32
-    if noise is not None:
-        torch.testing.assert_close(result.cpu().double(), noise, rtol=1e-5, atol=1e-5)
+    if not settings:  # otherwise it has other draws in float32
+        torch.testing.assert_close(result.cpu().double(), heun("cpu", MANY), rtol=1e-5, atol=1e-5)
 
 
 KERNELS = {
@@ -545,7 +588,7 @@ def test_timestep_tables_are_searched_on_a_device_without_float64(method):
     expected = search(pipe.model)
     with without_float64():
         found = search(pipe.model.to("dx"))
-    assert {n: found[n] for n in found} == {n: expected[n] for n in expected}
+    assert [found[n] for n in (2, 4)] == [expected[n] for n in (2, 4)]
 
 
 def test_a_likelihood_on_a_device_without_float64():
