@@ -144,7 +144,7 @@ class _DataMoves(TorchFunctionMode):
 
 
 def moving_data() -> TorchFunctionMode:
-    """Inside, `parameter.data = moved` moves a parameter to the device and back, as diffusers' group offloading does."""
+    """Inside, `parameter.data = moved` moves a parameter from device to device, as in diffusers' group offloading."""
     return _DataMoves()
 
 

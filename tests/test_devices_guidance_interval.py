@@ -1,4 +1,4 @@
-"""Guidance in an interval on a second device, over a tiny pipeline of every family: as on the CPU, and nobody waits."""
+"""Guidance in an interval on a second device, with every family's tiny pipeline: as on the CPU, and nobody waits."""
 
 import types
 from collections import Counter

@@ -61,7 +61,7 @@ def test_gradients_flow_on_the_device():
     ],
 )
 def test_the_host_s_tensors_and_generators_are_refused(mix):
-    with pytest.raises(RuntimeError, match="same device|Expected a 'dx' device type"):
+    with pytest.raises(RuntimeError, match=r"same device|Expected a 'dx' device type"):
         mix(there(3, 4))
 
 
