@@ -457,14 +457,10 @@ def chain(scheduler: CTMCScheduler, place: str, steps: int, draws: bool) -> torc
     output = (output.softmax(-1) if scheduler.config.prediction_type == "probabilities" else output).to(place)
     scheduler.set_timesteps(steps, device=place)
     sample = scheduler.sample_prior((3, 20), noise, place)
-    gillespie = scheduler.config.sampler == "gillespie"
-    clock = scheduler.timesteps[0]
     for i, t in enumerate(scheduler.timesteps):
-        scheduler.model_time(clock if gillespie else t, len(sample))
-        options = {"num_decode": scheduler.num_decode(sample, i)} if gillespie else {}
-        result = scheduler.step(output, clock if gillespie else t, sample, noise, **options)
-        sample, clock = result.prev_sample, result.prev_timestep
-        if not gillespie and i < steps:
+        scheduler.model_time(t, len(sample))
+        sample = scheduler.step(output, t, sample, noise).prev_sample
+        if scheduler.config.sampler != "gillespie" and i < steps:
             time = float(scheduler.edges[i + 1])
             sample = scheduler.step_correct(output, time, sample, 0.01, noise).prev_sample
     return sample
