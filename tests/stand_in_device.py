@@ -27,6 +27,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import diffusers_ext.pipelines
@@ -104,6 +105,17 @@ def waits() -> Iterator[list[Wait]]:
 def ours(noted: list[Wait]) -> Counter:
     """How often each line of this package made the device or the host wait."""
     return Counter(wait for wait in noted if wait.ours)
+
+
+class Draws(TorchDispatchMode):
+    """Counts what is drawn inside with a generator, which is the host's. (Here, so that it asks for nothing itself.)"""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.count += any(isinstance(argument, torch.Generator) for argument in (*args, *kwargs.values()))
+        return func(*args, **kwargs)
 
 
 @contextmanager

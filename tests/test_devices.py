@@ -24,10 +24,17 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
-from stand_in_device import coarse_exponentials, device, moving_data, needs_device, waits, without_float64
+from stand_in_device import (
+    Draws,
+    coarse_exponentials,
+    device,
+    moving_data,
+    needs_device,
+    waits,
+    without_float64,
+)
 from tiny_pipelines import tiny_sdxl, tiny_stable_diffusion
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_ext import (
     ADMUpsamplerPipeline,
@@ -68,17 +75,6 @@ ONE_NONZERO = {"nonzero": 1}  # the reads that a step of masked diffusion may ma
 def switched_on():
     with device(), sdpa_kernel(SDPBackend.MATH):  # the device has no fused attention, so the CPU has none to compare
         yield
-
-
-class Draws(TorchDispatchMode):
-    """Counts what is drawn with a generator, which is the host's."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        self.count += any(isinstance(argument, torch.Generator) for argument in (*args, *kwargs.values()))
-        return func(*args, **kwargs)
 
 
 def generator() -> torch.Generator:

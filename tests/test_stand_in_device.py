@@ -4,7 +4,16 @@ import copy
 
 import pytest
 import torch
-from stand_in_device import coarse_exponentials, device, moving_data, needs_device, ours, waits, without_float64
+from stand_in_device import (
+    Draws,
+    coarse_exponentials,
+    device,
+    moving_data,
+    needs_device,
+    ours,
+    waits,
+    without_float64,
+)
 
 from diffusers_ext.metrics import unigram_entropy
 
@@ -109,6 +118,14 @@ def test_what_waits_is_noted_with_its_place(what):
         call(x)
     assert [wait.kind for wait in noted] == kinds
     assert all(__file__ in wait.place and not wait.ours for wait in noted)
+
+
+def test_draws_are_counted_and_places_stay():
+    with waits() as noted, Draws() as draws:
+        torch.rand(2, generator=torch.Generator()).to("dx")
+        torch.rand(2, device="dx").cpu()
+    assert draws.count == 1 and [wait.kind for wait in noted] == ["transfer", "read"]
+    assert all(__file__ in wait.place for wait in noted)
 
 
 def test_lines_of_this_package_are_told_apart():
