@@ -187,7 +187,7 @@ def test_progress_bar(capsys):
 def test_reduced_precision():
     pipe = build("text").to(torch.bfloat16)
     outputs = []
-    pipe.model.register_forward_hook(lambda module, inputs, output: outputs.append(output.dtype))
+    pipe.model.register_forward_hook(lambda module, inputs, output: outputs.append(output.sample.dtype))
     assert (run(pipe).tokens < 8).all()
     assert set(outputs) == {torch.bfloat16}
 
