@@ -24,11 +24,7 @@ def score_entropy(
     Raises ValueError for kernels that do not predict scores.
     """
     sigma_bar = scheduler.sigma_bar(timesteps).unsqueeze(1)
-    if scheduler.config.kernel == "absorbing":
-        return _absorbing(log_score, noisy, original, sigma_bar, scheduler.mask_token_id)
-    if scheduler.config.kernel == "uniform":
-        return _uniform(log_score, noisy, original, sigma_bar)
-    raise ValueError(f"score entropy is for kernel='absorbing' and 'uniform', this is {scheduler.config.kernel!r}")
+    return scheduler.kernel.score_entropy(log_score, noisy, original, sigma_bar)
 
 
 def score_entropy_loss(
@@ -60,7 +56,7 @@ def x0_cross_entropy(
     The part of tauLDR's loss (2205.14987, section 3.2) that trains a network of x_0 for any kernel. logits: (batch,
     length, vocab); the mask's column is left out. A sample without masks has the loss 0.
     """
-    if scheduler.config.kernel != "absorbing":
+    if scheduler.mask_token_id is None:
         return F.cross_entropy(logits.transpose(1, 2), original, reduction="none").mean(dim=1)
     masked = noisy == scheduler.mask_token_id
     each = F.cross_entropy(logits[..., :-1].transpose(1, 2), original, reduction="none") * masked
@@ -109,35 +105,4 @@ def _log_score(scheduler: CTMCScheduler, output, noisy: torch.Tensor, timesteps:
     output = (output if isinstance(output, torch.Tensor) else output[0]).float()
     if scheduler.config.prediction_type == "log_score":
         return output
-    unit = 1 if scheduler.config.kernel == "absorbing" else 1 / scheduler.config.vocab_size  # Q[y, x] of a jump
-    rates = scheduler.reverse_rates(output, timesteps, noisy)
-    log_score = (rates / (unit * scheduler.sigma(timesteps))[:, None, None]).clamp(min=1e-30).log()
-    return log_score.scatter_(-1, noisy.unsqueeze(-1), 0)
-
-
-def _absorbing(log_score, noisy, original, sigma_bar, mask: int) -> torch.Tensor:
-    """Only x_0 can have become the mask: r is 1 / expm1(sigma_bar) there and 0 elsewhere."""
-    ratio = 1 / torch.expm1(sigma_bar)
-    score = log_score.gather(-1, original.unsqueeze(-1)).squeeze(-1)
-    total = log_score[..., :mask].exp().sum(dim=-1)
-    entropy = total - ratio * score + ratio * (ratio.log() - 1)
-    return torch.where(noisy == mask, entropy, 0.0)
-
-
-def _uniform(log_score, noisy, original, sigma_bar) -> torch.Tensor:
-    """r is (a + b) / b at x_0 if x is another token, b / (a + b) everywhere if it is not, and 1 elsewhere."""
-    size = log_score.shape[-1]
-    away = -torch.expm1(-sigma_bar) / size
-    log_ratio = torch.log(away + torch.exp(-sigma_bar)) - torch.log(away)  # of x_0 to any other token
-
-    def at(tokens):
-        return log_score.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-    positive = log_score.exp().sum(dim=-1) - at(noisy).exp()
-    others = log_score.sum(dim=-1) - at(noisy)  # of all tokens but the current one
-    kept = noisy == original
-    small, large = torch.exp(-log_ratio), torch.exp(log_ratio)
-    negative = torch.where(kept, small * others, others - at(original) + large * at(original))
-    constant_kept = (size - 1) * small * (-log_ratio - 1)
-    constant_moved = large * (log_ratio - 1) - (size - 2)
-    return (positive - negative + torch.where(kept, constant_kept, constant_moved)) / size
+    return scheduler.scores(output, timesteps, noisy).clamp(min=1e-30).log()

@@ -1,12 +1,8 @@
-"""What the configuration of CTMCScheduler may hold, and the kernel, noise schedule and sampler that it names."""
+"""What the configuration of CTMCScheduler may hold."""
 
 import math
 from numbers import Real
 
-from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel, birth_death_kernel, gaussian_kernel
-from .ctmc_noise_schedules import NoiseSchedule, arccos, constant, cosine, exponential, geometric, loglinear
-from .ctmc_reverse import ReverseChain
-from .ctmc_samplers import EulerSampler, GillespieSampler, Sampler, TweedieSampler
 from .timestep_edges import check_edges
 
 
@@ -72,36 +68,3 @@ def _refusal(config) -> str | None:
             " sampler='gillespie' counts them; use num_corrector_steps=0 or sampler='euler'"
         )
     return None
-
-
-def build_kernel(config) -> AbsorbingKernel | UniformKernel | ReversibleKernel:
-    """The kernel that a checked configuration names."""
-    if config.kernel == "absorbing":
-        return AbsorbingKernel(config.vocab_size)
-    if config.kernel == "uniform":
-        return UniformKernel(config.vocab_size)
-    if config.kernel == "gaussian":
-        return gaussian_kernel(config.vocab_size, config.rate_sigma, config.Q_sigma)
-    return birth_death_kernel(config.vocab_size)
-
-
-def build_sampler(config, chain: ReverseChain) -> Sampler:
-    """The sampler that a checked configuration names."""
-    if config.sampler == "tweedie":
-        return TweedieSampler(chain)
-    if config.sampler == "gillespie":
-        return GillespieSampler(chain)
-    return EulerSampler(chain, config.jumps or ("poisson" if chain.kernel.ordered else "categorical"))
-
-
-def build_noise_schedule(config) -> NoiseSchedule:
-    """The noise schedule that a checked configuration names."""
-    builders = {
-        "loglinear": lambda: loglinear(config.eps),
-        "cosine": lambda: cosine(config.eps),
-        "arccos": lambda: arccos(config.eps),
-        "geometric": lambda: geometric(config.sigma_min, config.sigma_max),
-        "exponential": lambda: exponential(config.time_base, config.time_exponential),
-        "constant": lambda: constant(config.constant_rate),
-    }
-    return builders[config.noise_schedule]()

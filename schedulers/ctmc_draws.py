@@ -64,8 +64,13 @@ def clocks(shape: tuple[int, ...], generator: Generators, device: torch.device) 
 
 def clocks_for_tokens(shape: tuple[int, ...], vocab_size: int, generator: Generators, device) -> torch.Tensor:
     """Clocks for `draw_tokens` at each position, (*shape, number of them)."""
+    return clocks((*shape, clocks_a_token(vocab_size)), generator, device)
+
+
+def clocks_a_token(vocab_size: int) -> int:
+    """How many clocks `draw_tokens` needs for one token."""
     width = _width(vocab_size)
-    return clocks((*shape, vocab_size // width + 1 + width), generator, device)
+    return vocab_size // width + 1 + width
 
 
 def draw_tokens(weights: torch.Tensor, ticks: torch.Tensor) -> torch.Tensor:

@@ -72,8 +72,7 @@ class AbsorbingKernel:
         return score.mul_(((x == self.mask) * rate).unsqueeze(1))
 
     def x0_law(self, output: torch.Tensor, logits: bool) -> torch.Tensor:
-        """p(x_0 | x), a new tensor, of its logits or of itself; the mask's column is not read."""
-        output = output.clone()
+        """p(x_0 | x) of its logits or of itself; the mask's column is not read. In place."""
         output[:, self.mask] = -math.inf if logits else 0
         return output.softmax(dim=1) if logits else output
 
@@ -157,8 +156,8 @@ class UniformKernel:
         return score.mul_(rate / self.vocab_size).scatter_(1, x.unsqueeze(1), 0)
 
     def x0_law(self, output: torch.Tensor, logits: bool) -> torch.Tensor:
-        """p(x_0 | x), a new tensor, of its logits or of itself."""
-        return output.softmax(dim=1) if logits else output.clone()
+        """p(x_0 | x) of its logits or of itself."""
+        return output.softmax(dim=1) if logits else output
 
     def _expected_ratio(self, p0, x, sigma_bar: float, target_sigma_bar: float, floor: float) -> torch.Tensor:
         """sum over x_0 of p0[x_0] P_target[x_0, y] / (P_t[x_0, x] + floor); in place."""
@@ -296,8 +295,8 @@ class ReversibleKernel:
         return score.mul_(self._on(x.device, None).T[x]).mul_(rate).scatter_(1, x.unsqueeze(1), 0)
 
     def x0_law(self, output: torch.Tensor, logits: bool) -> torch.Tensor:
-        """p(x_0 | x), a new tensor, of its logits or of itself."""
-        return output.softmax(dim=1) if logits else output.clone()
+        """p(x_0 | x) of its logits or of itself."""
+        return output.softmax(dim=1) if logits else output
 
     def _expected_ratio(self, p0, x, sigma_bar: float, target_sigma_bar: float, floor: float) -> torch.Tensor:
         """sum over x_0 of p0[x_0] P_target[x_0, y] / (P_t[x_0, x] + floor)."""
@@ -314,6 +313,17 @@ class ReversibleKernel:
     def score_entropy(self, log_score, noisy, original, sigma_bar: torch.Tensor) -> torch.Tensor:
         """Raises ValueError: scores are not predicted for ordered tokens."""
         raise ValueError(f"score entropy is for kernel='absorbing' and 'uniform', this is {self.name!r}")
+
+
+def build_kernel(config) -> AbsorbingKernel | UniformKernel | ReversibleKernel:
+    """The kernel that a checked configuration names."""
+    if config.kernel == "absorbing":
+        return AbsorbingKernel(config.vocab_size)
+    if config.kernel == "uniform":
+        return UniformKernel(config.vocab_size)
+    if config.kernel == "gaussian":
+        return gaussian_kernel(config.vocab_size, config.rate_sigma, config.Q_sigma)
+    return birth_death_kernel(config.vocab_size)
 
 
 def gaussian_kernel(vocab_size: int, rate_sigma: float, Q_sigma: float) -> ReversibleKernel:

@@ -106,3 +106,16 @@ def exponential(time_base: float, time_exponential: float) -> NoiseSchedule:
 def constant(rate: float) -> NoiseSchedule:
     """sigma_bar = rate t."""
     return NoiseSchedule(lambda t: rate * t, lambda t: torch.full_like(t, rate))
+
+
+def build_noise_schedule(config) -> NoiseSchedule:
+    """The noise schedule that a checked configuration names."""
+    builders = {
+        "loglinear": lambda: loglinear(config.eps),
+        "cosine": lambda: cosine(config.eps),
+        "arccos": lambda: arccos(config.eps),
+        "geometric": lambda: geometric(config.sigma_min, config.sigma_max),
+        "exponential": lambda: exponential(config.time_base, config.time_exponential),
+        "constant": lambda: constant(config.constant_rate),
+    }
+    return builders[config.noise_schedule]()

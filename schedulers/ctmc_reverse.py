@@ -2,29 +2,26 @@ r"""The chain in reverse: what a network's output says about rates, and about la
 
 .. math:: \hat R_t(x, y) = \sigma(t)\, Q[y, x]\, \frac{p_t(y)}{p_t(x)}
 
-The functions act on rows, (n, vocab) float32 outputs of n positions whose current tokens are x, all at the same time,
-and give new tensors.
+The functions act on rows, (n, vocab) float32 outputs of n positions whose current tokens are x, all at the same time.
+They overwrite the outputs: what a step works on is a copy of a part of them.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-
-from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel
-from .ctmc_noise_schedules import NoiseSchedule
-
-Kernel = AbsorbingKernel | UniformKernel | ReversibleKernel
 
 
 @dataclass(frozen=True)
 class ReverseChain:
     """A kernel, its noise in time, and how a network predicts: "log_score", "x0" (logits) or "probabilities".
 
-    floor: added to P[x_0, x] where a prediction of x_0 is divided by it.
+    kernel: one of `ctmc_kernels`. noise: a `ctmc_noise_schedules.NoiseSchedule`. floor: added to P[x_0, x] where a
+    prediction of x_0 is divided by it.
     """
 
-    kernel: Kernel
-    noise: NoiseSchedule
+    kernel: Any
+    noise: Any
     prediction_type: str
     floor: float
 
@@ -39,7 +36,7 @@ class ReverseChain:
     def score(self, output: torch.Tensor, x: torch.Tensor, time: float) -> torch.Tensor:
         """p_t(y) / p_t(x)."""
         if self.prediction_type == "log_score":
-            return output.exp()
+            return output.exp_()
         return self.kernel.score(self.x0_law(output), x, self.sigma_bar(time), self.floor)
 
     def x0_law(self, output: torch.Tensor) -> torch.Tensor:
@@ -59,14 +56,14 @@ class ReverseChain:
         """Weights of the token at an earlier time, exact for each position given the network's output."""
         now, then = self.sigma_bar(time), self.sigma_bar(next_time)
         if self.prediction_type == "log_score":
-            return self.kernel.tweedie_weights(output.exp(), x, now - then)
+            return self.kernel.tweedie_weights(output.exp_(), x, now - then)
         return self.kernel.posterior_weights(self.x0_law(output), x, now, then, self.floor)
 
     def clean_weights(self, output: torch.Tensor, x: torch.Tensor, time: float) -> torch.Tensor:
         """Weights of the clean token; 0 for the mask."""
         if self.prediction_type != "log_score":
             return self.x0_law(output)
-        return self.kernel.clean_weights(output.exp(), x, self.sigma_bar(time))
+        return self.kernel.clean_weights(output.exp_(), x, self.sigma_bar(time))
 
     def decoding_rates(self, times: torch.Tensor) -> torch.Tensor:
         """By which `clean_weights` of the absorbing kernel are rates of jumping at times, of their shape and dtype."""

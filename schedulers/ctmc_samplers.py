@@ -5,8 +5,8 @@ tokens instead of time, `counts_tokens`, and at which total noises it needs tran
 `ReverseChain`; what is random comes from a generator, or is recorded noise to replay.
 
 Tokens are worked on position by position, a bounded number at a time, so that memory does not grow with batch x
-length x vocab. What a position draws does not depend on the others: of one generator the draws of all positions come
-first, in their order.
+length x vocab. Draws are made for all positions of a sample, also for those that do not move, so that the host need
+not know how many do.
 """
 
 import math
@@ -15,11 +15,12 @@ from itertools import pairwise
 
 import torch
 
-from .ctmc_draws import Generators, clocks, clocks_for_tokens, draw_tokens, replay_tokens
+from .ctmc_draws import Generators, clocks, clocks_a_token, clocks_for_tokens, draw_tokens, replay_tokens
 from .ctmc_kernels import rest_stays
 from .ctmc_reverse import ReverseChain
 
 CHUNK = 2**22  # floats that are worked on at a time
+DRAWS = 2**24  # clocks that are drawn at a time, for whole samples
 
 Times = list[tuple[float, float]]  # of each sample: where a step starts, and where it ends
 
@@ -102,12 +103,14 @@ class GillespieSampler:
         rings = clocks(sample.shape, generator, sample.device) if noise is None else -noise[0].to(sample.device).log()
         holding = rings / (totals * self.chain.decoding_rates(start).unsqueeze(1))
         # a recorded 0 rings never, but before positions that are no masks
-        most = torch.finfo(holding.dtype).max
-        holding = holding.nan_to_num(nan=most, posinf=most).masked_fill(~masked, math.inf)
+        longest = torch.finfo(holding.dtype).max
+        holding = holding.nan_to_num(nan=longest, posinf=longest).masked_fill(~masked, math.inf)
         order = holding.argsort(dim=1, stable=True)
         ranks = order.argsort(dim=1)
         chosen = masked & (ranks < (counts if isinstance(counts, int) else counts.unsqueeze(1)))
         if noise is not None:
+            if (most := int(chosen.sum(dim=1).max())) > noise[1].shape[1]:
+                raise ValueError(f"noise records {noise[1].shape[1]} tokens a sample, the step decodes {most}")
             drawn = self._replayed(output, sample, order, noise[1].to(sample.device))
         elapsed = holding.masked_fill(~chosen, 0).amax(dim=1)
         return torch.where(chosen, drawn, sample), elapsed, (chosen == masked).all(dim=1)
@@ -118,18 +121,21 @@ class GillespieSampler:
 
     def _totals_and_tokens(self, output, sample, masked, generator, draw: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum of the weights of each mask, 1 elsewhere, and a token drawn for it, (batch, length)."""
-        x, flat, real = sample.flatten(), output.flatten(0, 1), self.chain.kernel.num_real_tokens
-        totals, drawn = torch.ones(x.shape, device=x.device), x.clone()
-        ticks = clocks_for_tokens(sample.shape, real, generator, x.device).flatten(0, 1) if draw else None
-        for chosen in chunks(masked.flatten().nonzero().squeeze(1), CHUNK // output.shape[-1]):
-            weights = self._weights(flat[chosen], x[chosen])
-            totals[chosen] = weights.sum(dim=1)
-            if draw:
-                drawn[chosen] = draw_tokens(weights, ticks[chosen])
-        return totals.view_as(sample), drawn.view_as(sample)
+        totals, real = torch.ones(sample.shape, device=sample.device), output.shape[-1] - 1
+        tokens = sample.clone(memory_format=torch.contiguous_format)
+        for rows, _ in groups([None] * len(sample), rows_at_once(sample, real)):
+            x, flat, sums, drawn = (one[rows].flatten(0, 1) for one in (sample, output, totals, tokens))
+            ticks = clocks_for_tokens(sample[rows].shape, real, of_rows(generator, rows), x.device) if draw else None
+            for chosen in chunks(masked[rows].flatten().nonzero().squeeze(1), CHUNK // output.shape[-1]):
+                weights = self._weights(flat[chosen], x[chosen])
+                sums[chosen] = weights.sum(dim=1)  # views of the whole
+                if draw:
+                    drawn[chosen] = draw_tokens(weights, ticks.flatten(0, 1)[chosen])
+        return totals, tokens
 
     def _replayed(self, output, sample, order, recorded) -> torch.Tensor:
         """Tokens of recorded uniforms (batch, count, vocab - 1) for the first masks in order, (batch, length)."""
+        check_recorded(recorded, (len(sample), recorded.shape[1], output.shape[-1] - 1))
         drawn = sample.clone()
         for place in range(min(recorded.shape[1], sample.shape[1])):
             at = order[:, place : place + 1]
@@ -140,6 +146,15 @@ class GillespieSampler:
 
 
 Sampler = EulerSampler | TweedieSampler | GillespieSampler
+
+
+def build_sampler(config, chain: ReverseChain) -> Sampler:
+    """The sampler that a checked configuration names."""
+    if config.sampler == "tweedie":
+        return TweedieSampler(chain)
+    if config.sampler == "gillespie":
+        return GillespieSampler(chain)
+    return EulerSampler(chain, config.jumps or ("poisson" if chain.kernel.ordered else "categorical"))
 
 
 def denoise(chain: ReverseChain, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
@@ -162,16 +177,16 @@ def move(
     """
     columns = output.shape[-1] if columns is None else columns
     check_recorded(noise, (*sample.shape, columns))
-    if noise is None:
-        ticks = clocks_for_tokens(sample.shape, columns, generator, sample.device)
     draw = draw_tokens if noise is None else replay_tokens
     result = sample.clone()
-    for rows, (time, next_time) in groups(times):
+    for rows, (time, next_time) in groups(times, rows_at_once(sample, columns)):
         x, flat = sample[rows].flatten(), output[rows].flatten(0, 1)
-        draws = (ticks[rows] if noise is None else noise[rows].to(x.device)).flatten(0, 1)
-        positions = all_of(x) if everywhere else movable(chain, x)
+        if noise is None:
+            draws = clocks_for_tokens(sample[rows].shape, columns, of_rows(generator, rows), x.device).flatten(0, 1)
+        else:
+            draws = noise[rows].flatten(0, 1).to(x.device)
         new = x.clone()
-        for chosen in chunks(positions, CHUNK // output.shape[-1]):
+        for chosen in chunks(all_of(x) if everywhere else movable(chain, x), CHUNK // output.shape[-1]):
             # no name for the weights, so that those of one chunk are gone before the next
             new[chosen] = draw(weights(flat[chosen].float(), x[chosen], time, next_time)[:, :columns], draws[chosen])
         result[rows] = new.view_as(sample[rows])
@@ -192,19 +207,18 @@ def leap(
     check_recorded(noise, output.shape)
     result, last = sample.clone(), output.shape[-1] - 1
     tokens = torch.arange(last + 1, device=sample.device, dtype=torch.float32)
-    if noise is None:
-        rings = clocks(sample.shape, generator, sample.device)
-        ticks = clocks_for_tokens(sample.shape, last + 1, generator, sample.device)
-    for rows, (time, next_time) in groups(times, each=isinstance(generator, list)):
-        x, flat = sample[rows].flatten(), output[rows].flatten(0, 1)
-        one = generator[rows.start] if isinstance(generator, list) else generator
+    for rows, (time, next_time) in groups(times, 1 if isinstance(generator, list) else rows_at_once(sample, last)):
+        x, flat, one = sample[rows].flatten(), output[rows].flatten(0, 1), of_rows(generator, rows)
+        if noise is None:
+            rings = clocks(sample[rows].shape, one, x.device).flatten()
+            ticks = clocks_for_tokens(sample[rows].shape, last + 1, one, x.device).flatten(0, 1)
         new = x.clone()
         for chosen in chunks(all_of(x), CHUNK // output.shape[-1]):
-            if noise is not None:
-                counts = noise[rows].flatten(0, 1)[chosen].to(x.device).float()
-            else:
+            if noise is None:
                 mean = means(flat[chosen].float(), x[chosen], time, next_time)
-                counts = poisson_counts(mean, rings[rows].flatten()[chosen], ticks[rows].flatten(0, 1)[chosen], one)
+                counts = poisson_counts(mean, rings[chosen], ticks[chosen], one)
+            else:
+                counts = noise[rows].flatten(0, 1)[chosen].to(x.device).float()
             jumps = counts @ tokens - counts.sum(1) * x[chosen]
             new[chosen] = (x[chosen] + jumps.round().long()).clamp(0, last)
         result[rows] = new.view_as(sample[rows])
@@ -212,12 +226,16 @@ def leap(
 
 
 def poisson_counts(mean: torch.Tensor, rings: torch.Tensor, ticks: torch.Tensor, generator) -> torch.Tensor:
-    """Poisson numbers (n, vocab) with these means, overwritten; rings (n,), ticks (n, .): see `leap`."""
+    """Poisson numbers (n, vocab) with these means, overwritten; rings (n,), ticks (n, .): see `leap`.
+
+    generator: one, or a list of one.
+    """
     left = 1 - rings / mean.sum(dim=1)  # of the step after the first jump
     first = draw_tokens(mean, ticks)
     mean = mean.mul_(left.nan_to_num(nan=0.0, neginf=0.0).clamp(min=0).unsqueeze(1))
-    source = mean.device if generator is None else generator.device
-    counts = torch.poisson(mean.to(source), generator=generator).to(mean.device)
+    one = generator[0] if isinstance(generator, list) else generator
+    source = mean.device if one is None else one.device
+    counts = torch.poisson(mean.to(source), generator=one).to(mean.device)
     return counts.scatter_add_(1, first.unsqueeze(1), (left > 0).float().unsqueeze(1))
 
 
@@ -236,13 +254,21 @@ def chunks(positions: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
     return iter(positions.split(max(1, size))) if len(positions) else iter(())
 
 
-def groups(times: list, each: bool = False) -> Iterator[tuple]:
-    """(slice of the batch, its time): the whole batch where all share it, else sample by sample."""
-    if not each and all(time == times[0] for time in times):
-        yield slice(0, len(times)), times[0]
-        return
-    for b, time in enumerate(times):
-        yield slice(b, b + 1), time
+def groups(times: list, most: int) -> Iterator[tuple]:
+    """(slice of the batch, its time): at most so many samples at once, if all of the batch share the time."""
+    most = most if all(time == times[0] for time in times) else 1
+    for start in range(0, len(times), most):
+        yield slice(start, start + most), times[start]
+
+
+def rows_at_once(sample: torch.Tensor, vocab_size: int) -> int:
+    """Samples (batch, length) whose draws of tokens are made at once."""
+    return max(1, DRAWS // max(1, sample.shape[1] * clocks_a_token(vocab_size)))
+
+
+def of_rows(generator: Generators, rows: slice) -> Generators:
+    """The generators of some samples."""
+    return generator[rows] if isinstance(generator, list) else generator
 
 
 def check_recorded(noise: torch.Tensor | None, shape: tuple[int, ...]) -> None:

@@ -10,12 +10,12 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 
-from .ctmc_config import build_kernel, build_noise_schedule, build_sampler, check_config
+from .ctmc_config import check_config
 from .ctmc_draws import Generators, check_generators, uniforms
-from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel
-from .ctmc_noise_schedules import NoiseSchedule
+from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel, build_kernel
+from .ctmc_noise_schedules import NoiseSchedule, build_noise_schedule
 from .ctmc_reverse import ReverseChain
-from .ctmc_samplers import CHUNK, Sampler, check_recorded, chunks, denoise, groups, movable
+from .ctmc_samplers import CHUNK, Sampler, build_sampler, check_recorded, chunks, denoise, groups, movable
 from .timestep_edges import StepEdges, check_edges, interpolated_edges, times_of
 
 logger = logging.get_logger(__name__)
@@ -313,13 +313,32 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
 
         model_output: (batch, length, vocab), see `prediction_type`. sample: (batch, length) int64.
         """
+
+        def rates(output, x, time):
+            rates = self.reverse.rates(output, x, time)
+            return rates.scatter_(1, x.unsqueeze(1), -rates.sum(1, keepdim=True))
+
+        return self._rows(rates, 0.0, model_output, timestep, sample)
+
+    def scores(self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """Ratios p_t(y) / p_t(x) of every token y to the current token x, (batch, length, vocab) float32; 1 at x.
+
+        At positions that the absorbing kernel has decoded they say nothing and are 1. Arguments as of `reverse_rates`.
+        """
+
+        def ratios(output, x, time):
+            return self.reverse.score(output, x, time).scatter_(1, x.unsqueeze(1), 1)
+
+        return self._rows(ratios, 1.0, model_output, timestep, sample)
+
+    def _rows(self, function: Callable, otherwise: float, model_output, timestep, sample) -> torch.Tensor:
+        """function(output, x, time) of n positions, (n, vocab), at all that may jump, (batch, length, vocab)."""
         self._check_step_inputs(model_output, sample)
-        result = torch.zeros(model_output.shape, dtype=torch.float32, device=model_output.device)
-        for rows, time in groups(self._times(timestep, len(sample))):
+        result = torch.full(model_output.shape, otherwise, dtype=torch.float32, device=model_output.device)
+        for rows, time in groups(self._times(timestep, len(sample)), len(sample)):
             target, output, x = result[rows].flatten(0, 1), model_output[rows].flatten(0, 1), sample[rows].flatten()
             for chosen in chunks(movable(self.reverse, x), CHUNK // output.shape[-1]):
-                rates = self.reverse.rates(output[chosen].float(), x[chosen], time)
-                target[chosen] = rates.scatter_(1, x[chosen, None], -rates.sum(1, keepdim=True))
+                target[chosen] = function(output[chosen].float(), x[chosen], time)
         return result
 
     def step(
@@ -351,7 +370,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         Raises ValueError for other shapes, for times that are no edges where the step's end is not given, do not
         decrease or leave (0, 1], and for num_decode with another sampler than gillespie.
         """
-        self._check_step_inputs(model_output, sample)
+        self._check_step_inputs(model_output, sample, generator)
         if self.sampler.counts_tokens:
             if next_timestep is not None:
                 raise ValueError(f"next_timestep={next_timestep}: sampler='gillespie' takes num_decode= instead")
@@ -412,7 +431,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
 
         Raises ValueError for other shapes, with gillespie, and for a step_size that is not finite and > 0.
         """
-        self._check_step_inputs(model_output, sample)
+        self._check_step_inputs(model_output, sample, generator)
         if self.sampler.counts_tokens:
             raise ValueError("sampler='gillespie' counts decoded tokens and a corrector masks them again; use 'euler'")
         if not (isinstance(step_size, Real) and math.isfinite(step_size) and step_size > 0):
@@ -437,7 +456,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         by one tweedie step to time 0. Predictions of x_0 of the other kernels give their most probable token.
         noise: recorded uniforms (batch, length, vocab), without the mask's column for the absorbing kernel.
         """
-        self._check_step_inputs(model_output, sample)
+        self._check_step_inputs(model_output, sample, generator)
         if self.kernel.mask is None and self.config.prediction_type != "log_score":
             return model_output.argmax(dim=-1)
         times = [(time, 0.0) for time in self._times(timestep, len(sample))]
@@ -507,7 +526,9 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
                 f"tokens must be int64 (batch, length), got {tokens.dtype} {tuple(tokens.shape)}; use .long()"
             )
 
-    def _check_step_inputs(self, model_output: torch.Tensor, sample: torch.Tensor) -> None:
+    def _check_step_inputs(self, model_output, sample: torch.Tensor, generator: Generators = None) -> None:
+        if isinstance(generator, list):
+            check_generators(generator, len(sample))
         self._check_tokens(sample)
         expected = (*sample.shape, self.config.vocab_size)
         if tuple(model_output.shape) != expected:

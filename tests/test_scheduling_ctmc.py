@@ -758,8 +758,8 @@ def test_chunks_do_not_change_a_replayed_step(config, monkeypatch):
     if config.get("sampler") == "gillespie":
         options = {"num_decode": 5, "noise": (u[..., 0], u[:, :5, :16])}
     whole = scheduler.step(output, 0.8, x, **options).prev_sample
-    module = __import__(CTMCScheduler.__module__, fromlist=["CHUNK"])
-    monkeypatch.setattr(module, "CHUNK", 40)
+    for module in ("scheduling_ctmc", "ctmc_samplers"):
+        monkeypatch.setattr(f"diffusers_ext.schedulers.{module}.CHUNK", 40)
     assert torch.equal(scheduler.step(output, 0.8, x, **options).prev_sample, whole)
     rates = scheduler.reverse_rates(output, 0.8, x)
     monkeypatch.undo()
