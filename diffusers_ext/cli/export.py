@@ -37,20 +37,22 @@ def export(model, output, pipeline, license, repo_id, private, trust_remote_code
 
 
 def _export(model, output, pipeline, license, repo_id, trust_remote_code) -> Path:
+    from .. import pipelines
     from ..hub import export_code, export_model, export_pipeline
     from ..shipped import load_network, load_pipeline, network_class, resolve_model
 
     codes = _pipelines()
     if model in codes and not Path(resolve_model(model)).is_dir():
-        return export_code(codes[model], output, repo_id)
+        return export_code(getattr(pipelines, codes[model]), output, repo_id)
     if pipeline is None and network_class(model) is not None:
         return export_model(load_network(model, trust_remote_code), output, license, repo_id)
     return export_pipeline(load_pipeline(model, pipeline, trust_remote_code), output, license, repo_id)
 
 
-def _pipelines() -> dict[str, type]:
-    """Each pipeline of the package by the name of its file, with hyphens."""
+def _pipelines() -> dict[str, str]:
+    """The class of each pipeline of the package by the name of its file, with hyphens; none is imported for it."""
     from .. import pipelines
 
-    classes = [getattr(pipelines, name) for name in pipelines.__all__ if name.endswith("Pipeline")]
-    return {cls.__module__.split(".")[-1].replace("_", "-"): cls for cls in classes}
+    names = [name for name in pipelines.__all__ if name.endswith("Pipeline")]
+    files = [pipelines.LAZY[name] if name in pipelines.LAZY else getattr(pipelines, name).__module__ for name in names]
+    return {file.split(".")[-1].replace("_", "-"): name for file, name in zip(files, names, strict=True)}
