@@ -108,7 +108,7 @@ def ours(noted: list[Wait]) -> Counter:
 
 
 class Draws(TorchDispatchMode):
-    """Counts what is drawn inside with a generator, which is the host's. (Here, so that it asks for nothing itself.)"""
+    """Counts what is drawn inside with a generator, which is the host's."""
 
     count = 0
 
