@@ -26,7 +26,7 @@ from diffusers import (
 from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 from stand_in_device import (
     Draws,
-    coarse_exponentials,
+    coarse_draws,
     device,
     moving_data,
     needs_device,
@@ -503,16 +503,17 @@ def test_discrete_ddim_on_a_device(spacing):
     assert_nobody_waits(step, 0)
 
 
-# Exponentials of other devices
+# Draws of other devices
 
 
-@pytest.mark.parametrize("zeros", [False, True], ids=["floored", "negative zeros"])
-def test_a_token_of_no_weight_is_never_drawn(zeros):
-    """Neither where exponentials are coarse, as on CUDA, nor where they can be -0.0, as on MPS."""
-    scheduler = CTMCScheduler(vocab_size=6, prediction_type="probabilities")
-    scheduler.set_timesteps(8)
+@pytest.mark.parametrize("negative_zeros", [False, True], ids=["floored", "negative zeros"])
+@pytest.mark.parametrize("sampler", ["euler", "tweedie", "gillespie"])
+def test_coarse_draws_leave_no_mask_and_draw_no_impossible_token(sampler, negative_zeros):
+    """With draws of 3 bits a uniform is exactly 0 one time in eight, and so is an exponential."""
+    scheduler = CTMCScheduler(vocab_size=6, prediction_type="probabilities", sampler=sampler)
+    scheduler.set_timesteps(8, device="dx")
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0, 0.0]).expand(50, 100, 6).to("dx")
-    with coarse_exponentials(bits=3, zeros=zeros):
+    with coarse_draws(bits=3, negative_zeros=negative_zeros):
         sample = scheduler.sample_prior((50, 100), device="dx")
         for t in scheduler.timesteps:
             sample = scheduler.step(probabilities, t, sample).prev_sample
