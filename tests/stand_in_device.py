@@ -8,7 +8,7 @@ is noted with the line of Python that asked for it:
     assert not ours(noted)
 
 The law of the device: one op, one result, as the CPU computes it, in the same order of draws, so that whatever runs
-here equals a run on the CPU. Its modes are those of other machines: `without_float64`, `coarse_exponentials`. Outside
+here equals a run on the CPU. Its modes are those of other machines: `without_float64`, `coarse_draws`. Outside
 of `device()` torch reports no accelerator.
 
 It is built on torch's Python backend for PrivateUse1, which is experimental; where a torch version lacks it, MISSING
@@ -75,8 +75,8 @@ class Wait(NamedTuple):
 class _Modes:
     on = False
     float64 = True
-    exponential_bits: int | None = None
-    zero_exponentials = False
+    bits: int | None = None
+    negative_zeros = False
     noted: tuple[list[Wait], ...] = ()
 
 
@@ -108,7 +108,7 @@ def ours(noted: list[Wait]) -> Counter:
 
 
 class Draws(TorchDispatchMode):
-    """Counts what is drawn inside with a generator, which is the host's. (Here, so that it asks for nothing itself.)"""
+    """Counts what is drawn inside with a generator, which is the host's."""
 
     count = 0
 
@@ -129,17 +129,18 @@ def without_float64() -> Iterator[None]:
 
 
 @contextmanager
-def coarse_exponentials(bits: int = 24, zeros: bool = False) -> Iterator[None]:
-    """`exponential_` draws -log(u) with u in multiples of 2^-bits up to 1, as from CUDA's float32 uniforms.
+def coarse_draws(bits: int = 24, negative_zeros: bool = False) -> Iterator[None]:
+    """Uniforms are multiples of 2^-bits from 0 on, and exponentials are -log(u) of such a u from 2^-bits to 1.
 
-    u = 1 gives the floor 2^-bits, as on CUDA; with `zeros` it gives -0.0, as on MPS. Fewer bits make both frequent.
+    With 24 bits that is CUDA's float32, where an exponential of u = 1 is 2^-24; with `negative_zeros` it is -0.0, as
+    on MPS. Fewer bits make both ends frequent.
     """
-    before = _Modes.exponential_bits, _Modes.zero_exponentials
-    _Modes.exponential_bits, _Modes.zero_exponentials = bits, zeros
+    before = _Modes.bits, _Modes.negative_zeros
+    _Modes.bits, _Modes.negative_zeros = bits, negative_zeros
     try:
         yield
     finally:
-        _Modes.exponential_bits, _Modes.zero_exponentials = before
+        _Modes.bits, _Modes.negative_zeros = before
 
 
 class _DataMoves(TorchFunctionMode):
@@ -222,8 +223,8 @@ def _run(func, args: tuple, kwargs: dict):
     host_args, host_kwargs = tree_map(_host, args), tree_map(_host, kwargs)
     if host_kwargs.get("device") is not None:
         host_kwargs["device"] = torch.device("cpu")
-    if op is aten.exponential_ and _Modes.exponential_bits is not None:
-        _draw_coarsely(here[0].host, **{"lambd": args[1] if len(args) > 1 else 1.0})
+    if op in (aten.uniform_, aten.exponential_) and _Modes.bits is not None:
+        _draw_coarsely(op, here[0].host, *args[1:], **kwargs)
         return here[0]
     result = func(*host_args, **host_kwargs)
     if op in (aten._local_scalar_dense, aten.equal):
@@ -304,12 +305,17 @@ def _note_waits(op, args, kwargs) -> None:
                 _note("transfer", "operand of where")
 
 
-def _draw_coarsely(target: torch.Tensor, lambd: float) -> None:
-    steps = 2**_Modes.exponential_bits
-    uniform = (torch.rand(target.shape, dtype=torch.float64) * steps).floor().add_(1) / steps
-    drawn = -uniform.log()
-    drawn = torch.where(uniform == 1, -0.0 if _Modes.zero_exponentials else 1 / steps, drawn)
-    target.copy_(drawn / lambd)
+def _draw_coarsely(op, target: torch.Tensor, *parameters: float, generator=None) -> None:
+    """parameters: the ends of uniforms, or the rate of exponentials."""
+    steps = 2**_Modes.bits
+    uniform = (torch.rand(target.shape, dtype=torch.float64) * steps).floor() / steps
+    if op is aten.uniform_:
+        low, high = parameters or (0.0, 1.0)
+        target.copy_(low + (high - low) * uniform)
+        return
+    uniform += 1 / steps
+    drawn = torch.where(uniform == 1, -0.0 if _Modes.negative_zeros else 1 / steps, -uniform.log())
+    target.copy_(drawn / (parameters or (1.0,))[0])
 
 
 class _Backend:

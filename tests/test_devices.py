@@ -26,7 +26,7 @@ from diffusers import (
 from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 from stand_in_device import (
     Draws,
-    coarse_exponentials,
+    coarse_draws,
     device,
     moving_data,
     needs_device,
@@ -68,7 +68,6 @@ from diffusers_ext.shipped import load_network, load_pipeline, shipped_models
 
 pytestmark = [needs_device, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 FEW, MANY = 2, 3  # steps of two calls
-ONE_NONZERO = {"nonzero": 1}  # the reads that a step of masked diffusion may make: where the masks are
 
 
 @pytest.fixture(autouse=True)
@@ -231,10 +230,6 @@ def _with_scheduler(pipe, change: Callable):
     return pipe
 
 
-def is_masked_diffusion(pipe) -> bool:
-    return getattr(getattr(pipe, "scheduler", None), "mask_token_id", None) is not None
-
-
 def test_every_shipped_pipeline_is_run():
     pipelines = [name for name, folder in shipped_models().items() if (folder / "model_index.json").is_file()]
     assert sorted(name.removeprefix("shipped ") for name in RUNS if name.startswith("shipped ")) == sorted(pipelines)
@@ -260,14 +255,24 @@ def a_step(run: Callable[[int], object]) -> tuple[Counter, float]:
     return Counter({wait: n / each for wait, n in counts[1].items() if n}), (drawn[1] - drawn[0]) / each
 
 
-def assert_nobody_waits(step: Counter, draws: float, masked: bool = False) -> None:
-    """By this package's code: no read but that of the masks, and no transfer but of what the host has drawn."""
-    found = {wait: n for wait, n in step.items() if wait.ours}
+def allowed_reads(scheduler, draws: bool, searches: int = 1) -> Counter:
+    """What a step of discrete diffusion may read: where the masks are, and the means of Poisson draws of the host."""
+    allowed = Counter()
+    if getattr(scheduler, "mask_token_id", None) is not None:
+        allowed["nonzero"] = searches
+    if draws and getattr(scheduler, "jumps", None) == "poisson":
+        allowed["to host"] = searches
+    return allowed
+
+
+def assert_nobody_waits(step: Counter, draws: float, allowed: Counter | None = None) -> None:
+    """By this package's code: no read but the allowed ones, and no transfer but of what the host has drawn."""
+    found = {wait: n for wait, n in step.items() if wait.ours and n > 0}
     reads = Counter()
     for wait, n in found.items():
         if wait.kind == "read":
             reads[wait.op] += n
-    assert reads <= Counter(ONE_NONZERO if masked else {}), found
+    assert reads <= (allowed or Counter()), found
     assert sum(n for wait, n in found.items() if wait.kind == "transfer") <= draws, found
 
 
@@ -287,7 +292,7 @@ def test_a_pipeline_on_a_device(name, as_on_a_mac, monkeypatch):
         pipe.to("dx")
         step, drawn = a_step(lambda steps: outputs.append(called(pipe, options, steps, draws)))
     torch.testing.assert_close(outputs[-1], expected, rtol=1e-5, atol=1e-5)
-    assert_nobody_waits(step, drawn, is_masked_diffusion(pipe))
+    assert_nobody_waits(step, drawn, allowed_reads(getattr(pipe, "scheduler", None), draws))
 
 
 def test_the_state_of_edm_follows_the_device():
@@ -471,11 +476,8 @@ def test_a_chain_on_a_device(kernel, prediction, sampler, jumps, draws):
     with without_float64():
         assert torch.equal(chain(scheduler, "dx", MANY, draws).cpu(), expected)
         step, drawn = a_step(lambda steps: chain(scheduler, "dx", steps, draws))
-    # with the corrector's, two searches for masks a step
-    allowed = Counter({"nonzero": 1 if sampler == "gillespie" else 2}) if kernel == "absorbing" else Counter()
-    found = {wait: n for wait, n in step.items() if wait.ours}
-    assert Counter({wait.op: n for wait, n in found.items() if wait.kind == "read"}) <= allowed, found
-    assert sum(n for wait, n in found.items() if wait.kind == "transfer") <= (drawn if draws else 0), found
+    searches = 1 if sampler == "gillespie" else 2  # the corrector's is the other
+    assert_nobody_waits(step, drawn, allowed_reads(scheduler, draws, searches))
 
 
 @pytest.mark.skipif(not hasattr(diffusers, "DiscreteDDIMScheduler"), reason="diffusers has no DiscreteDDIMScheduler")
@@ -501,16 +503,17 @@ def test_discrete_ddim_on_a_device(spacing):
     assert_nobody_waits(step, 0)
 
 
-# Exponentials of other devices
+# Draws of other devices
 
 
-@pytest.mark.parametrize("zeros", [False, True], ids=["floored", "negative zeros"])
-def test_a_token_of_no_weight_is_never_drawn(zeros):
-    """Neither where exponentials are coarse, as on CUDA, nor where they can be -0.0, as on MPS."""
-    scheduler = CTMCScheduler(vocab_size=6, prediction_type="probabilities")
-    scheduler.set_timesteps(8)
+@pytest.mark.parametrize("negative_zeros", [False, True], ids=["floored", "negative zeros"])
+@pytest.mark.parametrize("sampler", ["euler", "tweedie", "gillespie"])
+def test_coarse_draws_leave_no_mask_and_draw_no_impossible_token(sampler, negative_zeros):
+    """With draws of 3 bits a uniform is exactly 0 one time in eight, and so is an exponential."""
+    scheduler = CTMCScheduler(vocab_size=6, prediction_type="probabilities", sampler=sampler)
+    scheduler.set_timesteps(8, device="dx")
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0, 0.0]).expand(50, 100, 6).to("dx")
-    with coarse_exponentials(bits=3, zeros=zeros):
+    with coarse_draws(bits=3, negative_zeros=negative_zeros):
         sample = scheduler.sample_prior((50, 100), device="dx")
         for t in scheduler.timesteps:
             sample = scheduler.step(probabilities, t, sample).prev_sample

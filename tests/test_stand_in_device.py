@@ -6,7 +6,7 @@ import pytest
 import torch
 from stand_in_device import (
     Draws,
-    coarse_exponentials,
+    coarse_draws,
     device,
     moving_data,
     needs_device,
@@ -154,15 +154,19 @@ def test_float64_can_be_refused(make):
         assert torch.ones(2, dtype=torch.float64).to("dx", torch.float32).dtype == torch.float32
 
 
-def test_exponentials_can_be_coarse():
-    with coarse_exponentials(bits=6):
+def test_draws_can_be_coarse():
+    torch.manual_seed(0)
+    with coarse_draws(bits=6):
+        uniform = torch.rand(20_000, device="dx").cpu()
+    assert (uniform * 2**6 == (uniform * 2**6).floor()).all() and uniform.min() == 0 and uniform.max() == 1 - 2**-6
+    with coarse_draws(bits=6):
         floored = torch.empty(20_000, device="dx").exponential_().cpu()
-    with coarse_exponentials(bits=6, zeros=True):
+    with coarse_draws(bits=6, negative_zeros=True):
         zeros = torch.empty(20_000, device="dx").exponential_(2.0).cpu()
     assert floored.min() == 2**-6 and len(floored.unique()) <= 2**6
-    assert 0.5 < (floored == 2**-6).float().mean() * 2**6 < 1.5 and abs(floored.mean() - 1) < 0.05
+    assert 0.5 < (floored == 2**-6).float().mean() * 2**6 < 1.5 and abs(floored.mean() - 1) < 0.1
     lowest = zeros[zeros == 0]
-    assert len(lowest) and torch.signbit(lowest).all() and abs(zeros.mean() - 0.5) < 0.03
+    assert len(lowest) and torch.signbit(lowest).all() and abs(zeros.mean() - 0.5) < 0.05
 
 
 def test_data_moves_as_group_offloading_moves_it():
