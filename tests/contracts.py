@@ -3,9 +3,6 @@
 import copy
 import inspect
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
@@ -14,25 +11,15 @@ import pytest
 import torch
 from conventions import PipelineConventions
 from diffusers import DiffusionPipeline, SchedulerMixin
+from fresh_process import run_fresh
 from packaging.version import Version
 
 from diffusers_ext.hub import export_pipeline
 
-HERE = Path(__file__).parent
 # Before, DDPMPipeline gave arrays whatever was asked for, and there are none in bfloat16.
 ddpm_gives_tensors = pytest.mark.skipif(
     Version(diffusers.__version__) < Version("0.41"), reason="DDPMPipeline gives no tensors before diffusers 0.41"
 )
-
-
-def run_fresh(script: str, *arguments: str, cache: Path) -> str:
-    """Run a script of this folder in a new Python process, away from the checkout, with its own module cache."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(HERE / script), *arguments], cwd=cache, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def same_noise_in_every_type(monkeypatch):

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from contracts import run_fresh
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention
+from fresh_process import run_fresh
 
 from diffusers_ext import ADMUNet2DModel, BoostAndSkipPipeline
 from diffusers_ext.hub import export_pipeline

@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from contracts import run_fresh
+from fresh_process import run_fresh
 from tiny_guided_pipelines import CASES
 from tiny_pipelines import tiny_sdxl
 

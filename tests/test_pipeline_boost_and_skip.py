@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contracts import PipelineContract, run_fresh
+from contracts import PipelineContract
 from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
@@ -22,6 +22,7 @@ from diffusers import (
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from fresh_process import run_fresh
 from safetensors.torch import load_file
 
 from diffusers_ext.pipelines import boost_and_skip as module

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contracts import run_fresh
 from diffusers import DDPMScheduler
+from fresh_process import run_fresh
 from peak_memory import peak_bytes
 from tiny_discrete import LETTERS, build
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contracts import PipelineContract, ddpm_gives_tensors, run_fresh
+from contracts import PipelineContract, ddpm_gives_tensors
 from conventions import newer_torch
 from diffusers import (
     AutoencoderKL,
@@ -25,6 +25,7 @@ from diffusers import (
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from fresh_process import run_fresh
 from PIL import Image
 from tiny_pipelines import tiny_stable_diffusion
 from torch import nn
