@@ -179,6 +179,7 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
     """
 
     custom_timesteps = False
+    _table: torch.Tensor | None = None
     __init__ = _boosted_init(DDIMScheduler)
 
     def set_timesteps(
@@ -209,6 +210,10 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
             self.timesteps = torch.from_numpy(table).to(device)
         self.custom_timesteps = timesteps is not None
         self._drop_skipped_steps()
+        self._table = None
+        if self.timesteps.device.type != "cpu":  # alphas_cumprod after that of clean data, timestep -1
+            alphas = torch.cat([self.final_alpha_cumprod.reshape(1), self.alphas_cumprod.cpu()])
+            self._table = alphas.to(self.timesteps.device)
 
     def previous_timestep(self, timestep: int) -> int:
         """The timestep that a step from `timestep` ends at: the next smaller one of the table; negative: clean data.
@@ -217,8 +222,7 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
         stock rule, where it holds, asks for no table).
         """
         t, table = int(timestep), self.timesteps.tolist()
-        off = self.config.gamma == 1 and self.config.skip_steps == 0
-        if off and self.num_inference_steps and not self.custom_timesteps:
+        if self._follows_stock_rule():
             return t - self.config.num_train_timesteps // self.num_inference_steps  # the stock rule
         if t != timestep or not 0 <= t <= table[0]:
             raise ValueError(
@@ -263,9 +267,7 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
         if sample.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
 
-        t, s = int(timestep), self.previous_timestep(timestep)
-        alpha_prod_t = self.alphas_cumprod[t]
-        alpha_prod_s = self.alphas_cumprod[s] if s >= 0 else self.final_alpha_cumprod
+        alpha_prod_t, alpha_prod_s = self._alphas(timestep)
         pred_x0, pred_epsilon = self._predict(model_output, sample, alpha_prod_t)
         if self.config.thresholding:
             pred_x0 = self._threshold_sample(pred_x0)
@@ -274,7 +276,8 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
         if use_clipped_model_output:
             pred_epsilon = (sample - alpha_prod_t**0.5 * pred_x0) / (1 - alpha_prod_t) ** 0.5
 
-        sigma = eta * self._get_variance(t, s) ** 0.5
+        variance = (1 - alpha_prod_s) / (1 - alpha_prod_t) * (1 - alpha_prod_t / alpha_prod_s)
+        sigma = eta * variance**0.5
         direction = (1 - alpha_prod_s - sigma**2) ** 0.5 * pred_epsilon
         prev_sample = alpha_prod_s**0.5 * pred_x0 + direction
         if eta > 0:
@@ -286,6 +289,26 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
                 )
             prev_sample = prev_sample + sigma * variance_noise
         return DDIMSchedulerOutput(prev_sample, pred_x0) if return_dict else (prev_sample, pred_x0)
+
+    def _alphas(self, timestep: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """alphas_cumprod () at t and at its neighbour.
+
+        A timestep that lies on a device, beside the schedule, is looked up there: reading it would wait for all that
+        the device has to do, and so would the check that it is in the schedule.
+        """
+        if not isinstance(timestep, torch.Tensor) or timestep.device.type == "cpu" or self._table is None:
+            t, s = int(timestep), self.previous_timestep(timestep)
+            return self.alphas_cumprod[t], self.alphas_cumprod[s] if s >= 0 else self.final_alpha_cumprod
+        t = timestep.reshape(1).long()
+        if self._follows_stock_rule():
+            s = t - self.config.num_train_timesteps // self.num_inference_steps
+        else:
+            s = torch.where(self.timesteps < t, self.timesteps, -1).amax(dim=0, keepdim=True)
+        return self._table[t + 1][0], self._table[s.clamp(min=-1) + 1][0]
+
+    def _follows_stock_rule(self) -> bool:
+        off = self.config.gamma == 1 and self.config.skip_steps == 0
+        return bool(off and self.num_inference_steps and not self.custom_timesteps)
 
     def _predict(self, model_output, sample, alpha_prod_t):
         """x_0, not yet clipped, and epsilon, from a model output of any prediction type."""

@@ -1,5 +1,7 @@
 """DiscreteDDIMScheduler of diffusers with timestep tables in place of its even steps."""
 
+from itertools import pairwise
+
 import torch
 from diffusers import DiscreteDDIMScheduler
 from diffusers.configuration_utils import register_to_config
@@ -52,6 +54,12 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
             raise ValueError(f'timestep_spacing must be "uniform" or "table", got {timestep_spacing!r}')
         for name, table in (timestep_tables or {}).items():
             check_edges(table, f"timestep_tables[{name!r}]", steps=name)
+        self._weights: dict[tuple[int, torch.device], torch.Tensor] = {}  # by vocab_size and device, for one schedule
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """The steps 0 to n - 1, as of diffusers' scheduler."""
+        super().set_timesteps(num_inference_steps, device)
+        self._weights = {}
 
     @property
     def table(self) -> list[float] | None:
@@ -83,28 +91,40 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
             return super().step(
                 model_output, timestep, sample, temperature=temperature, generator=generator, return_dict=return_dict
             )
-        step_index, vocab_size = int(timestep), model_output.shape[-1]
-        now, then = self._alpha(step_index), self._alpha(step_index + 1)
         clean, probability = self._sample_from_logits(model_output, temperature=temperature, generator=generator)
-        prev_sample = self._posterior_draw(sample, clean, now / then, then, vocab_size, generator)
+        weights = self._weights_at(timestep, model_output.shape[-1], sample.device)
+        prev_sample = self._posterior_draw(sample, clean, weights, model_output.shape[-1], generator)
         if not return_dict:
             return prev_sample, clean, probability, model_output
         return DiscreteDDIMSchedulerOutput(
             prev_sample=prev_sample, sampled_tokens=clean, sampled_probs=probability, pred_logits=model_output
         )
 
-    @staticmethod
-    def _posterior_draw(sample, clean, survival: float, then: float, vocab_size: int, generator) -> torch.Tensor:
-        """x_s of q(x_s | x_t, x_0), which is the sum of three parts: x_0, x_t, and a uniform token.
+    def _weights_at(self, timestep: int | torch.Tensor, vocab_size: int, device: torch.device) -> torch.Tensor:
+        """The weights (4,) float32 of a step: to x_0, to x_0 besides where it is x_t, to x_t, to a uniform token.
 
-        survival: alpha_t / alpha_s. then: alpha_s. The weights are the products of [survival 1{x_s = x_t} +
-        (1 - survival) / V] and [then 1{x_s = x_0} + (1 - then) / V], summed over x_s.
+        They are the products of [a 1{x_s = x_t} + (1 - a) / V] and [b 1{x_s = x_0} + (1 - b) / V] with a = alpha_t /
+        alpha_s and b = alpha_s, summed over x_s. The rows of all steps go to the device once a schedule, and a
+        timestep that lies there is not read.
         """
+        if (vocab_size, device) not in self._weights:
+            alphas = [self._alpha(i) for i in range(self.num_inference_steps + 1)]
+            rows = [
+                (b * (1 - a) / vocab_size, a * b, a * (1 - b) / vocab_size, (1 - a) * (1 - b) / vocab_size)
+                for a, b in ((now / then, then) for now, then in pairwise(alphas))
+            ]
+            self._weights[vocab_size, device] = torch.tensor(rows, dtype=torch.float32, device=device)
+        rows = self._weights[vocab_size, device]
+        if isinstance(timestep, torch.Tensor) and timestep.device == device:
+            return rows.index_select(0, timestep.reshape(1))[0]
+        return rows[int(timestep)]
+
+    @staticmethod
+    def _posterior_draw(sample, clean, weights: torch.Tensor, vocab_size: int, generator) -> torch.Tensor:
+        """x_s of q(x_s | x_t, x_0), which is the sum of three parts: x_0, x_t, and a uniform token."""
         same = (sample == clean).float()
-        keeps = torch.full_like(same, survival * (1 - then) / vocab_size)
-        cleans = then * (1 - survival) / vocab_size + survival * then * same
-        noise = torch.full_like(same, (1 - survival) * (1 - then) / vocab_size)
-        weights = torch.stack([cleans, keeps, noise], dim=-1).flatten(0, -2)
-        part = torch.multinomial(weights, 1, generator=generator).view_as(sample)
+        to_clean, to_same, to_sample, to_any = weights
+        parts = [to_clean + to_same * same, to_sample.expand_as(same), to_any.expand_as(same)]
+        part = torch.multinomial(torch.stack(parts, dim=-1).flatten(0, -2), 1, generator=generator).view_as(sample)
         tokens = torch.randint(vocab_size, sample.shape, device=sample.device, generator=generator)
         return torch.where(part == 0, clean, torch.where(part == 1, sample, tokens))

@@ -78,7 +78,9 @@ class ClassifierGuidance(ModelMixin):
             raise ValueError(f"num_classes={num_classes} is for an unconditional network; leave it out")
         self.unet, self.classifier, self.guidance_scale = unet, classifier, guidance_scale
         self.num_classes = num_classes
-        self.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), dim=0)
+        alphas_cumprod = torch.cumprod(1 - scheduler.betas.cpu().double(), dim=0)
+        # Both, from float64: in float32, 1 - alphas_cumprod of the first timesteps would have lost three digits
+        self._shares = {(torch.device("cpu"), torch.float64): torch.stack([alphas_cumprod, 1 - alphas_cumprod])}
 
     @property
     def config(self) -> FrozenDict:
@@ -105,26 +107,34 @@ class ClassifierGuidance(ModelMixin):
         output = self.unet(sample, timestep, **labels).sample
         if self.guidance_scale != 0:
             gradient = classifier_gradient(self.classifier, sample, timestep, class_labels)
-            factor = (self.guidance_scale * self._factor(timestep)).view(-1, *[1] * (sample.ndim - 1))
+            factor = self._factor(timestep, torch.promote_types(sample.dtype, torch.float32))
+            factor = (self.guidance_scale * factor).view(-1, *[1] * (sample.ndim - 1))
             channels = sample.shape[1]
             guided = output[:, :channels] + (factor * gradient.to(factor.dtype)).to(output.dtype)
             output = torch.cat([guided, output[:, channels:]], dim=1)
         return UNet2DOutput(sample=output) if return_dict else (output,)
 
-    def _factor(self, timestep: torch.Tensor) -> torch.Tensor:
-        """What multiplies the gradient, (batch,) float32 or float64; between two timesteps alpha is interpolated."""
-        table = self.alphas_cumprod.to(timestep.device if timestep.device.type != "mps" else "cpu")
-        time = timestep.to(table.device, table.dtype).clamp(0, len(table) - 1)
+    def _factor(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What multiplies the gradient, (batch,); between two timesteps alphas_cumprod is interpolated."""
+        shares = self._shares_on(timestep.device, dtype)
+        time = timestep.to(dtype).clamp(0, shares.shape[1] - 1)
         low = time.floor().long()
-        alpha = torch.lerp(table[low], table[(low + 1).clamp(max=len(table) - 1)], time - low)
+        high = (low + 1).clamp(max=shares.shape[1] - 1)
+        signal, noise = torch.lerp(shares[:, low], shares[:, high], time - low)
         if self.prediction_type == "epsilon":
-            factor = -(1 - alpha).sqrt()
+            factor = -noise.sqrt()
         elif self.prediction_type == "v_prediction":
-            factor = -((1 - alpha) / alpha).sqrt()
+            factor = -(noise / signal).sqrt()
         else:
-            factor = (1 - alpha) / alpha.sqrt()
-        factor = factor.where(alpha > 0, 0)  # of pure noise a classifier can say nothing
-        return factor.to(timestep.device, torch.float32 if timestep.device.type == "mps" else torch.float64)
+            factor = noise / signal.sqrt()
+        return factor.where(signal > 0, 0)  # of pure noise a classifier can say nothing
+
+    def _shares_on(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """alphas_cumprod and 1 - alphas_cumprod, (2, timesteps), which go to a device once."""
+        if (device, dtype) not in self._shares:
+            exact = self._shares[torch.device("cpu"), torch.float64]
+            self._shares[device, dtype] = exact.to(dtype).to(device)
+        return self._shares[device, dtype]
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """Raises ValueError: the two networks are saved one by one."""
