@@ -153,12 +153,13 @@ def evaluate_digits(
     Raises ValueError for unknown or repeated metrics.
     """
     classifier, reference = load_shipped_classifier()
+    classifier, labels = classifier.to(images.device), labels.to(images.device)
     outputs = [classifier(batch * 2 - 1) for batch in images.split(500)]
     features = torch.cat([output.features for output in outputs])
     recognised = torch.cat([output.logits for output in outputs]).argmax(1) == labels
     _chosen_features("classifier", metrics)  # refuses fid and fd_dinov2
     metrics = _chosen_metrics(metrics, statistics_only=False)
-    numbers: dict[str, float | None] = {"recognised": recognised.double().mean().item()}
+    numbers: dict[str, float | None] = {"recognised": recognised.cpu().double().mean().item()}
     if "knn_distance" in metrics:
         alone, k = features[recognised], NEIGHBOURS["knn_distance"]
         numbers["knn_distance_recognised"] = average_knn_distance(alone, reference.features, k) if len(alone) else None

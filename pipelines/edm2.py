@@ -281,7 +281,7 @@ class EDM2Pipeline(DiffusionPipeline):
             return torch.tensor(checked_labels(class_labels, classes or None))
         if rows.shape[1] != classes:
             raise ValueError(f"class_labels as rows must have {classes} numbers each, got {rows.shape[1]}")
-        return rows
+        return rows.to(torch.float32)  # as the network takes them; a Mac's device would refuse float64
 
 
 def _is_number(value) -> bool:

@@ -43,8 +43,9 @@ def timesteps_of_sigmas(scheduler: SchedulerMixin, sigmas: torch.Tensor) -> list
     diffusers' Heun fixes rho at 7, but interpolates the noise levels of the timesteps that it is given; these are
     where it then arrives at `sigmas` (steps,). Raises ValueError for sigmas outside of the scheduler's range.
     """
-    table = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).double().sqrt().numpy()
-    levels = sigmas.double().numpy()
+    alphas_cumprod = scheduler.alphas_cumprod.cpu()  # `add_noise` moves them to the samples' device
+    table = ((1 - alphas_cumprod) / alphas_cumprod).double().sqrt().numpy()
+    levels = sigmas.cpu().double().numpy()
     if levels.min() < table[0] or levels.max() > table[-1]:
         raise ValueError(
             f"sigmas from {levels.max():.4g} to {levels.min():.4g} leave the scheduler's range, {table[-1]:.4g} to"

@@ -96,8 +96,13 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
 
     @staticmethod
     def state_dtype(device: torch.device) -> torch.dtype:
-        """dtype of the sample between steps: float64, or float32 on devices without it."""
-        return torch.float32 if device.type in ("mps", "npu", "xla") else torch.float64
+        """dtype of the sample between steps: float64, or float32 on devices without it, which refuse to make one."""
+        if device.type in ("npu", "xla"):  # which may take float64, and compute in less
+            return torch.float32
+        try:
+            return torch.empty((), dtype=torch.float64, device=device).dtype
+        except (TypeError, RuntimeError):
+            return torch.float32
 
     @property
     def init_noise_sigma(self) -> float:

@@ -43,7 +43,7 @@ def combined_features(
     """
     if not parts or any(not weight > 0 for _, weight in parts):
         raise ValueError(f"parts must be one or more (features, weight > 0), got weights {[w for _, w in parts]}")
-    variances = [extract_features(real, extractor).double().var(dim=0).sum().item() for extractor, _ in parts]
+    variances = [extract_features(real, extractor).cpu().double().var(dim=0).sum().item() for extractor, _ in parts]
     if not all(variance > 0 for variance in variances):
         raise ValueError(f"features must vary over the real images, got variances {variances}")
     scales = [(weight / variance) ** 0.5 for (_, weight), variance in zip(parts, variances, strict=True)]

@@ -192,7 +192,7 @@ class KLUB:
             part = slice(int(part[0]), int(part[-1]) + 1)
             now = self.network.rates(output[:, part], tokens[:, part], times)
             frozen = self.network.rates(start.output[:, part], start.tokens[:, part], start.times)
-            total += (now * ((now + FLOOR).log() - (frozen + FLOOR).log())).sum(dim=(1, 2)).double().cpu()
+            total += (now * ((now + FLOOR).log() - (frozen + FLOOR).log())).sum(dim=(1, 2)).cpu().double()
         return total * torch.as_tensor(times - end, dtype=torch.float64).cpu() / length
 
     def _step(self, start: _Start, t1, t2) -> torch.Tensor:

@@ -168,13 +168,13 @@ class RateStatistics:
             k = int(last[some[0]])
             norm = rates[:k, some].clamp(min=1e-30) if laws else torch.ones_like(rates[:k, some])
             weight, sums = weights[:k, some], rates[:k, some] / norm
-            total[:k] += (weight * sums).double().sum(dim=1).cpu()
-            held[:k, :k] += (weight @ sums.T).double().cpu()
+            total[:k] += (weight * sums).cpu().double().sum(dim=1)
+            held[:k, :k] += (weight @ sums.T).cpu().double()
             width = max(1, PART // (size * len(some)))
             for start in range(0, columns, width):
                 values = part.values[:k, some, start : start + width] / norm.unsqueeze(-1)
                 left = (cost.left(values) * weight.unsqueeze(-1)).flatten(1)
-                cross[:k, :k] += (left @ cost.right(values).flatten(1).T).double().cpu()
+                cross[:k, :k] += (left @ cost.right(values).flatten(1).T).cpu().double()
         return (cost.from_products(cross, total, held) * self._factors(cost).unsqueeze(1)).tril()
 
     def _factors(self, cost: Cost) -> torch.Tensor:
@@ -203,7 +203,7 @@ class RateStatistics:
             for k in range(size):
                 held = self._rates_of(laws[: k + 1], tokens[k], k)  # F_ik for all i up to k, the last of them R_k
                 d = cost.divergence(held[-1:], held).sum(dim=-1)
-                sums[k, : k + 1] += (d @ weight).double().cpu()
+                sums[k, : k + 1] += (d @ weight).cpu().double()
         return sums
 
     def _held_laws(self, values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

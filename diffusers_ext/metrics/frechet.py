@@ -23,7 +23,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     matrix square root keeps half of the digits, and the result is real. Eigenvalues below d times the float64
     round-off of the largest count as zero. A result below 0 is round-off of equal sets and is returned as 0.0.
 
-    mu1, mu2: means (d,). sigma1, sigma2: covariances (d, d). NumPy or torch; everything is computed in float64.
+    mu1, mu2: means (d,). sigma1, sigma2: covariances (d, d). NumPy or torch; everything is computed in float64, on the
+    CPU.
 
     Raises ValueError for unequal shapes, non-finite numbers and matrices that are no covariance (not symmetric, or
     with a negative eigenvalue, beyond 1e-5 of the largest).
@@ -56,7 +57,7 @@ def _moments(mu_name: str, mu, sigma_name: str, sigma) -> tuple[np.ndarray, np.n
 
 
 class FeatureStatistics:
-    r"""Running count, mean and covariance of features that come in batches, in float64.
+    r"""Running count, mean and covariance of features that come in batches, in float64 on the CPU.
 
     Two sets merge exactly (Chan, Golub, LeVeque 1979); S is the sum of outer products of the centred rows:
 

@@ -111,20 +111,23 @@ def generative_perplexity(
     means, sizes = [], []
     for batch in tokens.split(batch_size):
         logits = model(input_ids=batch.to(device)).logits[:, :-1].float()
-        means.append(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().to(device)).double())
+        means.append(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().to(device)))
         sizes.append(len(batch))
     weights = torch.tensor(sizes if average == "tokens" else [1] * len(sizes), dtype=torch.float64)
-    return float(torch.exp((torch.stack(means).cpu() * weights).sum() / weights.sum()))
+    return float(torch.exp((torch.stack(means).cpu().double() * weights).sum() / weights.sum()))
 
 
 def unigram_entropy(tokens: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of the token frequencies within each sequence, (n,) float32. tokens: (n, length) integers."""
+    """Entropy in nats of the token frequencies within each sequence, (n,) float32. tokens: (n, length) integers.
+
+    Computed in float64 on the CPU.
+    """
     tokens = _tokens("tokens", tokens)
     entropies = []
-    for sequence in tokens:
+    for sequence in tokens.cpu():
         share = torch.unique(sequence, return_counts=True)[1].double() / len(sequence)
         entropies.append(-(share * share.log()).sum())
-    return torch.stack(entropies).float()
+    return torch.stack(entropies).float().to(tokens.device)
 
 
 def _histogram(sequences: torch.Tensor, num_tokens: int) -> torch.Tensor:
