@@ -392,3 +392,9 @@ def _register() -> tuple[torch.library.Library, ...]:
 def _hook():
     hook = backend_registration._DummyPrivateUse1Hook
     return type("Hook", (hook,), {"is_available": lambda self: _Modes.on})()
+
+
+if MISSING is None:
+    # The first backward of a process fixes for how many devices there are threads.
+    with device():
+        torch.ones(1, requires_grad=True).sum().backward()

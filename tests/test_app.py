@@ -140,20 +140,20 @@ def test_models_are_kept_and_forgotten(monkeypatch):
     loaded = []
 
     class Pipe:
-        def to(self, device, dtype):
-            self.where = device, dtype
+        def to(self, device):
+            self.where = device
 
         def set_progress_bar_config(self, disable):
             pass
 
-    def load(model, pipeline, trust_remote_code):
-        loaded.append((model, pipeline, trust_remote_code))
+    def load(model, pipeline, trust_remote_code, dtype):
+        loaded.append((model, pipeline, trust_remote_code, dtype))
         return Pipe()
 
     monkeypatch.setattr("diffusers_ext.app.models.load_pipeline", load)
     kept = Models("cpu", trust_remote_code=True)
     first = kept.load(" a ")
-    assert kept.load("a") is first and loaded == [("a", None, True)] and first.where == ("cpu", torch.float32)
+    assert kept.load("a") is first and loaded == [("a", None, True, torch.float32)] and first.where == "cpu"
     for name in ("b", "c", "a", "d"):
         kept.load(name)
     assert kept.holds("a") and not kept.holds("b")

@@ -136,6 +136,11 @@ def case(request) -> Case:
     return CASES[request.param]
 
 
+def cases(holds: Callable[[Case], bool]):
+    """Those of the networks of which something is true."""
+    return pytest.mark.parametrize("case", [name for name, one in CASES.items() if holds(one)], indirect=True)
+
+
 def floats(inputs: dict, dtype: torch.dtype) -> dict:
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
@@ -363,10 +368,9 @@ def test_gradient_checkpointing(case):
     assert not model.is_gradient_checkpointing
 
 
+@cases(lambda case: case.cls not in (models.ADMUNet2DModel, models.NoiseAwareClassifier, models.ImageClassifier))
 def test_checkpointing_repeats_dropout(case):
     """A layer that is run again drops what it dropped."""
-    if case.cls in (models.ADMUNet2DModel, models.NoiseAwareClassifier, models.ImageClassifier):
-        pytest.skip("has no dropout, or no checkpointing")
     config = {**case.config, "dropout": 0.5}
     gradients = []
     for on in (False, True):
@@ -407,9 +411,8 @@ def test_running_averages(case, tmp_path):
 # Attention and compilation
 
 
+@cases(lambda case: case.attention)
 def test_attention_processors(case):
-    if not case.attention:
-        pytest.skip("has no attention of ours")
     model, expected = case.build(), case.run(case.build())
     processors = model.attn_processors
     assert processors and all(name.endswith(".processor") for name in processors)
@@ -463,9 +466,8 @@ def test_compiles_as_one_graph(case):
 
 
 @newer_torch
+@cases(lambda case: case.cls._repeated_blocks)
 def test_repeated_blocks_compile(case):
-    if not case.cls._repeated_blocks:
-        pytest.skip("names no repeated blocks")
     torch._dynamo.reset()
     model = case.build()
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
