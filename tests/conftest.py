@@ -23,22 +23,24 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="the first case of every test that is not slow")
+    parser.addoption("--quick", action="store_true", help="the first case of every test that starts no process")
 
 
 COMPARES = re.compile(r"assert_close|assert_allclose|approx\(")
+STARTS = re.compile(r"run_fresh|run_on_two|subprocess|torch\.compile|check_loaded")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config, items):
+    first = {}
     for item in items:
-        if not item.get_closest_marker("slow") and COMPARES.search(inspect.getsource(item.function)):
+        source = inspect.getsource(item.function)
+        if item.get_closest_marker("slow") or STARTS.search(source):
+            continue
+        if COMPARES.search(source):
             item.add_marker("numeric")
+        first.setdefault(item.nodeid.split("[")[0], item)
     if config.getoption("--quick"):
-        first = {}
-        for item in items:
-            if not item.get_closest_marker("slow"):
-                first.setdefault(item.nodeid.split("[")[0], item)
         kept = set(first.values())
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]

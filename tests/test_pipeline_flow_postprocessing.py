@@ -195,15 +195,15 @@ def test_the_network_sees_flow_time_and_how_often():
 
 
 def fake_torchdiffeq(monkeypatch, calls: list):
-    """A module whose odeint takes 400 Euler steps, and notes its arguments."""
+    """A module whose odeint takes 20 midpoint steps, and notes its arguments."""
 
     def odeint(func, y0, t, *, rtol, atol, method):
         calls.append((y0.dtype, t.tolist(), rtol, atol, method))
-        values, steps = [y0], 400
-        for i in range(steps):
-            now = t[0] + (t[1] - t[0]) * i / steps
-            values.append(values[-1] + (t[1] - t[0]) / steps * func(now, values[-1]))
-        return torch.stack([y0, values[-1]])
+        y, step = y0, (t[1] - t[0]) / 20
+        for i in range(20):
+            middle = y + step / 2 * func(t[0] + i * step, y)
+            y = y + step * func(t[0] + (i + 0.5) * step, middle)
+        return torch.stack([y0, y])
 
     fake = types.ModuleType("torchdiffeq")
     fake.odeint = odeint
