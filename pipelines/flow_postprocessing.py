@@ -253,7 +253,10 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
             return velocity(self.model, x_t.to(x.dtype), t, labels).float()
 
         times = torch.tensor([0.0, strength], device=x.device)
-        return odeint(field, x.float(), times, rtol=rtol, atol=atol, method="dopri5")[-1].to(x.dtype)
+        settings = {"rtol": rtol, "atol": atol, "method": "dopri5"}
+        if not _has_float64(x.device):  # in which torchdiffeq would keep the time
+            settings["options"] = {"dtype": torch.float32}
+        return odeint(field, x.float(), times, **settings)[-1].to(x.dtype)
 
     def _finish(self, images, start, final, output_type: str):
         """The repaired images; given ones plus their displacement, untouched by rounding to [-1, 1]."""
@@ -353,6 +356,15 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
         super().enable_group_offload(onload_device, **options)
         if self.base is not None:
             self.base.enable_group_offload(onload_device, **options)
+
+
+def _has_float64(device: torch.device) -> bool:
+    """A device without it, such as a Mac's, refuses to make one."""
+    try:
+        torch.empty((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 @contextmanager

@@ -295,6 +295,17 @@ def test_a_pipeline_on_a_device(name, as_on_a_mac, monkeypatch):
     assert_nobody_waits(step, drawn, allowed_reads(getattr(pipe, "scheduler", None), draws))
 
 
+def test_dopri5_on_a_device():
+    pytest.importorskip("torchdiffeq")
+    pipe = RUNS["flow"][0]()
+    run = functools.partial(pipe, IMAGES, solver="dopri5", output_type="pt")
+    expected = run().images
+    pipe.to("dx")
+    torch.testing.assert_close(run().images.cpu(), expected, rtol=1e-5, atol=1e-5)
+    with without_float64():  # its time is float32 there, so that other steps are accepted
+        torch.testing.assert_close(run().images.cpu(), expected, rtol=0, atol=1e-2)
+
+
 def test_the_state_of_edm_follows_the_device():
     place = torch.device("dx:0")
     assert EDMHeunScheduler.state_dtype(place) == torch.float64
