@@ -84,8 +84,10 @@ def load_pipeline(
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"model {model!r} is no pipeline: {folder} has no model_index.json")
     _check_trust(model, folder, trust_remote_code)
+    if trust_remote_code:  # some versions note an argument that they do not know, also where it is False
+        kwargs["trust_remote_code"] = True
     with _no_bars_of_components():
-        pipe = cls.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
+        pipe = cls.from_pretrained(folder, **kwargs)
     pipe.register_to_config(_name_or_path=resolve_model(model))
     if pipeline == "boost-and-skip" and type(pipe.scheduler).__name__ in BOOST_AND_SKIP_CLASSES:
         pipe.scheduler = boost_and_skip(pipe.scheduler)
