@@ -9,7 +9,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..models import SEDDTransformer
 from ..schedulers import CTMCScheduler
-from .tensor_files import read_json, read_tensors, refusing
+from .tensor_files import cast, check_names, read_json, read_tensors, refusing
 
 # The authors' parameter names, and ours.
 RENAMED = (
@@ -36,6 +36,7 @@ def load_sedd(path: str | Path, revision: str | None = None) -> SEDDTransformer:
     settings = config["model"]
     absorbing = _is_absorbing(config)
     state = _read_weights(path, revision)
+    check_names(state, path)
     with refusing(f"config.json of {str(path)!r} is not SEDD's"):
         sizes = {
             "vocab_size": config["tokens"] + absorbing,
@@ -165,4 +166,4 @@ def _filled(model: SEDDTransformer, state: dict[str, torch.Tensor], path) -> SED
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"the weights of {str(path)!r} do not fit its configuration: {error}") from None
-    return model.eval()
+    return cast(model.eval(), torch.float32)
