@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .pixel_space import (
     check_call,
+    check_finite,
     checked_generator,
     checked_labels,
     image_tensor,
@@ -84,7 +85,7 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: which tensors the callback sees; "latents" is the sample x_t.
 
         Raises ValueError for images of another form, number of channels or range, and for labels or latents that do
-        not fit them.
+        not fit them; NotFiniteError, a ValueError, where NaN or infinity comes up, with the step and the sample.
         """
         check_call(self, output_type, callback_on_step_end_tensor_inputs)
         if isinstance(image, str | Path):
@@ -110,7 +111,9 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
             model_output = self.unet(torch.cat([model_input, low_res], dim=1), t, class_labels=labels).sample
             if not reads_variance(scheduler):
                 model_output = model_output[:, : latents.shape[1]]
+            check_finite("the network's output", model_output, i, self._num_timesteps)
             latents = scheduler.step(model_output, t, latents, **extra).prev_sample
+            check_finite("the image", latents, i, self._num_timesteps)
             if callback_on_step_end is not None:
                 tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                 latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)

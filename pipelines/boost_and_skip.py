@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .pixel_space import (
     check_call,
     check_count,
+    check_finite,
     checked_generator,
     checked_labels,
     initial_noise,
@@ -127,7 +128,8 @@ class BoostAndSkipPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: which tensors the callback sees; "latents" is the sample x_t.
 
         Raises ValueError for arguments out of range, and for a scheduler that can neither be boosted here nor boosts
-        by itself; the message says what to do.
+        by itself; the message says what to do. NotFiniteError, a ValueError, where NaN or infinity comes up, with the
+        step and the sample.
         """
         self._guidance_scale = guidance_scale
         self._check_inputs(batch_size, class_labels, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
@@ -145,7 +147,9 @@ class BoostAndSkipPipeline(DiffusionPipeline):
             with self.progress_bar(total=len(steps)) as progress_bar:
                 for i, t in enumerate(steps):
                     model_output = self._model_output(self.scheduler.scale_model_input(latents, t), t, labels)
+                    check_finite("the network's output", model_output, i, len(steps))
                     latents = self.scheduler.step(model_output, t, latents, **extra).prev_sample
+                    check_finite("the image", latents, i, len(steps))
                     if callback_on_step_end is not None:
                         tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                         latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)

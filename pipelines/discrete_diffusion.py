@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
 
-from .pixel_space import as_output, check_callback, check_count, checked_generator
+from .pixel_space import as_output, check_callback, check_count, check_finite, checked_generator
 
 IMAGE_TYPES = ("pil", "np", "pt")
 
@@ -87,7 +87,8 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end: called as (pipeline, step, timestep, {"tokens": tokens}) after each step; what it returns
             under "tokens" goes on from there.
 
-        Raises ValueError for inputs that contradict each other or the components.
+        Raises ValueError for inputs that contradict each other or the components; NotFiniteError, a ValueError, where
+        the network returns NaN, infinity, or a row without any possible token, with the step and the sample.
         """
         scheduler = self._scheduler(sampler)
         output_type = self._output_type(output_type)
@@ -110,7 +111,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
                 sample, clock = self._step(scheduler, i, clock, sample, generator)
                 sample = torch.where(given, fixed, sample)
                 for time, size in self._corrections(scheduler, i):
-                    sample = torch.where(given, fixed, self._correct(scheduler, time, size, sample, generator))
+                    sample = torch.where(given, fixed, self._correct(scheduler, i, time, size, sample, generator))
                 if callback_on_step_end is not None:
                     kwargs = dict.fromkeys(callback_on_step_end_tensor_inputs, sample)
                     replaced = callback_on_step_end(self, i, t, kwargs).get("tokens", sample)
@@ -125,21 +126,29 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
 
     def _step(self, scheduler, index: int, clock, sample, generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens after step `index` and the time that they are at, (batch,), which gillespie keeps for each sample."""
-        output = self._model_output(scheduler, clock, sample)
+        output = self._model_output(scheduler, index, clock, sample)
         options = (
             {"num_decode": scheduler.num_decode(sample, index)} if scheduler.config.sampler == "gillespie" else {}
         )
         result = scheduler.step(output, clock, sample, generator, **options)
         return result.prev_sample, result.prev_timestep
 
-    def _correct(self, scheduler, time: float, size: float, sample, generator) -> torch.Tensor:
-        output = self._model_output(scheduler, time, sample)
+    def _correct(self, scheduler, index: int, time: float, size: float, sample, generator) -> torch.Tensor:
+        output = self._model_output(scheduler, index, time, sample)
         return scheduler.step_correct(output, time, sample, size, generator).prev_sample
 
-    def _model_output(self, scheduler, time, sample: torch.Tensor) -> torch.Tensor:
+    def _model_output(self, scheduler, index: int, time, sample: torch.Tensor) -> torch.Tensor:
         time = scheduler.model_time(time, len(sample)).to(sample.device)
         output = self.model(sample, time)
-        return output if isinstance(output, torch.Tensor) else output[0]
+        output = output if isinstance(output, torch.Tensor) else output[0]
+        # -inf rules a token out, so what must be finite is the largest of a row; NaN and inf come through. The column
+        # of the mask is not read.
+        real = scheduler.config.vocab_size - (scheduler.mask_token_id is not None)
+        largest = output[..., :real].amax(dim=-1)
+        if scheduler.config.prediction_type == "probabilities":
+            largest = largest.log()  # a row of zeros is no law
+        check_finite("the network's output", largest, index, self._num_timesteps)
+        return output
 
     @staticmethod
     def _corrections(scheduler, index: int) -> list[tuple[float, float]]:

@@ -19,6 +19,7 @@ from .pixel_space import (
     as_output,
     check_call,
     check_count,
+    check_finite,
     checked_generator,
     checked_labels,
     initial_noise,
@@ -130,6 +131,7 @@ class EDM2Pipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: which tensors the callback sees; "latents" is x, not scaled.
 
         Raises ValueError for arguments out of range or at odds with the networks; the message says what to do.
+        NotFiniteError, a ValueError, where NaN or infinity comes up, with the step and the sample.
         Warns if the interval has no step, or every step.
         """
         self._guidance_scale = guidance_scale
@@ -157,6 +159,7 @@ class EDM2Pipeline(DiffusionPipeline):
                 x = self.scheduler.step(self._denoise(x, sigma_hat, labels, guide), sigma_hat, x).prev_sample
                 if sigma_next > 0:
                     x = self.scheduler.step(self._denoise(x, sigma_next, labels, guide), sigma_next, x).prev_sample
+                check_finite("the image", x, i, self._num_timesteps)
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
                     x = callback_on_step_end(self, i, self.scheduler.sigmas[i], tensors).pop("latents", x)

@@ -22,6 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .pixel_space import (
     as_output,
     check_call,
+    check_finite,
     checked_generator,
     checked_labels,
     image_tensor,
@@ -32,6 +33,7 @@ from .pixel_space import (
 
 SOLVERS = ("scheduler", "dopri5")
 SPACES = ("pixel", "latent")
+MOST_EVALUATIONS = 5000  # of dopri5; flows that were trained take 50 to 500
 TIME_SCALE = 1000  # flow time 1 in the units of a diffusion network's timestep embedding
 
 
@@ -141,6 +143,8 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
 
         Raises ValueError for images of another form, size, number of channels or range, for arguments that are missing
         or out of range, and for a scheduler that is none of the two; ImportError for dopri5 without torchdiffeq.
+        NotFiniteError, a ValueError, where NaN or infinity comes up, with the step (the evaluation, for dopri5) and
+        the sample; ValueError where dopri5 needs more than `MOST_EVALUATIONS`.
         """
         check_call(self, output_type, callback_on_step_end_tensor_inputs)
         self._check_solver(num_inference_steps, strength, solver, rtol, atol, callback_on_step_end)
@@ -234,6 +238,7 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
         for i, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             v = velocity(self.model, x, 1 - timestep / total, labels)
             x = scheduler.step(-v, timestep, x, return_dict=False)[0]
+            check_finite("the image", x, i, self._num_timesteps)
             if callback is not None:
                 x = callback(self, i, timestep, dict.fromkeys(tensor_names, x)).pop("latents", x)
         return x
@@ -249,11 +254,24 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
         if strength == 0:
             return x
 
+        evaluations = 0
+
         def field(t, x_t):
-            return velocity(self.model, x_t.to(x.dtype), t, labels).float()
+            nonlocal evaluations
+            v = velocity(self.model, x_t.to(x.dtype), t, labels).float()
+            check_finite(f"at t = {float(t):.4g} the velocity", v, evaluations, None)
+            evaluations += 1
+            if evaluations > MOST_EVALUATIONS:
+                raise ValueError(_too_stiff(float(t), strength, rtol, atol, f"after {MOST_EVALUATIONS} evaluations"))
+            return v
 
         times = torch.tensor([0.0, strength], device=x.device)
-        return odeint(field, x.float(), times, rtol=rtol, atol=atol, method="dopri5")[-1].to(x.dtype)
+        try:
+            final = odeint(field, x.float(), times, rtol=rtol, atol=atol, method="dopri5")[-1].to(x.dtype)
+        except AssertionError as error:  # torchdiffeq, of a step that is too small for float32
+            raise ValueError(_too_stiff(None, strength, rtol, atol, str(error))) from error
+        check_finite("the image", final, evaluations, None)
+        return final
 
     def _finish(self, images, start, final, output_type: str):
         """The repaired images; given ones plus their displacement, untouched by rounding to [-1, 1]."""
@@ -353,6 +371,14 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
         super().enable_group_offload(onload_device, **options)
         if self.base is not None:
             self.base.enable_group_offload(onload_device, **options)
+
+
+def _too_stiff(t: float | None, strength: float, rtol: float, atol: float, why: str) -> str:
+    at = "" if t is None else f" at t = {t:.4g}"
+    return (
+        f"dopri5 does not get to t = {strength} with rtol={rtol} and atol={atol}, {why}{at}: the velocity is too rough"
+        " for these tolerances; raise them, or use solver='scheduler'"
+    )
 
 
 @contextmanager

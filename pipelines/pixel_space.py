@@ -23,6 +23,30 @@ def check_count(name: str, count) -> None:
         raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
 
 
+class NotFiniteError(ValueError):
+    """A sampler met NaN or infinity. sample: the row of the batch; step: the step in which; both from 0."""
+
+    def __init__(self, what: str, sample: int, step: int, num_steps: int | None):
+        of = "" if num_steps is None else f" of {num_steps}"
+        super().__init__(
+            f"{what} of sample {sample} is not finite in step {step}{of} (both counted from 0); use another dtype,"
+            " bfloat16 or float32, or a smaller gamma or guidance scale, and check the weights"
+        )
+        self.what, self.sample, self.step, self.num_steps = what, sample, step, num_steps
+
+    def of_sample(self, sample: int) -> "NotFiniteError":
+        """The same with the number that the sample has among many batches."""
+        return NotFiniteError(self.what, sample, self.step, self.num_steps)
+
+
+def check_finite(what: str, values: torch.Tensor, step: int, num_steps: int | None) -> None:
+    """Raises NotFiniteError where a sample of the values (batch, ...) is not finite. what: they are; num_steps: None
+    where nobody knows it."""
+    finite = values.isfinite()
+    if not finite.all():
+        raise NotFiniteError(what, int((~finite.flatten(1).all(1)).nonzero()[0]), step, num_steps)
+
+
 def check_call(pipeline: DiffusionPipeline, output_type: str, callback_tensors: list[str]) -> None:
     """Raises ValueError for an unknown output type and for tensors that the pipeline shows to no callback."""
     if output_type not in OUTPUT_TYPES:

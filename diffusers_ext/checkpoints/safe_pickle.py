@@ -75,7 +75,8 @@ def safe_loads(data: bytes) -> Any:
 def as_numbers(value: Any) -> np.ndarray:
     """An array, a scalar, or a short flat list of numbers out of a pickle, as an array.
 
-    Raises ValueError for anything else: NumPy would walk through nested lists of a few bytes for ever.
+    Anything else is an array of the object dtype, which no check takes for numbers: NumPy itself would walk through
+    nested lists of a few bytes for ever.
     """
     if isinstance(value, torch.Tensor):
         return value.numpy(force=True) if value.dtype != torch.bfloat16 else value.float().numpy(force=True)
@@ -84,7 +85,7 @@ def as_numbers(value: Any) -> np.ndarray:
         return np.asarray(value)
     if isinstance(value, np.ndarray | np.number | float) or (isinstance(value, int) and _is_short(value)):
         return np.asarray(value)
-    raise ValueError(f"numbers were expected, an array or a flat list of at most {MAX_NUMBERS}")
+    return np.array(None)
 
 
 @dataclass(frozen=True)
