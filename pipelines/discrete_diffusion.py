@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
 
-from .pixel_space import as_output, check_callback, check_count, check_finite, checked_generator
+from .pixel_space import FiniteWatch, as_output, check_callback, check_count, checked_generator
 
 IMAGE_TYPES = ("pil", "np", "pt")
 
@@ -102,42 +102,46 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         else:
             scheduler.set_timesteps(timesteps=timesteps, device=device)
         self._num_timesteps = len(scheduler.timesteps)
+        watch = FiniteWatch(self._num_timesteps)
 
         sample = torch.where(given, fixed, scheduler.sample_prior(tuple(fixed.shape), generator, device))
         clock = scheduler.timesteps[0]
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
                 clock = clock if scheduler.config.sampler == "gillespie" else t
-                sample, clock = self._step(scheduler, i, clock, sample, generator)
+                sample, clock = self._step(scheduler, watch, i, clock, sample, generator)
                 sample = torch.where(given, fixed, sample)
                 for time, size in self._corrections(scheduler, i):
-                    sample = torch.where(given, fixed, self._correct(scheduler, i, time, size, sample, generator))
+                    corrected = self._correct(scheduler, watch, i, time, size, sample, generator)
+                    sample = torch.where(given, fixed, corrected)
                 if callback_on_step_end is not None:
                     kwargs = dict.fromkeys(callback_on_step_end_tensor_inputs, sample)
                     replaced = callback_on_step_end(self, i, t, kwargs).get("tokens", sample)
                     sample = torch.where(given, fixed, replaced)
                 progress_bar.update()
 
+        watch.finish()
+        self._check_decoded(scheduler, sample)
         output = self._to_output(sample, output_type)
         self.maybe_free_model_hooks()
         return output if return_dict else (getattr(output, "images" if output_type in IMAGE_TYPES else output_type),)
 
     # One step; the network's output, the largest tensor, lives no longer than these functions
 
-    def _step(self, scheduler, index: int, clock, sample, generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def _step(self, scheduler, watch, index: int, clock, sample, generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens after step `index` and the time that they are at, (batch,), which gillespie keeps for each sample."""
-        output = self._model_output(scheduler, index, clock, sample)
+        output = self._model_output(scheduler, watch, index, clock, sample)
         options = (
             {"num_decode": scheduler.num_decode(sample, index)} if scheduler.config.sampler == "gillespie" else {}
         )
         result = scheduler.step(output, clock, sample, generator, **options)
         return result.prev_sample, result.prev_timestep
 
-    def _correct(self, scheduler, index: int, time: float, size: float, sample, generator) -> torch.Tensor:
-        output = self._model_output(scheduler, index, time, sample)
+    def _correct(self, scheduler, watch, index: int, time: float, size: float, sample, generator) -> torch.Tensor:
+        output = self._model_output(scheduler, watch, index, time, sample)
         return scheduler.step_correct(output, time, sample, size, generator).prev_sample
 
-    def _model_output(self, scheduler, index: int, time, sample: torch.Tensor) -> torch.Tensor:
+    def _model_output(self, scheduler, watch: FiniteWatch, index: int, time, sample: torch.Tensor) -> torch.Tensor:
         time = scheduler.model_time(time, len(sample)).to(sample.device)
         output = self.model(sample, time)
         output = output if isinstance(output, torch.Tensor) else output[0]
@@ -147,8 +151,17 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         largest = output[..., :real].amax(dim=-1)
         if scheduler.config.prediction_type == "probabilities":
             largest = largest.log()  # a row of zeros is no law
-        check_finite("the network's output", largest, index, self._num_timesteps)
+        watch.see("the network's output", largest, index)
         return output
+
+    @staticmethod
+    def _check_decoded(scheduler, sample: torch.Tensor) -> None:
+        if scheduler.mask_token_id is not None and (masked := (sample == scheduler.mask_token_id).sum(1)).any():
+            first = int(masked.nonzero()[0])
+            raise ValueError(
+                f"sample {first} of the batch still holds {int(masked[first])} masks after the last step; the network"
+                " gave no tokens for them, or the callback put them there"
+            )
 
     @staticmethod
     def _corrections(scheduler, index: int) -> list[tuple[float, float]]:

@@ -20,9 +20,9 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .pixel_space import (
+    FiniteWatch,
     as_output,
     check_call,
-    check_finite,
     checked_generator,
     checked_labels,
     image_tensor,
@@ -235,12 +235,14 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
             scheduler.timesteps = scheduler.sigmas[:-1] * total
         scheduler.set_begin_index(0)
         self._num_timesteps = len(scheduler.timesteps)
+        watch = FiniteWatch(self._num_timesteps)
         for i, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             v = velocity(self.model, x, 1 - timestep / total, labels)
             x = scheduler.step(-v, timestep, x, return_dict=False)[0]
-            check_finite("the image", x, i, self._num_timesteps)
+            watch.see("the image", x, i)
             if callback is not None:
                 x = callback(self, i, timestep, dict.fromkeys(tensor_names, x)).pop("latents", x)
+        watch.finish()
         return x
 
     def _solve_dopri5(self, x, labels, strength: float, rtol: float, atol: float):
@@ -254,12 +256,13 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
         if strength == 0:
             return x
 
-        evaluations = 0
+        evaluations, watch = 0, FiniteWatch(None)
 
         def field(t, x_t):
             nonlocal evaluations
             v = velocity(self.model, x_t.to(x.dtype), t, labels).float()
-            check_finite(f"at t = {float(t):.4g} the velocity", v, evaluations, None)
+            watch.see(f"at t = {float(t):.4g} the velocity", v, evaluations)
+            watch.finish()  # the solver waits for the device in every step anyway
             evaluations += 1
             if evaluations > MOST_EVALUATIONS:
                 raise ValueError(_too_stiff(float(t), strength, rtol, atol, f"after {MOST_EVALUATIONS} evaluations"))
@@ -270,7 +273,8 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
             final = odeint(field, x.float(), times, rtol=rtol, atol=atol, method="dopri5")[-1].to(x.dtype)
         except AssertionError as error:  # torchdiffeq, of a step that is too small for float32
             raise ValueError(_too_stiff(None, strength, rtol, atol, str(error))) from error
-        check_finite("the image", final, evaluations, None)
+        watch.see("the image", final, evaluations)
+        watch.finish()
         return final
 
     def _finish(self, images, start, final, output_type: str):

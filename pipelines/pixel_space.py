@@ -39,12 +39,25 @@ class NotFiniteError(ValueError):
         return NotFiniteError(self.what, sample, self.step, self.num_steps)
 
 
-def check_finite(what: str, values: torch.Tensor, step: int, num_steps: int | None) -> None:
-    """Raises NotFiniteError where a sample of the values (batch, ...) is not finite. what: they are; num_steps: None
-    where nobody knows it."""
-    finite = values.isfinite()
-    if not finite.all():
-        raise NotFiniteError(what, int((~finite.flatten(1).all(1)).nonzero()[0]), step, num_steps)
+class FiniteWatch:
+    """Raises NotFiniteError where values of a sampler are not finite: at once on a CPU, elsewhere in `finish`, so
+    that the host does not wait for them in every step. num_steps: None where nobody knows it."""
+
+    def __init__(self, num_steps: int | None):
+        self.num_steps, self.seen = num_steps, []
+
+    def see(self, what: str, values: torch.Tensor, step: int) -> None:
+        """Look at values (batch, ...); what: they are, for the message."""
+        self.seen.append((what, step, values.isfinite().flatten(1).all(dim=1)))
+        if values.device.type == "cpu":
+            self.finish()
+
+    def finish(self) -> None:
+        """Read what was seen on a device."""
+        seen, self.seen = self.seen, []
+        if seen and not torch.stack([finite.all() for *_, finite in seen]).all():
+            what, step, finite = next(one for one in seen if not one[2].all())
+            raise NotFiniteError(what, int((~finite).nonzero()[0]), step, self.num_steps)
 
 
 def check_call(pipeline: DiffusionPipeline, output_type: str, callback_tensors: list[str]) -> None:

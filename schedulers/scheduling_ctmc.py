@@ -18,6 +18,7 @@ from .timestep_edges import check_edges
 
 logger = logging.get_logger(__name__)
 
+LARGEST_LOG_SCORE = 40.0  # e^40 = 2e17
 CHUNK = 2**22  # floats that a step works on at a time, so that its memory does not grow with batch x length x vocab
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -358,20 +359,34 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
     def _weights(self, output: torch.Tensor, x: torch.Tensor, time: float, next_time: float) -> torch.Tensor:
         """Weights of the next token of n positions after a step of the euler or the tweedie sampler, (n, vocab)."""
         if self.config.sampler == "euler":
-            weights = self._rates(output, x, time).mul_(time - next_time)
+            weights = self._rates(self._bounded(output)[0], x, time).mul_(time - next_time)
             return weights.scatter_(1, x.unsqueeze(1), 1 - weights.sum(1, keepdim=True))
         now, then = self._sigma_bar(time), self._sigma_bar(next_time)
         if self.config.prediction_type == "log_score":
-            return self._kernel.tweedie_weights(output.exp(), x, now - then)
+            return self._kernel.tweedie_weights(self._bounded(output)[0].exp_(), x, now - then)
         return self._kernel.posterior_weights(self._x0_law(output), x, now, then, self.config.eps_ratio)
+
+    def _bounded(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Log scores (n, vocab) whose exponentials neither overflow nor vanish; what was taken from each row, (n, 1).
+
+        Only a row whose largest score lies outside of +-LARGEST_LOG_SCORE changes. Beyond, a jump is certain in a step
+        of any length, or never comes, and its target depends on ratios alone. Other predictions come back as they are.
+        """
+        if self.config.prediction_type != "log_score":
+            return output, 0.0
+        real = output[:, :-1] if self.config.kernel == "absorbing" else output
+        largest = real.amax(dim=1, keepdim=True)
+        excess = largest - largest.clamp(-LARGEST_LOG_SCORE, LARGEST_LOG_SCORE)
+        excess = excess.masked_fill(largest.isinf(), 0)
+        return (output - excess).clamp_(max=LARGEST_LOG_SCORE), excess
 
     def _final_weights(self, output: torch.Tensor, x: torch.Tensor, time: float) -> torch.Tensor:
         """Weights of the clean token of n positions, (n, vocab), 0 for the mask."""
         if self.config.prediction_type != "log_score":
             return self._x0_law(output)
         if self.config.kernel == "uniform":
-            return self._kernel.tweedie_weights(output.exp(), x, self._sigma_bar(time))
-        weights = output.exp()
+            return self._kernel.tweedie_weights(self._bounded(output)[0].exp_(), x, self._sigma_bar(time))
+        weights = self._bounded(output)[0].exp_()
         weights[:, -1] = 0
         return weights
 
@@ -551,14 +566,14 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
             x, flat_output = sample[rows].flatten(), output[rows].flatten(0, 1)
             new = x.clone()
             for part in chosen[rows].flatten().nonzero().squeeze(1).split(self._rows()):
-                weights = self._rates(flat_output[part].float(), x[part], time)[:, :-1]
+                weights = self._rates(self._bounded(flat_output[part].float())[0], x[part], time)[:, :-1]
                 recorded = None
                 if noise is not None:
                     batch = torch.arange(len(sample), device=x.device)[rows][part // sample.shape[1]]
                     recorded = noise[1].to(x.device)[batch, ranks[rows].flatten()[part]]
                 new[part] = race(weights, recorded, one)
             result[rows] = new.view_as(sample[rows])
-        elapsed = holding.masked_fill(~chosen, 0).amax(dim=1)
+        elapsed = holding.masked_fill(~chosen, 0).amax(dim=1).float()
         times = torch.tensor(self._times(timestep, len(sample)), dtype=torch.float32, device=sample.device)
         least = self.config.min_timestep
         finished = (chosen == masked).all(dim=1)
@@ -566,12 +581,15 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
 
     def _holding_times(self, output, timestep, sample, generator, uniforms) -> torch.Tensor:
         """Time until each mask jumps at its present rate, (batch, length); infinite for decoded positions."""
-        holding = torch.full(sample.shape, math.inf, device=sample.device)
+        wide = torch.float32 if sample.device.type == "mps" else torch.float64  # for the times of unlikely scores
+        holding = torch.full(sample.shape, math.inf, device=sample.device, dtype=wide)
         for rows, time, one in self._groups(sample, timestep, generator):
             x, flat_output, times = sample[rows].flatten(), output[rows].flatten(0, 1), holding[rows].flatten()
             u = uniform_noise(x.shape, one, x.device) if uniforms is None else uniforms[rows].flatten().to(x.device)
             for part in self._chunks(x):
-                times[part] = -torch.log(u[part]) / self._rates(flat_output[part].float(), x[part], time).sum(dim=1)
+                bounded, excess = self._bounded(flat_output[part].float())
+                ticks = -torch.log(u[part]) / self._rates(bounded, x[part], time).sum(dim=1)
+                times[part] = ticks.to(wide) * torch.as_tensor(excess, dtype=wide).neg().exp().flatten()
             holding[rows] = times.view_as(sample[rows])
         return holding
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .file_kinds import HEAD, other_kind
+from ..hub.damage import HEAD, other_kind
 
 MAX_OPCODES = 1_000_000  # some twenty times what the largest EDM2 network takes
 MAX_LINE = 4_096  # bytes of an argument of the old text protocol, whose conversion is quadratic
@@ -145,9 +145,7 @@ class Machine:
     readers: see `READERS`. persistent: what stands for a persistent id, None where none is allowed.
     """
 
-    def __init__(
-        self, data: bytes | mmap.mmap, readers: dict, position: int = 0, persistent: Callable | None = None
-    ):
+    def __init__(self, data: bytes | mmap.mmap, readers: dict, position: int = 0, persistent: Callable | None = None):
         self.source, self.readers, self.persistent = _Source(data, position), readers, persistent
         self.stack, self.marks, self.memo = [], [], {}
         self.work_left = WORK * len(data) + FREE_WORK

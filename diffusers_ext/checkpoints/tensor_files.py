@@ -1,34 +1,20 @@
 """Files of tensors and their configurations, read as data; a damaged one is a ValueError that names it."""
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from .file_kinds import HEAD, SAFETENSORS, other_kind
+from ..hub.damage import HEAD, SAFETENSORS, other_kind, read_json, refusing
 from .torch_files import load_torch_file
+
+__all__ = [
+    "cast", "check_finite", "check_names", "check_size", "read_json", "read_tensors", "read_torch_file", "refusing"
+]  # fmt: skip
 
 MOST_SHOWN = 8  # bytes of tensors for each byte of the file; shared and tied weights show the same ones twice
 PART = 1 << 24  # elements that are looked at at a time
-
-
-@contextmanager
-def refusing(problem: str) -> Iterator[None]:
-    """Make a ValueError that begins with `problem` of whatever damaged content raises in the block.
-
-    Only a file that is not there stays an OSError. Bytes mean anything once they are damaged, so that there is no list
-    of what can be raised.
-    """
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        first_line = (str(error) or type(error).__name__).split("\n", 1)[0]
-        raise ValueError(f"{problem}: {first_line[:300]}") from error
 
 
 def read_torch_file(path: str | Path):
@@ -111,17 +97,6 @@ def _is_finite(value: torch.Tensor) -> bool:
 def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """The model in another dtype. Raises ValueError naming a tensor that is no longer finite there."""
     model = model if model.dtype == dtype else model.to(dtype)
-    check_finite(model.state_dict(), f"{type(model).__name__} in {str(dtype).removeprefix('torch.')}, use another dtype")
+    name = str(dtype).removeprefix("torch.")
+    check_finite(model.state_dict(), f"{type(model).__name__} in {name}, so use another dtype")
     return model
-
-
-def read_json(path: str | Path) -> dict:
-    """A JSON object. Raises ValueError for anything else, OSError for a file that is not there."""
-    with refusing(f"{str(path)!r} is no JSON object"):
-        text = Path(path).read_text(encoding="utf-8")
-        if other := other_kind(text[:HEAD].encode()):
-            raise ValueError(f"it is {other}")
-        content = json.loads(text)
-        if not isinstance(content, dict):
-            raise TypeError(f"it holds a {type(content).__name__}")
-        return content

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from .file_kinds import HEAD, other_kind
+from ..hub.damage import HEAD, other_kind
 from .safe_pickle import DTYPES, READERS, STORAGE_NAMES, Machine, Storage, hashable, load_legacy, storage_of
 
 _MAGIC_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how old files begin
