@@ -26,8 +26,6 @@ LAYERS = re.compile(r"num_layers|num_blocks|layers_per_block|num_res_blocks|num_
 COUNTS = re.compile(
     r"sample_size|img_resolution|vocab_size|num_train_timesteps|.*_channels|.*_length|.*_heads|.*_size"
 )
-    r"sample_size|img_resolution|vocab_size|num_train_timesteps|.*_channels|.*_length|.*_heads|.*_size"
-)
 # Old names of attention layers, which diffusers renames while it loads.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
