@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoints.safe_pickle import safe_load
+from .checkpoints.safe_pickle import as_numbers, safe_load
 from .checkpoints.tensor_files import refusing
 from .feature_cache import cache_path, load_features, save_features
 from .features import FeatureExtractor, load_extractor
@@ -284,7 +284,7 @@ def _pickled_statistics(path: Path, features: str | None) -> tuple[np.ndarray, n
         raise ValueError(
             f"'{path}' holds {there}, the features are {features or 'those of a function'}; choose others"
         )
-    mu, sigma = (np.asarray(held[name].get(key)) for key in ("mu", "sigma"))
+    mu, sigma = (as_numbers(held[name].get(key)) for key in ("mu", "sigma"))
     if not (mu.dtype.kind == sigma.dtype.kind == "f" and mu.ndim == 1 and sigma.shape == (len(mu), len(mu))):
         raise ValueError(
             f"'{path}': mu and sigma of {name} must be arrays of numbers (dim,) and (dim, dim), got {mu.dtype}"

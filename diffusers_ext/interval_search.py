@@ -6,6 +6,7 @@ over step boundaries.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class DistanceTable:
     def __call__(self, candidate: GuidedSteps) -> float:
         if candidate.key not in self.values:
             distance = float(self.compute(candidate))
-            if not distance < float("inf"):
+            if not math.isfinite(distance):
                 raise ValueError(f"the distance at {candidate.key} is {distance}; the samples must have gone wrong")
             self.values[candidate.key] = distance
             self._save()
@@ -97,8 +98,10 @@ def search_interval(
 
     def measure(weight: float, first: int, last: int) -> float:
         candidate = GuidedSteps(weight, first, last)
-        tried[candidate] = distance(candidate)
-        return tried[candidate]
+        tried[candidate] = found = distance(candidate)
+        if not math.isfinite(found):  # min() may take NaN for the best
+            raise ValueError(f"the distance at {candidate.key} is {found}; the samples must have gone wrong")
+        return found
 
     for weight in weights:
         measure(weight, 0, num_steps - 1)

@@ -22,6 +22,7 @@ from . import image_files, sequence_files
 from .discrete_sampling import check_discrete, draws_sequences, given_tokens, is_discrete, to_integers
 from .image_files import check_channels, file_names, write_images
 from .pipelines.guidance_interval import GuidanceInterval, interval_bounds
+from .pipelines.pixel_space import NotFiniteError
 from .processes import Processes, start_processes
 from .provenance import describe_pipeline, drawing_versions
 from .sequence_files import write_sequences
@@ -380,6 +381,8 @@ def _draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict, call: d
         try:
             output = pipe(generator=generators, **given, **call)
             return output.tokens if call.get("output_type") == "tokens" else output.images
+        except NotFiniteError as error:
+            raise error.of_sample(rows[error.sample]) from None
         except TypeError as error:
             steps = call.get("num_inference_steps")
             if isinstance(steps, str):

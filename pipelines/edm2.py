@@ -17,6 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .pixel_space import (
+    FiniteWatch,
     as_output,
     check_call,
     check_count,
@@ -131,6 +132,7 @@ class EDM2Pipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: which tensors the callback sees; "latents" is x, not scaled.
 
         Raises ValueError for arguments out of range or at odds with the networks; the message says what to do.
+        NotFiniteError, a ValueError, where NaN or infinity comes up, with the step and the sample.
         Warns if the interval has no step, or every step.
         """
         self._guidance_scale = guidance_scale
@@ -151,6 +153,7 @@ class EDM2Pipeline(DiffusionPipeline):
         self._num_evaluations = {"unet": 0, "guidance_unet": 0}
 
         x = self._initial_sample(batch_size, latents, generator, device)
+        watch = FiniteWatch(self._num_timesteps)
         with self._constant_weights(), self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, sigma_next in enumerate(edges[1:]):
                 guide = i in self._guided_steps
@@ -158,11 +161,13 @@ class EDM2Pipeline(DiffusionPipeline):
                 x = self.scheduler.step(self._denoise(x, sigma_hat, labels, guide), sigma_hat, x).prev_sample
                 if sigma_next > 0:
                     x = self.scheduler.step(self._denoise(x, sigma_next, labels, guide), sigma_next, x).prev_sample
+                watch.see("the image", x, i)
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
                     x = callback_on_step_end(self, i, self.scheduler.sigmas[i], tensors).pop("latents", x)
                 progress_bar.update()
 
+        watch.finish()
         x = x.to(torch.float32)
         images = x if output_type == "latent" else as_output(self.decode(x, decode_batch_size), output_type)
         self.maybe_free_model_hooks()

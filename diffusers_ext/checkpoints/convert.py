@@ -14,6 +14,7 @@ from .edm2 import read_edm2
 from .edm2_check import EDM2SourceNetwork, sampling_error
 from .guided_diffusion import read_network
 from .guided_diffusion_check import SourceNetwork, conversion_error
+from .tensor_files import cast
 
 
 def convert_guided_diffusion(
@@ -52,8 +53,9 @@ def convert_guided_diffusion(
         pipeline = DDPMPipeline(unet, scheduler)
     else:
         pipeline = BoostAndSkipPipeline(unet, scheduler)
+    cast(unet, dtype)
     with staged_folder(folder) as (_, staged):
-        cast(pipeline, dtype).save_pretrained(staged)
+        pipeline.save_pretrained(staged)
     return pipeline, error
 
 
