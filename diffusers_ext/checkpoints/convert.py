@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
-from ..casting import cast
 from ..hub import new_folder, staged_folder
 from ..models import EDM2UNet2DModel
 from ..pipelines import ADMUpsamplerPipeline, BoostAndSkipPipeline, EDM2Pipeline
@@ -14,7 +13,7 @@ from .edm2 import read_edm2
 from .edm2_check import EDM2SourceNetwork, sampling_error
 from .guided_diffusion import read_network
 from .guided_diffusion_check import SourceNetwork, conversion_error
-from .tensor_files import cast
+from .tensor_files import checked_cast
 
 
 def convert_guided_diffusion(
@@ -53,7 +52,7 @@ def convert_guided_diffusion(
         pipeline = DDPMPipeline(unet, scheduler)
     else:
         pipeline = BoostAndSkipPipeline(unet, scheduler)
-    cast(unet, dtype)
+    checked_cast(unet, dtype)
     with staged_folder(folder) as (_, staged):
         pipeline.save_pretrained(staged)
     return pipeline, error

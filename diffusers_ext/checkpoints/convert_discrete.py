@@ -6,13 +6,13 @@ import torch
 from diffusers import ModelMixin
 from transformers import AutoTokenizer
 
-from ..casting import cast, dtype_option
+from ..casting import dtype_option
 from ..hub import new_folder, staged_folder
 from ..pipelines import DiscreteDiffusionPipeline
 from ..schedulers import CTMCScheduler
 from .sedd import load_countdown, load_sedd, sedd_scheduler
 from .tauldr import load_tauldr, tauldr_scheduler
-from .tensor_files import cast, check_finite
+from .tensor_files import check_finite, checked_cast
 
 
 def convert_sedd(
@@ -79,7 +79,7 @@ def convert_tauldr(
 def _written(model: ModelMixin, scheduler: CTMCScheduler, tokenizer, folder: Path, dtype: torch.dtype):
     """Save beside the folder, load, compare, and only then put it in its place."""
     expected = _outputs(model, scheduler)
-    pipeline = DiscreteDiffusionPipeline(cast(model, dtype), scheduler, tokenizer)
+    pipeline = DiscreteDiffusionPipeline(checked_cast(model, dtype), scheduler, tokenizer)
     rounded = expected if dtype == torch.float32 else _outputs(model, scheduler)
     with staged_folder(folder) as (_, staged):
         pipeline.save_pretrained(staged)

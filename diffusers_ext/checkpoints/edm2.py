@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..casting import cast
 from ..models.edm2_unet import EDM2UNet2DModel
 from .safe_pickle import PickledObject, as_numbers, safe_load
-from .tensor_files import cast, check_finite, check_size
+from .tensor_files import check_finite, check_size, checked_cast
 
 _LARGEST = 64  # blocks of a resolution, resolutions, taps; the published networks have 3, 4 and 2
 _MOST_TENSORS = 100_000
@@ -46,7 +45,7 @@ def load_edm2(path: str | Path, torch_dtype: torch.dtype | None = None) -> EDM2U
     """
     checkpoint = read_edm2(path)
     model = EDM2UNet2DModel.from_edm2_state_dict(checkpoint.state_dict, **checkpoint.config)
-    return model if torch_dtype is None else cast(model, torch_dtype)
+    return model if torch_dtype is None else checked_cast(model, torch_dtype)
 
 
 def read_edm2(path: str | Path) -> EDM2Checkpoint:

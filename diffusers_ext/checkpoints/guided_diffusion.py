@@ -15,7 +15,7 @@ from diffusers.utils import logging
 
 from ..models.adm_unet import ADMUNet2DModel
 from ..pipelines.respacing import respaced_timesteps
-from .tensor_files import cast, check_names, read_tensors
+from .tensor_files import check_names, checked_cast, read_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -177,7 +177,7 @@ def load_guided_diffusion(
     of the network.
     """
     _, _, settings, unet, scheduler = read_network(path, preset, flags)
-    return (cast(unet, torch.float16) if settings["use_fp16"] else unet), scheduler
+    return (checked_cast(unet, torch.float16) if settings["use_fp16"] else unet), scheduler
 
 
 def read_network(
@@ -430,7 +430,7 @@ def build_unet(state: Mapping[str, torch.Tensor], layout: ADMLayout, settings: d
                 f" {expected.get(name)}"
             )
     unet.load_state_dict({name: value for name, (_, value) in tensors.items()}, strict=True, assign=True)
-    return cast(unet.eval(), torch.float32)  # float64 of the file may leave its range
+    return checked_cast(unet.eval(), torch.float32)  # float64 of the file may leave its range
 
 
 def unet_config(layout: ADMLayout, settings: dict) -> tuple[type[UNet2DModel], dict]:

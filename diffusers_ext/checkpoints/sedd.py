@@ -9,7 +9,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..models import SEDDTransformer
 from ..schedulers import CTMCScheduler
-from .tensor_files import cast, check_names, read_json, read_tensors, refusing
+from .tensor_files import check_names, checked_cast, read_json, read_tensors, refusing
 
 # The authors' parameter names, and ours.
 RENAMED = (
@@ -166,4 +166,4 @@ def _filled(model: SEDDTransformer, state: dict[str, torch.Tensor], path) -> SED
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"the weights of {str(path)!r} do not fit its configuration: {error}") from None
-    return cast(model.eval(), torch.float32)
+    return checked_cast(model.eval(), torch.float32)

@@ -4,13 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from safetensors.torch import load_file
 
+from ..casting import cast
 from ..hub.damage import HEAD, SAFETENSORS, other_kind, read_json, refusing
 from .torch_files import load_torch_file
 
 __all__ = [
-    "cast", "check_finite", "check_names", "check_size", "read_json", "read_tensors", "read_torch_file", "refusing"
+    "check_finite", "check_names", "check_size", "checked_cast", "read_json", "read_tensors", "read_torch_file",
+    "refusing",
 ]  # fmt: skip
 
 MOST_SHOWN = 8  # bytes of tensors for each byte of the file; shared and tied weights show the same ones twice
@@ -94,9 +97,9 @@ def _is_finite(value: torch.Tensor) -> bool:
     return all(torch.isfinite(part).all() for part in value.flatten().split(PART))
 
 
-def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+def checked_cast(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
     """The model in another dtype. Raises ValueError naming a tensor that is no longer finite there."""
-    model = model if model.dtype == dtype else model.to(dtype)
+    model = model if model.dtype == dtype else cast(model, dtype)
     name = str(dtype).removeprefix("torch.")
     check_finite(model.state_dict(), f"{type(model).__name__} in {name}, so use another dtype")
     return model
