@@ -5,23 +5,28 @@ from typing import TypeVar
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.models import modeling_utils
 from packaging.version import Version
 
 Castable = TypeVar("Castable", DiffusionPipeline, ModelMixin)
 
 
-def cast(what: Castable, dtype: torch.dtype) -> Castable:
-    """A model, or every network of a pipeline, in place as by `.to(dtype)`; what is read takes `dtype_option`.
+def cast(what: Castable, dtype: torch.dtype, device: str | torch.device | None = None) -> Castable:
+    """A model or a pipeline after `.to(device, dtype)`; what is read from disk takes `dtype_option`.
 
-    diffusers' own `.to(dtype)` warns of modules that should stay in float32, also where a model names none or, as
-    EDM2's, keeps them itself.
+    Without the warning of diffusers' `.to` about modules that should stay in float32: it comes also where a model
+    names none, and where one keeps them itself, as EDM2's does.
     """
-    if isinstance(what, DiffusionPipeline):
-        for component in what.components.values():
-            if isinstance(component, torch.nn.Module):
-                cast(component, dtype)
-        return what
-    return torch.nn.Module.to(what, dtype)
+    note = modeling_utils.logger
+    note.addFilter(_is_no_note)
+    try:
+        return what.to(dtype) if device is None else what.to(device, dtype)
+    finally:
+        note.removeFilter(_is_no_note)
+
+
+def _is_no_note(record) -> bool:
+    return "should be kept in float32" not in record.getMessage()
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:

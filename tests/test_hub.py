@@ -4,7 +4,9 @@ import hashlib
 import importlib
 import inspect
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import diffusers
 import pytest
@@ -65,7 +67,12 @@ def test_a_full_folder_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
-def test_a_class_without_a_file_is_refused_and_nothing_is_written(tmp_path):
+@pytest.mark.parametrize("main", ["script", "notebook"])
+def test_a_class_without_a_file_is_refused_and_nothing_is_written(main, tmp_path, monkeypatch):
+    module = ModuleType("__main__")
+    if main == "script":
+        module.__file__ = __file__
+    monkeypatch.setitem(sys.modules, "__main__", module)
     scheduler = type("Homeless", (DDPMScheduler,), {"__module__": "__main__"})()
     with pytest.raises(ValueError, match="Homeless was defined in no file"):
         export_pipeline(BoostAndSkipPipeline(tiny_unet(), scheduler), tmp_path / "out")

@@ -5,9 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from diffusers.models import modeling_utils
 from diffusers.utils import logging
 from transformers.utils import logging as transformers_logging
 
+from diffusers_ext.casting import cast
 from diffusers_ext.shipped import load_pipeline
 
 STEPS = ("--num-samples", "2", "--num-inference-steps", "2")
@@ -50,3 +53,13 @@ def test_bars_are_off_only_while_a_pipeline_is_read(library, capfd):
         assert not library.is_progress_bar_enabled()
     finally:
         (library.enable_progress_bar if before else library.disable_progress_bar)()
+
+
+@pytest.mark.parametrize("name", ["mnist-unet", "mnist-edm2"])
+def test_casting_says_nothing(name, caplog, monkeypatch):
+    monkeypatch.setattr(modeling_utils.logger, "handlers", [caplog.handler])
+    pipe = cast(load_pipeline(name), torch.bfloat16, "cpu")
+    assert pipe.dtype == torch.bfloat16 and cast(pipe.unet, torch.float32).dtype == torch.float32
+    assert not caplog.records
+    modeling_utils.logger.warning("another")
+    assert {record.getMessage() for record in caplog.records} == {"another"}

@@ -5,6 +5,7 @@ from threading import RLock
 import torch
 from diffusers import DiffusionPipeline
 
+from ..casting import cast
 from ..shipped import load_pipeline
 
 
@@ -36,8 +37,8 @@ class Models:
             if pipe is None:
                 while len(self._loaded) >= self.KEPT:
                     self._loaded.pop(next(iter(self._loaded)))
-                pipe = load_pipeline(model, pipeline, self.trust_remote_code, dtype=torch.float32)
-                pipe.to(self.device)
+                pipe = load_pipeline(model, pipeline, trust_remote_code=self.trust_remote_code)
+                cast(pipe, torch.float32, self.device)
                 pipe.set_progress_bar_config(disable=True)
             self._loaded[key] = pipe
             return pipe

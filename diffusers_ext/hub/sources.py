@@ -32,7 +32,7 @@ def source_of(cls: type) -> Path:
     """The file whose top level defines a class. Raises ValueError where there is none."""
     try:
         source = Path(inspect.getsourcefile(cls) or "")
-    except TypeError:
+    except (TypeError, OSError):  # OSError: of a notebook, or of python -c
         source = Path()
     if source.is_file():
         statements = ast.parse(source.read_text(encoding="utf-8")).body
