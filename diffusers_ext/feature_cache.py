@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
+
+from .runs.files import replacing
 
 FEATURES_VERSION = 1  # raise it when the same images and weights begin to give other features
 
@@ -43,17 +44,12 @@ def load_features(path: Path, count: int) -> np.ndarray | None:
 
 def save_features(path: Path, features: np.ndarray) -> None:
     """Write features (count, dimensions); the file appears whole or not at all. A failure is a warning, no error."""
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        os.close(handle)
-        save_file({"features": features}, temporary, metadata={"sha256": _digest(features)})
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.write(save({"features": features}, metadata={"sha256": _digest(features)}))
     except (OSError, SafetensorError) as error:
         warnings.warn(f"features are not kept in '{path.parent}': {error}")
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def _digest(features: np.ndarray) -> str:

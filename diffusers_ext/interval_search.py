@@ -5,12 +5,12 @@ sigma_hi search sigma_lo, for each guidance weight. Only which steps are guided 
 over step boundaries.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 
-from .shards import differences, replacing
+from .runs.kept import Kept
 
 
 @dataclass(frozen=True)
@@ -45,36 +45,18 @@ class DistanceTable:
     """
 
     def __init__(self, path: Path, settings: dict, compute: Callable[[GuidedSteps], float]):
-        self.path, self.compute = path, compute
-        self.settings = json.loads(json.dumps(settings))
-        self.values: dict[str, float] = {}
-        if path.exists():
-            self.values = self._kept()
-
-    def _kept(self) -> dict[str, float]:
-        try:
-            kept = json.loads(self.path.read_text(encoding="utf-8"))
-            before, values = kept["settings"], {key: float(value) for key, value in kept["distances"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{str(self.path)!r} holds no distances of a search; choose another folder") from error
-        if changed := "; ".join(differences(before, self.settings)):
-            raise ValueError(f"{str(self.path)!r} was begun with other settings: {changed}; choose another folder")
-        return values
+        self.kept = Kept(path, settings, lambda content: all(map(isfinite, content["distances"].values())))
+        self.compute = compute
+        self.values: dict[str, float] = (self.kept.load() or {"distances": {}})["distances"]
 
     def __call__(self, candidate: GuidedSteps) -> float:
         if candidate.key not in self.values:
             distance = float(self.compute(candidate))
-            if not distance < float("inf"):
+            if not isfinite(distance):
                 raise ValueError(f"the distance at {candidate.key} is {distance}; the samples must have gone wrong")
             self.values[candidate.key] = distance
-            self._save()
+            self.kept.save(distances=self.values)
         return self.values[candidate.key]
-
-    def _save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"settings": self.settings, "distances": self.values}, indent=2)
-        with replacing(self.path) as file:
-            file.write(f"{content}\n".encode())
 
 
 def search_interval(

@@ -3,9 +3,8 @@
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +14,20 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from .checkpoints.tensor_files import read_json
 from .evaluation import read_statistics
 from .features import FeatureExtractor
 from .image_sets import open_images
 from .interval_search import DistanceTable, GuidedSteps, IntervalSearch, as_rows, search_interval
 from .metrics import FeatureStatistics, frechet_distance
 from .pipelines.guidance_interval import GuidanceInterval
-from .provenance import describe_pipeline
+from .runs.files import check_folder, replacing, write_json
+from .runs.lock import lock
+from .runs.provenance import describe_pipeline, hash_of
 from .sampling import sample_batches, to_uint8
-from .shards import lock, replacing
 from .shipped import load_shipped_classifier
+
+DISTANCES, RESULT, PICTURE = "distances.json", "interval.json", "interval.png"
 
 
 def tune_interval(
@@ -51,16 +54,16 @@ def tune_interval(
 
     The distance of the winner is too good by what it was chosen for: measure it again with other seeds.
 
-    Raises ValueError for weights of at most 1, a folder begun with other settings or in use, and pipelines without
-    guidance.
+    Raises ValueError for weights of at most 1, a folder of something else, begun with other settings or in use, and
+    pipelines without guidance.
     """
-    folder = Path(folder)
+    folder = check_output(folder, guidance_scales, num_inference_steps)
     pipe.set_progress_bar_config(disable=True)
     sigmas = step_sigmas(pipe, labels[:1], num_inference_steps)
     settings = {
         **describe_pipeline(pipe),
         "features": [extractor.name, extractor.identity],
-        "reference": _digest(reference),
+        "reference": hash_of(*(np.asarray(part, dtype=np.float64) for part in reference)),
         "num_inference_steps": num_inference_steps,
         "labels": labels.tolist(),
         "seed": seed,
@@ -68,12 +71,27 @@ def tune_interval(
     objective = Objective(pipe, extractor, reference, labels, num_inference_steps, seed, batch_size, on_batch)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
-        table = DistanceTable(folder / "distances.json", settings, objective)
+        table = DistanceTable(folder / DISTANCES, settings, objective)
         found = search_interval(table, guidance_scales, num_inference_steps)
         result = {"settings": settings, "sigmas": sigmas, "candidates": as_rows(found, sigmas)}
-        with replacing(folder / "interval.json") as file:
-            file.write((json.dumps(result, indent=2) + "\n").encode())
+        write_json(folder / RESULT, result)
     return found
+
+
+def check_output(folder: str | Path, guidance_scales: Sequence[float], num_inference_steps: int) -> Path:
+    """The resolved path of a folder for a search: new, empty, or begun by one.
+
+    Raises ValueError for others, and for weights and steps that `search_interval` refuses.
+    """
+    search_interval(lambda candidate: 0.0, guidance_scales, num_inference_steps)
+    folder = check_folder(folder, DISTANCES)
+    if (folder / RESULT).exists():
+        with suppress(ValueError):
+            if {"settings", "sigmas", "candidates"} <= set(read_json(folder / RESULT)):
+                return folder
+    elif not (folder / PICTURE).exists():
+        return folder
+    raise ValueError(f"{folder} holds an {RESULT} or {PICTURE} of something else; choose another output folder")
 
 
 @dataclass(frozen=True)
@@ -131,11 +149,6 @@ def step_sigmas(pipe: DiffusionPipeline, labels: torch.Tensor, num_inference_ste
     return [step.sigma for step in interval.report.steps] + [0.0]
 
 
-def _digest(reference: Sequence) -> str:
-    """One hash of the mean and the covariance of the real images."""
-    return sha256(b"".join(np.asarray(part, dtype=np.float64).tobytes() for part in reference)).hexdigest()
-
-
 def reference_statistics(
     path: str | Path | None, extractor: FeatureExtractor, batch_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,7 +173,7 @@ def reference_statistics(
 
 def print_search(found: IntervalSearch, folder: Path) -> None:
     """The best interval beside the best weight without one."""
-    rows = json.loads((folder / "interval.json").read_text())["candidates"]
+    rows = json.loads((folder / RESULT).read_text())["candidates"]
     table = Table("", "weight", "steps", "sigma_lo", "sigma_hi", "Fréchet distance", box=SIMPLE)
     chosen = {"best interval": found.best_interval, "best without": found.best_everywhere}
     for name, candidate in chosen.items():
@@ -172,9 +185,7 @@ def print_search(found: IntervalSearch, folder: Path) -> None:
         )  # fmt: skip
     console = Console()
     console.print(table)
-    console.print(
-        f"{len(rows)} candidates; all of them in {folder / 'interval.json'}. Measure the winner with other seeds."
-    )
+    console.print(f"{len(rows)} candidates; all of them in {folder / RESULT}. Measure the winner with other seeds.")
 
 
 def plot_search(found: IntervalSearch, path: Path) -> Path:
@@ -184,7 +195,7 @@ def plot_search(found: IntervalSearch, path: Path) -> Path:
     """
     from matplotlib.figure import Figure
 
-    sigmas = json.loads((path.parent / "interval.json").read_text())["sigmas"]
+    sigmas = json.loads((path.parent / RESULT).read_text())["sigmas"]
     weights = sorted({candidate.guidance_scale for candidate in found.distances})
     whole = (0, len(sigmas) - 2)
     everywhere, best = [], []
@@ -209,5 +220,6 @@ def plot_search(found: IntervalSearch, path: Path) -> Path:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     return path

@@ -7,7 +7,7 @@ the batch that it is drawn in.
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,10 +22,15 @@ from . import image_files, sequence_files
 from .discrete_sampling import check_discrete, draws_sequences, given_tokens, is_discrete, to_integers
 from .image_files import check_channels, file_names, write_images
 from .pipelines.guidance_interval import GuidanceInterval, interval_bounds
-from .processes import Processes, start_processes
-from .provenance import describe_pipeline, drawing_versions
+from .runs.files import changed_files, check_folder, hash_files, remove_leftovers, sync_folder
+from .runs.kept import Kept
+from .runs.lock import lock
+from .runs.processes import Processes, start_processes
+from .runs.provenance import describe_pipeline, drawing_versions, hash_of
+from .runs.shards import Shards
 from .sequence_files import write_sequences
-from .shards import Shards, check_folder, finish_folder, lock, open_folder
+
+MANIFEST, SHARDS = "manifest.json", "shards"
 
 GIVEN_HERE = ("generator", "output_type", "return_dict", "class_labels", "prompt", "tokens", "given")
 FORMATS = {"images": image_files.FORMATS, "sequences": sequence_files.FORMATS}
@@ -75,7 +80,7 @@ def cycled_labels(pipe: DiffusionPipeline, count: int, labels: Sequence[int] | N
 
     The classes are those of the network without the pipeline's null class.
 
-    Raises ValueError for labels given to a pipeline that takes none, and for an empty list.
+    Raises ValueError for labels given to a pipeline that takes none, for those that it has not, and for an empty list.
     """
     if labels is None:
         labels = _classes(pipe)
@@ -85,7 +90,13 @@ def cycled_labels(pipe: DiffusionPipeline, count: int, labels: Sequence[int] | N
         raise ValueError(f"class labels {labels}: {type(pipe).__name__} takes none; leave them out")
     if len(labels) == 0:
         raise ValueError("class labels must not be empty")
-    return torch.as_tensor(labels)[torch.arange(count) % len(labels)]
+    labels, number = torch.as_tensor(labels), _number_of_classes(pipe)
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise ValueError(f"class labels must be integers, one after the other, got {labels.tolist()}")
+    if number is not None and not 0 <= labels.min() <= labels.max() < number:
+        wrong = labels[(labels < 0) | (labels >= number)].unique().tolist()
+        raise ValueError(f"class labels must be in [0, {number - 1}], the classes of this model, got {wrong}")
+    return labels[torch.arange(count) % len(labels)]
 
 
 def random_labels(pipe: DiffusionPipeline, count: int, seed: int) -> torch.Tensor:
@@ -110,14 +121,19 @@ def _takes_labels(pipe: DiffusionPipeline) -> bool:
     return "class_labels" in inspect.signature(pipe.__call__).parameters
 
 
-def _classes(pipe: DiffusionPipeline) -> list[int] | None:
-    """The classes of the pipeline's unet or DiT transformer, without the null class; None for an unconditional one."""
-    number = None
+def _number_of_classes(pipe: DiffusionPipeline) -> int | None:
+    """Of the pipeline's unet or DiT transformer, the null class among them; None where nothing says."""
     if _takes_labels(pipe) and getattr(pipe, "unet", None) is not None:
         config = pipe.unet.config
-        number = config.get("num_class_embeds") or config.get("label_dim") or None  # EDM2 has the latter, 0 for none
-    elif _takes_labels(pipe) and getattr(pipe, "transformer", None) is not None:
-        number = pipe.transformer.config.get("num_embeds_ada_norm")  # the null class comes after these
+        return config.get("num_class_embeds") or config.get("label_dim") or None  # EDM2 has the latter, 0 for none
+    if _takes_labels(pipe) and getattr(pipe, "transformer", None) is not None:
+        return pipe.transformer.config.get("num_embeds_ada_norm")  # the null class comes after these
+    return None
+
+
+def _classes(pipe: DiffusionPipeline) -> list[int] | None:
+    """The classes of the pipeline's network, without the null class; None for an unconditional one."""
+    number = _number_of_classes(pipe)
     if number is None:
         return None
     return [label for label in range(number) if label != pipe.config.get("null_class")]
@@ -198,6 +214,7 @@ def sample_to_folder(
     _check_call(pipe, inputs, its_call)
     kind = "sequences" if draws_sequences(pipe) else "images"
     format = _format(pipe, kind, format)
+    pipe.set_progress_bar_config(disable=True)
     device = pipe._execution_device.type
     processes = Processes(accelerator or start_processes(device))
     threads = cpu_threads if device == "cpu" else None
@@ -207,22 +224,114 @@ def sample_to_folder(
         "batch_size": batch_size,
         "class_labels": labels if labels is None or isinstance(labels, str) else torch.as_tensor(labels).tolist(),
         "prompts": None if prompts is None else list(prompts),
-        "images": None if images is None else sha256(np.ascontiguousarray(images)).hexdigest(),
-        **{name: sha256(inputs[name]).hexdigest() for name in ("tokens", "given") if name in inputs},
+        "images": None if images is None else hash_of(images),
+        **{name: hash_of(inputs[name]) for name in ("tokens", "given") if name in inputs},
         "format": format,
         "call": call,
         "cpu_threads": threads,
         **describe_pipeline(pipe),
     }
-    plan = {"settings": settings, "versions": drawing_versions(), "labels": inputs.get("class_labels")}
-    with ExitStack() as held:
-        folder, manifest = processes.agreed(lambda: _opened(held, folder, plan))
-        if manifest["result"] is not None:
-            return Sampled(folder / manifest["result"], count, drawn=0, was_finished=True, kind=kind)
+    folder, labels = check_folder(folder, MANIFEST), inputs.get("class_labels")
+    with _made(folder, processes), lock(folder, processes):
+        run = _Run(
+            folder,
+            Kept(folder / MANIFEST, settings, lambda manifest: "result" in manifest, drawing_versions()),
+            labels,
+        )
+        finished = processes.agreed(run.open)
+        if finished is not None:
+            return Sampled(folder / finished, count, drawn=0, was_finished=True, kind=kind)
         with limited, _cpu_threads(threads):
-            drawn = _draw_shards(pipe, folder, count, batch_size, seed, inputs, its_call, format, processes)
-        result = processes.agreed(lambda: _assembled(pipe, folder, manifest))
+            drawn = run.draw(lambda rows: _shard(pipe, rows, seed, inputs, its_call, format), processes)
+        result = processes.agreed(lambda: run.finish(pipe))
     return Sampled(folder / result, count, drawn, was_finished=False, kind=kind)
+
+
+@contextmanager
+def _made(folder: Path, processes: Processes) -> Iterator[None]:
+    """A folder that exists, and goes again where nothing has come into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if processes.is_main:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+class _Run:
+    """The folder of a sampling. kept: its manifest. labels: the class of each image, or None."""
+
+    def __init__(self, folder: Path, kept: Kept, labels: list[int] | None):
+        self.folder, self.kept, self.labels = folder, kept, labels
+        self.shards, self.settings = Shards(folder / SHARDS), kept.begun_with["settings"]
+        self.batches = _batches(self.settings["count"], self.settings["batch_size"])
+
+    def open(self) -> str | None:
+        """Begin or go on: the name of the result where that is finished. What has no finished batch is begun anew.
+
+        Raises ValueError for other settings or versions, and for a result that is not as it was written."""
+        manifest = self.kept.read()
+        begun = manifest is not None and (manifest["result"] is not None or len(self.shards) > 0)
+        if begun:
+            self.kept.check(manifest)
+            if manifest["result"] is not None:
+                self._check_result(manifest)
+                self.shards.clear()
+                return manifest["result"]
+        remove_leftovers(self.folder)
+        remove_leftovers(self.shards.folder)
+        return None
+
+    def _check_result(self, manifest: dict) -> None:
+        """Raises ValueError where files of a finished folder are gone or have changed."""
+        if "files" in manifest:
+            changed = changed_files(self.folder, manifest["files"])
+        else:  # of earlier versions, which noted no hashes
+            changed = [name for name in self._names(manifest["result"]) if not (self.folder / name).is_file()]
+        if changed:
+            how = "damaged" if (self.folder / changed[0]).exists() else "gone"
+            raise ValueError(
+                f"output folder {str(self.folder)!r} was finished, but {len(changed)} of its files are {how}, such as"
+                f" {changed[0]}; remove it to draw them anew, or choose another one"
+            )
+
+    def _names(self, result: str) -> list[str]:
+        return [result] if result != "." else file_names(self.settings["count"], self.settings["format"])
+
+    def draw(self, shard: Callable[[range], np.ndarray], processes: Processes) -> int:
+        """Draw the batches of this process that are not there yet; returns how many samples all processes drew.
+
+        The settings are kept once each process has drawn a batch with them.
+        """
+        mine = range(processes.index, len(self.batches), processes.count)
+        missing = [number for number in mine if not self.shards.holds(number)]
+        first = {number: shard(self.batches[number]) for number in missing[:1]}
+        processes.agreed(lambda: self.kept.save(labels=self.labels, result=None))
+        drawn, count = 0, self.settings["count"]
+        with Progress(disable=not processes.is_main) as progress:
+            task = progress.add_task("sampling", total=count)
+            for number in missing:
+                rows = self.batches[number]
+                self.shards.write(number, first.pop(number) if number in first else shard(rows))
+                drawn += len(rows)
+                progress.update(task, completed=min(count, len(self.shards) * self.settings["batch_size"]))
+            drawn = processes.total(drawn)
+            progress.update(task, completed=count)
+        return drawn
+
+    def finish(self, pipe: DiffusionPipeline) -> str:
+        """Turn the batches into the result, and note that with its hashes before the batches go; returns its name."""
+        batches = (self.shards.read(number) for number in range(len(self.batches)))
+        count, format = self.settings["count"], self.settings["format"]
+        if draws_sequences(pipe):
+            result = write_sequences(batches, count, self.folder, format, pipe.tokenizer)
+        else:
+            result = write_images(batches, count, self.labels, self.folder, format)
+        sync_folder(self.folder)
+        self.kept.save(labels=self.labels, result=result, files=hash_files(self.folder, self._names(result)))
+        self.shards.clear()
+        return result
 
 
 def _format(pipe: DiffusionPipeline, kind: str, format: str | None) -> str:
@@ -309,62 +418,6 @@ def _check_call(pipe: DiffusionPipeline, inputs: dict, call: dict) -> None:
         check_discrete(pipe, inputs, call)
 
 
-def _opened(held: ExitStack, folder: str | Path, plan: dict) -> tuple[Path, dict]:
-    """Lock the folder until the stack unwinds; begin or go on in it."""
-    folder = check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    held.enter_context(lock(folder))
-    manifest = open_folder(folder, plan)
-    if manifest["result"] is not None:
-        _check_result(folder, manifest)
-    return folder, manifest
-
-
-def _check_result(folder: Path, manifest: dict) -> None:
-    """Raises ValueError where files of a finished folder are gone."""
-    settings = manifest["settings"]
-    names = [manifest["result"]] if manifest["result"] != "." else file_names(settings["count"], settings["format"])
-    missing = sorted(set(names) - {path.name for path in folder.iterdir()})
-    if missing:
-        raise ValueError(
-            f"output folder {str(folder)!r} was finished, but {len(missing)} of its files are gone, such as"
-            f" {missing[0]}; remove it to draw them anew, or choose another one"
-        )
-
-
-def _draw_shards(pipe, folder: Path, count, batch_size, seed, inputs, call, format, processes: Processes) -> int:
-    """Draw the batches of this process that are not there yet; returns how many samples all processes drew."""
-    pipe.set_progress_bar_config(disable=True)
-    call = {**call, "output_type": "tokens" if draws_sequences(pipe) else "pt"}
-    shards, drawn = Shards(folder), 0
-    with Progress(disable=not processes.is_main) as progress:
-        task = progress.add_task("sampling", total=count)
-        for number, rows in enumerate(_batches(count, batch_size)):
-            if number % processes.count != processes.index:
-                continue
-            if not shards.holds(number):
-                shards.write(number, _to_array(pipe, _draw(pipe, rows, seed, inputs, call), rows, format))
-                drawn += len(rows)
-            progress.update(task, completed=min(count, len(shards) * batch_size))
-        drawn = processes.total(drawn)
-        progress.update(task, completed=count)
-    return drawn
-
-
-def _assembled(pipe: DiffusionPipeline, folder: Path, manifest: dict) -> str:
-    """Turn the finished batches into the result; returns its name in the folder."""
-    settings, shards = manifest["settings"], Shards(folder)
-    numbers = range(len(_batches(settings["count"], settings["batch_size"])))
-    batches = (shards.read(number) for number in numbers)
-    count, format = settings["count"], settings["format"]
-    if draws_sequences(pipe):
-        result = write_sequences(batches, count, folder, format, pipe.tokenizer)
-    else:
-        result = write_images(batches, count, manifest["labels"], folder, format)
-    finish_folder(folder, manifest, result)
-    return result
-
-
 def _batches(count: int, batch_size: int) -> list[range]:
     """The samples of each batch."""
     return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
@@ -389,11 +442,12 @@ def _draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict, call: d
             raise
 
 
-def _to_array(pipe: DiffusionPipeline, batch, rows: range, format: str) -> np.ndarray:
+def _shard(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict, call: dict, format: str) -> np.ndarray:
     """What is kept of a batch. A format that cannot hold it is refused at the first one, not when all are drawn."""
     if draws_sequences(pipe):
-        return to_integers(batch, rows, pipe.scheduler.config.vocab_size)
-    images = to_uint8(batch, rows)
+        tokens = _draw(pipe, rows, seed, inputs, {**call, "output_type": "tokens"})
+        return to_integers(tokens, rows, pipe.scheduler.config.vocab_size)
+    images = to_uint8(_draw(pipe, rows, seed, inputs, {**call, "output_type": "pt"}), rows)
     check_channels(images.shape[-1], format)
     return images
 

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .image_files import file_names, write_npz
-from .shards import replacing
+from .runs.files import replacing
 
 FORMATS = ("txt", "jsonl", "npz")
 

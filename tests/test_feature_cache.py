@@ -1,5 +1,7 @@
 """Features on disk: found again whole or not at all."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -38,12 +40,10 @@ def test_a_damaged_file_is_none(tmp_path):
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    def fail(tensors, path, metadata):
-        with open(path, "w") as file:
-            file.write("half")
+    def fail(descriptor):
         raise OSError("disk full")
 
-    monkeypatch.setattr(feature_cache, "save_file", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.warns(UserWarning, match="features are not kept in .*: disk full"):
         save_features(tmp_path / "features.safetensors", FEATURES)
     assert list(tmp_path.iterdir()) == []

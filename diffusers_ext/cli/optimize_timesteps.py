@@ -65,12 +65,12 @@ def optimize_timesteps(
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..hub import new_folder
     from ..info import best_device
     from ..jump_your_steps import optimize_timesteps as optimize
     from ..jump_your_steps.model_folder import check_discrete, read_sequences, write_model
     from ..jump_your_steps.report import print_tables
-    from ..processes import end_processes, start_processes
+    from ..runs.files import new_folder
+    from ..runs.processes import end_processes, start_processes
     from ..shipped import resolve_model
     from .loading import load_on_processes
 

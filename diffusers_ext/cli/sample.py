@@ -134,9 +134,9 @@ def sample_model(
     spacing: how the steps of discrete diffusion are spaced, and their number.
     """
     from ..info import best_device
-    from ..processes import end_processes, start_processes
+    from ..runs.files import check_folder
+    from ..runs.processes import end_processes, start_processes
     from ..sampling import sample_to_folder
-    from ..shards import check_folder
     from .loading import load_on_processes
 
     check_folder(output)  # before a large model is loaded

@@ -95,7 +95,7 @@ def train_postprocessing(
     from ..flow import channels_first, draw_base_samples, train_postprocessing_flow, velocity_network
     from ..image_sets import read_images
     from ..info import best_device
-    from ..processes import end_processes, start_accelerator
+    from ..runs.processes import end_processes, start_accelerator
     from .loading import load_on_processes
 
     if not set(keep_scales) < set(guidance_scales):

@@ -5,15 +5,12 @@ An export adds the code: each class of ours is copied beside its component and r
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
+from ..runs.files import staged_folder
 from .cards import code_card, license_of, model_card, pipeline_card
 from .sources import copy_class, from_library, source_of, with_siblings
 
@@ -72,32 +69,6 @@ def export_code(cls: type[DiffusionPipeline], folder: str | Path, repo_id: str |
         copy_class(cls, staged, "pipeline")  # the name that diffusers looks for in such a repository
         _write_card(staged, code_card(cls, repo_id))
     return folder
-
-
-def new_folder(folder: str | Path) -> Path:
-    """The resolved path of a folder that does not exist or is empty. Raises ValueError for any other."""
-    folder = Path(folder).resolve()
-    if folder == Path.cwd():
-        raise ValueError("output folder must not be the current one; choose a new one")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output folder {str(folder)!r} is not empty; choose a new one or remove it first")
-    return folder
-
-
-@contextmanager
-def staged_folder(folder: str | Path) -> Iterator[tuple[Path, Path]]:
-    """A new folder's final path, and one beside it that becomes the folder when the block ends without an error.
-
-    The second one is for the block to make. Raises ValueError for a folder that exists and is not empty.
-    """
-    folder = new_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        staged = Path(temporary) / "staged"
-        yield folder, staged
-        if folder.exists():
-            folder.rmdir()
-        os.replace(staged, folder)
 
 
 def _write_card(folder: Path, card: str) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ..hub import staged_folder
 from ..metrics import countdown_sequences
+from ..runs.files import staged_folder
 from .report import plot_tables
 from .tables import TimestepTables
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoints.tensor_files import read_torch_file
+from ..runs.files import replacing
 from ..schedulers import CTMCScheduler
 from ..schedulers.timestep_edges import check_edges
-from ..shards import replacing
 
 FORMAT = "diffusers_ext timestep tables, 1"
 # What must agree between the scheduler that a table was made for and the one that it is given to: a time means

@@ -1,12 +1,12 @@
 """Rows of a table that take long to measure: each is kept as soon as it is known, and a second start finds it."""
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .checkpoints.tensor_files import read_json
-from .shards import replacing
+from ..checkpoints.tensor_files import read_json
+from .files import write_json
+from .lock import lock
 
 
 class ResultRows:
@@ -20,17 +20,23 @@ class ResultRows:
         self.rows: dict[str, dict] = self._kept()
 
     def _kept(self) -> dict[str, dict]:
-        return read_json(self.path) if self.path.exists() else {}
+        rows = read_json(self.path) if self.path.exists() else {}
+        if not all(isinstance(row, dict) for row in rows.values()):
+            raise ValueError(f"{self.path} holds no rows of a table; choose another output")
+        return rows
 
     def row(self, key: str, compute: Callable[[], dict]) -> dict:
         """The row of a key: the one that is there, or compute(), JSON-able, which is written at once."""
         if key not in self.rows:
-            row = compute()
-            self.rows = {**self._kept(), **self.rows, key: row}  # another start may have added some meanwhile
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as file:
-                file.write((json.dumps(self.rows, indent=2) + "\n").encode())
+            self.put(key, compute())
         return self.rows[key]
+
+    def put(self, key: str, row: dict) -> None:
+        """Write a row, beside those that other starts have added meanwhile."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with lock(self.path):
+            self.rows = {**self._kept(), **self.rows, key: row}
+            write_json(self.path, self.rows)
 
 
 def summary(rows: Sequence[dict], metric: str) -> str:

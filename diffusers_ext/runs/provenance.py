@@ -1,14 +1,15 @@
-"""What decides about a pipeline's images besides the arguments of its call, as JSON."""
+"""What decides about a result: versions, a pipeline besides the arguments of its call, and data, as JSON."""
 
 import json
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .info import package_versions
+from ..info import package_versions
 
 # The packages whose version can change an image or its file.
 DRAWING = (
@@ -21,6 +22,16 @@ def drawing_versions() -> dict[str, str | None]:
     """Version of each package that can change an image; None where it is not installed."""
     versions = package_versions()
     return {name: versions[name] for name in DRAWING}
+
+
+def hash_of(*arrays) -> str:
+    """One sha256 over the bytes of tensors, arrays and None, one after the other."""
+    digest = sha256()
+    for array in arrays:
+        if isinstance(array, torch.Tensor):
+            array = array.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(b"none" if array is None else np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def describe_pipeline(pipe: DiffusionPipeline) -> dict:
@@ -42,13 +53,13 @@ def describe_component(part) -> dict[str, str | dict]:
 
     A pipeline that is a component of another one is described as a whole.
     """
-    described = {"class": type(part).__name__}
+    described: dict = {"class": type(part).__name__}
     if isinstance(part, DiffusionPipeline):
         described["components"] = describe_pipeline(part)["components"]
     if isinstance(part, SchedulerMixin):
         described["config"] = _config(part)
     if isinstance(part, torch.nn.Module):
-        described["sha256"] = _hash(part)
+        described["sha256"] = _hash_of_network(part)
     return described
 
 
@@ -60,7 +71,7 @@ def _config(part) -> dict:
     return json.loads(json.dumps(config, default=str))
 
 
-def _hash(network: torch.nn.Module) -> str:
+def _hash_of_network(network: torch.nn.Module) -> str:
     """A hash over the config and every parameter and buffer, by name, shape, dtype and some 64 of its values.
 
     Training changes nearly every value, so a few of each parameter tell two models apart in a moment.
@@ -71,5 +82,5 @@ def _hash(network: torch.nn.Module) -> str:
         if not tensor.is_meta and type(tensor) is torch.Tensor:  # quantised kinds cannot all be indexed
             values = tensor.detach().reshape(-1)
             values = values[:: max(1, len(values) // 64)].contiguous().cpu()
-            digest.update(values.view(torch.uint8).numpy().tobytes())
+            digest.update(values.view(torch.uint8).numpy())
     return digest.hexdigest()
