@@ -91,7 +91,10 @@ def check_output(folder: str | Path, guidance_scales: Sequence[float], num_infer
                 return folder
     elif not (folder / PICTURE).exists():
         return folder
-    raise ValueError(f"{folder} holds an {RESULT} or {PICTURE} of something else; choose another output folder")
+    raise ValueError(
+        f"{folder} holds an {RESULT} or {PICTURE} that is damaged or of something else; remove it, or choose another"
+        " output folder"
+    )
 
 
 @dataclass(frozen=True)

@@ -37,20 +37,28 @@ FORMATS = {"images": image_files.FORMATS, "sequences": sequence_files.FORMATS}
 
 
 def sample_batches(
-    pipe: DiffusionPipeline, count: int, labels: torch.Tensor | None, seed: int, batch_size: int, **call
+    pipe: DiffusionPipeline,
+    count: int,
+    labels: torch.Tensor | None,
+    seed: int,
+    batch_size: int,
+    prompts: Sequence[str] | None = None,
+    **call,
 ) -> Iterator:
     """The `images`, or with output_type="tokens" the `tokens`, of one pipeline call after the other.
 
     Image i has the generator of seed + i and labels[i]; it does not depend on how many others are drawn, nor, up to
-    round-off, on the batch. labels: (count,), for pipelines that take class_labels, or None for those that take
-    batch_size. call: further arguments of the call.
+    round-off, on the batch. labels: (count,), for pipelines that take class_labels; prompts: count of them, for those
+    that take prompt; None of both for those that take batch_size. call: further arguments of the call.
 
-    Raises ValueError for a count or batch size below 1, or labels of another number.
+    Raises ValueError for a count or batch size below 1, or labels or prompts of another number.
     """
     _check_sizes(count, batch_size)
-    if labels is not None and len(labels) != count:
-        raise ValueError(f"labels must hold one label an image, {count}, got {len(labels)}")
     inputs = {} if labels is None else {"class_labels": labels.tolist()}
+    inputs |= {} if prompts is None else {"prompt": list(prompts)}
+    for name, values in inputs.items():
+        if len(values) != count:
+            raise ValueError(f"{name} must hold one a sample, {count}, got {len(values)}")
     for rows in _batches(count, batch_size):
         yield _draw(pipe, rows, seed, inputs, call)
 

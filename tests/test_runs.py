@@ -113,7 +113,7 @@ def test_no_locks_on_the_file_system_is_an_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", missing)
     with (
-        pytest.raises(OSError, match=r"cannot be locked .*on a file system with locks \(flock\)"),
+        pytest.raises(OSError, match=r"cannot be locked .* a file system with locks \(flock\)"),
         lock.lock(tmp_path),
     ):
         pass
@@ -260,13 +260,10 @@ def test_half_a_checkpoint_is_an_error_or_gives_way_to_the_one_before(tmp_path, 
     path.unlink() if damage == "gone" else path.write_bytes(data if damage == "flipped" else data[:10])
     model, states = training(tmp_path)
     if (name, damage) == ("checkpoint.json", "flipped"):
-        with pytest.raises(ValueError, match="is damaged|other settings"):
+        with pytest.raises(ValueError, match=r"is damaged|other settings"):
             states.load(6)
         return
-    with (
-        pytest.raises(ValueError, match=r"checkpoint-4 is damaged .*remove it to begin anew"),
-        pytest.warns(UserWarning),
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint-4 is damaged .*remove it to begin anew"):
         states.load(6)
     shutil.move(tmp_path / "older/checkpoint-2", tmp_path)
     with pytest.warns(UserWarning, match=f"checkpoint-4 is damaged .*{name}"):
@@ -344,7 +341,7 @@ def test_a_search_for_tables_goes_on(before, method, monkeypatch):
     path = before / f"tables-{method}"
     settings = kept._read(path)["settings"]
     monkeypatch.setattr(search, "drawing_versions", lambda: settings["versions"])
-    resumed, whole = tables(path, method, most=60), tables(None, method)
+    resumed, whole = tables(path, method), tables(None, method)
     assert resumed.tables == whole.tables
     monkeypatch.setattr(search, "drawing_versions", lambda: {**settings["versions"], "torch": "1.0"})
     with pytest.raises(ValueError, match=r"other settings: versions.torch: '.*' before, '1.0' now"):

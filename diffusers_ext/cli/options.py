@@ -1,5 +1,7 @@
 """Types of options that several commands share."""
 
+import re
+
 import click
 
 
@@ -12,7 +14,11 @@ class Steps(click.ParamType):
         try:
             steps = int(value)
         except ValueError:
-            return value
+            if re.fullmatch(r"ddim[1-9]\d*|\d+(\s*,\s*\d+)+", value):
+                return value
+            self.fail(
+                f'{value!r} is neither a number of steps nor a respacing, such as "10,10,5" or "ddim25"', param, ctx
+            )
         if steps < 1:
             self.fail(f"{steps} is not >= 1", param, ctx)
         return steps

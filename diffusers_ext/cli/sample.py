@@ -136,10 +136,10 @@ def sample_model(
     from ..info import best_device
     from ..runs.files import check_folder
     from ..runs.processes import end_processes, start_processes
-    from ..sampling import sample_to_folder
+    from ..sampling import MANIFEST, sample_to_folder
     from .loading import load_on_processes
 
-    check_folder(output)  # before a large model is loaded
+    check_folder(output, MANIFEST)  # before a large model is loaded
     device = device or best_device()
     accelerator = start_processes(device)
     pipe = load_on_processes(model, pipeline, device, dtype, trust_remote_code, accelerator)

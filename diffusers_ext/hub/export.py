@@ -34,7 +34,7 @@ def export_pipeline(
     origin = pipeline.config.get("_name_or_path")
     with staged_folder(folder) as (folder, staged):
         pipeline.save_pretrained(staged)
-        _drop_paths(staged)
+        drop_paths(staged)
         _add_code(pipeline, staged)
         _write_card(staged, pipeline_card(pipeline, license or license_of(origin), repo_id))
     return folder
@@ -51,7 +51,7 @@ def export_model(
     origin = model.config.get("_name_or_path")
     with staged_folder(folder) as (folder, staged):
         model.save_pretrained(staged)
-        _drop_paths(staged)
+        drop_paths(staged)
         if not from_library(type(model)):
             _map_class(type(model), staged)
         _write_card(staged, model_card(model, license or license_of(origin), repo_id))
@@ -75,7 +75,7 @@ def _write_card(folder: Path, card: str) -> None:
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _drop_paths(folder: Path) -> None:
+def drop_paths(folder: Path) -> None:
     """Remove from every config where the model was loaded from."""
     for path in folder.rglob("*.json"):
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -65,14 +65,15 @@ class TimestepTables:
 
     # JSON
 
-    def save(self, path: str | Path) -> Path:
-        """Write a JSON file, which appears whole or not at all."""
+    def save(self, path: str | Path, notes: Mapping | None = None) -> Path:
+        """Write a JSON file, which appears whole or not at all. notes: further entries, JSON-able."""
         path = Path(path)
         content = {
             "format": FORMAT,
             "chain": self.chain,
             "tables": {str(n): list(edges) for n, edges in self.tables.items()},
             "info": {str(n): entry for n, entry in self.info.items()},
+            **(notes or {}),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -41,6 +41,24 @@ def write_json(path: Path, content) -> None:
     with replacing(path) as file:
         file.write(f"{text}\n".encode())
     sync_folder(path.parent)
+
+
+def check_file(path: Path, names: Set[str]) -> None:
+    """Raises ValueError for a file that is no JSON object with these names, which an earlier start would have written,
+    and OSError where it could not be written."""
+    if path.is_file() and path.stat().st_size:
+        try:
+            written_here = names <= set(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            written_here = False
+        if not written_here:
+            raise ValueError(f"{path} was not written by this command; choose another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there = path.exists()
+    with path.open("ab"):
+        pass
+    if not there:
+        path.unlink()
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
@@ -162,7 +180,7 @@ def write_once(folder: str | Path, write: Callable[[Path], Written]) -> tuple[Wr
     """
     folder = Path(folder).resolve()
     if not any((folder / name).is_file() for name in MODEL_FILES):
-        return write(folder), False
+        return write(new_folder(folder)), False
     with scratch_folder(folder) as scratch:
         again = scratch / "again"
         written = write(again)
