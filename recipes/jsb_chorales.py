@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from diffusers_ext.music import HIGHEST_PITCH, LOWEST_PITCH, REST, pitches_to_tokens
+from diffusers_ext.discrete.music import HIGHEST_PITCH, LOWEST_PITCH, REST, pitches_to_tokens
 
 STEPS = 64  # sixteenths in a sequence
 BEAT = 4

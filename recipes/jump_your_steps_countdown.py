@@ -24,11 +24,11 @@ import click
 import torch
 from rich.progress import Progress
 
-from diffusers_ext.info import best_device, package_versions
 from diffusers_ext.jump_your_steps import Cost, RateStatistics
 from diffusers_ext.jump_your_steps.costs import Grid, cheapest_schedules
 from diffusers_ext.jump_your_steps.golden import best_hierarchy
 from diffusers_ext.jump_your_steps.statistics import accumulate
+from diffusers_ext.machine.versions import best_device, package_versions
 from diffusers_ext.metrics import countdown_errors, countdown_errors_original, countdown_sequences, unigram_entropy
 from diffusers_ext.runs.files import write_json
 from diffusers_ext.runs.kept import Kept

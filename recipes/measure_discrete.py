@@ -46,9 +46,9 @@ import click
 import numpy as np
 import torch
 
+from diffusers_ext.discrete.losses import likelihood_bound
 from diffusers_ext.evaluation import evaluate_images
-from diffusers_ext.info import best_device
-from diffusers_ext.losses import likelihood_bound
+from diffusers_ext.machine.versions import best_device
 from diffusers_ext.metrics import (
     countdown_errors,
     countdown_errors_original,

@@ -30,7 +30,7 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, SEDDTransformer
-from diffusers_ext.losses import likelihood_bound, score_entropy_loss, x0_cross_entropy
+from diffusers_ext.discrete.losses import likelihood_bound, score_entropy_loss, x0_cross_entropy
 from diffusers_ext.metrics import countdown_errors, countdown_errors_original, countdown_sequences
 from diffusers_ext.runs.checkpoints import Checkpoints
 from diffusers_ext.runs.processes import end_processes

@@ -16,7 +16,7 @@ from PIL import Image
 
 import diffusers_ext
 from diffusers_ext import cli, demo, sampling
-from diffusers_ext.info import attention_backends, package_versions
+from diffusers_ext.machine.versions import attention_backends, package_versions
 from diffusers_ext.sampling import cycled_labels, sample_images
 from diffusers_ext.shipped import load_pipeline
 
@@ -244,7 +244,7 @@ def test_ctrl_c_is_one_word_and_130(monkeypatch, error):
             raise error from None
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("diffusers_ext.info.print_info", interrupted)
+    monkeypatch.setattr("diffusers_ext.machine.versions.print_info", interrupted)
     result = invoke("info")
     assert (result.exit_code, result.output) == (130, "Aborted!\n")
     assert signal.getsignal(signal.SIGINT) is before

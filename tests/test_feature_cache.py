@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from diffusers_ext import feature_cache
-from diffusers_ext.feature_cache import cache_path, default_cache, load_features, save_features
+from diffusers_ext.evaluation import cache
+from diffusers_ext.evaluation.cache import cache_path, default_cache, load_features, save_features
 
 FEATURES = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
 
@@ -56,7 +56,7 @@ def test_the_key_is_of_images_extractor_weights_and_version(tmp_path, monkeypatc
     paths = [
         cache_path(tmp_path, *key) for key in (("a", "b", "c"), ("x", "b", "c"), ("a", "x", "c"), ("a", "b", "x"))
     ]
-    monkeypatch.setattr(feature_cache, "FEATURES_VERSION", feature_cache.FEATURES_VERSION + 1)
+    monkeypatch.setattr(cache, "FEATURES_VERSION", cache.FEATURES_VERSION + 1)
     paths += [cache_path(tmp_path, "a", "b", "c"), cache_path(tmp_path, "a", "bc", "")]
     assert len(set(paths)) == 6
 

@@ -18,7 +18,7 @@ from transformers import (
     Dinov2WithRegistersModel,
 )
 
-from diffusers_ext.features import FeatureExtractor, callable_extractor, load_extractor, weights_identity
+from diffusers_ext.evaluation.extractors import FeatureExtractor, callable_extractor, load_extractor, weights_identity
 from diffusers_ext.shipped import load_shipped_classifier
 
 RNG = np.random.default_rng(0)

@@ -15,8 +15,8 @@ from test_flow_training import images, train, unet
 from test_sampling import tiny_ddpm
 from test_timestep_search import countdown_tables
 
-from diffusers_ext import interval_tuning
-from diffusers_ext.interval_search import DistanceTable, GuidedSteps
+from diffusers_ext.guidance import tuning
+from diffusers_ext.guidance.search import DistanceTable, GuidedSteps
 from diffusers_ext.runs.lock import lock
 from diffusers_ext.runs.rows import ResultRows
 
@@ -113,7 +113,7 @@ def test_a_kill_loses_nothing_finished(work, name, number, tmp_path):
 
 def tuned(folder):
     extractor = SimpleNamespace(name="none", identity="none")
-    return interval_tuning.tune_interval(
+    return tuning.tune_interval(
         tiny_ddpm(), extractor, (torch.zeros(1), torch.ones(1, 1)), [2.0], torch.zeros(2, dtype=torch.int64), folder
     )
 
@@ -131,7 +131,7 @@ def test_two_starts_on_one_table_keep_each_other_s_rows(tmp_path):
 
 
 def test_one_start_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(interval_tuning, "step_sigmas", lambda *_: [1.0, 0.0])
+    monkeypatch.setattr(tuning, "step_sigmas", lambda *_: [1.0, 0.0])
     work = {
         tmp_path / "training": trained,
         tmp_path / "tuning": tuned,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_ext.interval_search import (
+from diffusers_ext.guidance.search import (
     DistanceTable,
     GuidedSteps,
     as_rows,

@@ -10,9 +10,9 @@ from click.testing import CliRunner
 
 from diffusers_ext import GuidanceInterval
 from diffusers_ext.cli import main
-from diffusers_ext.features import FeatureExtractor, load_extractor
-from diffusers_ext.interval_search import GuidedSteps
-from diffusers_ext.interval_tuning import Objective, reference_statistics, step_sigmas, tune_interval
+from diffusers_ext.evaluation import FeatureExtractor, load_extractor
+from diffusers_ext.guidance.search import GuidedSteps
+from diffusers_ext.guidance.tuning import Objective, reference_statistics, step_sigmas, tune_interval
 from diffusers_ext.metrics import feature_statistics, frechet_distance
 from diffusers_ext.sampling import sample_batches
 from diffusers_ext.shipped import load_pipeline, load_shipped_classifier

@@ -16,8 +16,8 @@ from tiny_discrete import build
 from diffusers_ext import BoostAndSkipPipeline, DiscreteDiffusionPipeline, ImageClassifier
 from diffusers_ext.checkpoints import PRESETS
 from diffusers_ext.cli import main
+from diffusers_ext.discrete.music import tokens_to_pitches
 from diffusers_ext.metrics import countdown_errors, histogram_distance
-from diffusers_ext.music import tokens_to_pitches
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

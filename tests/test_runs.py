@@ -16,12 +16,12 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from old_runs import FIXTURES, sampled, saved_digits, tables, trained, tuned
 
-from diffusers_ext import sampling
 from diffusers_ext.jump_your_steps import search
 from diffusers_ext.runs import kept, lock
 from diffusers_ext.runs.checkpoints import Checkpoints
 from diffusers_ext.runs.files import check_folder, staged_folder, write_once
 from diffusers_ext.runs.kept import Kept, differences
+from diffusers_ext.sampling import folder as sampling
 
 HOLDER = """
 import sys, time

@@ -26,10 +26,10 @@ from diffusers_ext import (
     FlowPostprocessingPipeline,
     GuidanceInterval,
     boost_and_skip,
-    sampling,
 )
 from diffusers_ext.runs import kept, processes, shards
 from diffusers_ext.sampling import cycled_labels, random_labels, sample_to_folder
+from diffusers_ext.sampling import folder as sampling
 from diffusers_ext.shipped import load_pipeline
 
 STEPS = 2

@@ -10,11 +10,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny_discrete import LETTERS, build
 
-from diffusers_ext import sampling
 from diffusers_ext.cli import main
 from diffusers_ext.hub import export_pipeline
+from diffusers_ext.sampling import folder as sampling
 from diffusers_ext.sampling import sample_to_folder
-from diffusers_ext.sequence_files import write_sequences
+from diffusers_ext.sampling.sequence_files import write_sequences
 
 STEPS = 3
 

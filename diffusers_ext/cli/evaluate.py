@@ -52,8 +52,8 @@ def evaluate(
     from rich.progress import Progress
 
     from ..evaluation import evaluate_images, print_evaluation
-    from ..feature_cache import default_cache
-    from ..info import package_versions
+    from ..evaluation.cache import default_cache
+    from ..machine.versions import package_versions
     from ..runs.files import check_file, write_json
 
     if no_cache and cache is not None:

@@ -65,7 +65,6 @@ def optimize_timesteps(
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..info import best_device
     from ..jump_your_steps import optimize_timesteps as optimize
     from ..jump_your_steps.model_folder import (
         TABLES,
@@ -76,6 +75,7 @@ def optimize_timesteps(
         write_model,
     )  # fmt: skip
     from ..jump_your_steps.report import print_tables
+    from ..machine.versions import best_device
     from ..runs.files import check_folder
     from ..runs.processes import end_processes, start_processes
     from ..runs.provenance import describe_component, drawing_versions, hash_of

@@ -133,7 +133,7 @@ def sample_model(
 
     spacing: how the steps of discrete diffusion are spaced, and their number.
     """
-    from ..info import best_device
+    from ..machine.versions import best_device
     from ..runs.files import check_folder
     from ..runs.processes import end_processes, start_processes
     from ..sampling import MANIFEST, sample_to_folder

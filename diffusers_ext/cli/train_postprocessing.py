@@ -92,6 +92,7 @@ def train_postprocessing(
     """
     import torch
 
+    from ..evaluation import read_images
     from ..flow import (
         channels_first,
         check_base,
@@ -102,8 +103,7 @@ def train_postprocessing(
         velocity_network,
         write_flow,
     )  # fmt: skip
-    from ..image_sets import read_images
-    from ..info import best_device
+    from ..machine.versions import best_device
     from ..runs.processes import end_processes, start_accelerator
     from .loading import load_on_processes
 

@@ -45,10 +45,10 @@ def tune_interval(
     import torch
     from rich.progress import Progress
 
-    from ..features import load_extractor
-    from ..info import best_device
-    from ..interval_tuning import RESULT, check_output, plot_search, print_search, reference_statistics
-    from ..interval_tuning import tune_interval as tune
+    from ..evaluation import load_extractor
+    from ..guidance.tuning import RESULT, check_output, plot_search, print_search, reference_statistics
+    from ..guidance.tuning import tune_interval as tune
+    from ..machine.versions import best_device
     from ..sampling import cycled_labels
     from ..shipped import load_pipeline
 

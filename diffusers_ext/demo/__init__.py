@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from .. import __version__
-from ..info import best_device
+from ..machine.versions import best_device
 from ..runs.files import check_folder, write_json
 from . import boost_and_skip, discrete, flow_postprocessing, guidance_interval, jump_your_steps
 from .boost_and_skip import run_boost_and_skip

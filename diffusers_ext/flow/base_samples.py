@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DModel
 
-from ..image_sets import read_images
+from ..evaluation import read_images
 from ..metrics.features import check_k
 from ..sampling import cycled_labels, sample_batches, sample_to_folder, to_uint8
 from .features import extract_features

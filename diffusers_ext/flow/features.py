@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
-from ..features import IMAGENET_MEAN, IMAGENET_STD, load_extractor
+from ..evaluation.extractors import IMAGENET_MEAN, IMAGENET_STD, load_extractor
 
 POOLINGS = ("patch", "cls")
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..info import package_versions
+from ..machine.versions import package_versions
 
 # The packages whose version can change an image or its file.
 DRAWING = (

@@ -8,7 +8,7 @@ from zipfile import ZIP_STORED, ZipFile, ZipInfo
 import numpy as np
 from PIL import Image
 
-from .runs.files import replacing
+from ..runs.files import replacing
 
 FORMATS = ("png", "zip", "npz")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}

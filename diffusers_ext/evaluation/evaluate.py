@@ -10,12 +10,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoints.safe_pickle import safe_load
-from .checkpoints.tensor_files import refusing
-from .feature_cache import cache_path, load_features, save_features
-from .features import FeatureExtractor, load_extractor
-from .image_sets import ImageSet, open_images
-from .metrics import (
+from ..checkpoints.safe_pickle import safe_load
+from ..checkpoints.tensor_files import refusing
+from ..metrics import (
     average_knn_distance,
     feature_statistics,
     frechet_distance,
@@ -23,7 +20,10 @@ from .metrics import (
     precision_recall,
     rarity_score,
 )
-from .shipped import load_shipped_classifier
+from ..shipped import load_shipped_classifier
+from .cache import cache_path, load_features, save_features
+from .extractors import FeatureExtractor, load_extractor
+from .images import ImageSet, open_images
 
 LABELS = {
     "frechet": "Fréchet distance",

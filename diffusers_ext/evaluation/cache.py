@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .runs.files import replacing
+from ..runs.files import replacing
 
 FEATURES_VERSION = 1  # raise it when the same images and weights begin to give other features
 

@@ -21,9 +21,9 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2D
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.utils import logging
 
-from .models import EDM2UNet2DModel, SEDDTransformer
-from .pipelines import BoostAndSkipPipeline, DiscreteDiffusionPipeline, EDM2Pipeline, FlowPostprocessingPipeline
-from .schedulers import BoostAndSkipDDIMScheduler, CTMCScheduler, EDMHeunScheduler
+from ..models import EDM2UNet2DModel, SEDDTransformer
+from ..pipelines import BoostAndSkipPipeline, DiscreteDiffusionPipeline, EDM2Pipeline, FlowPostprocessingPipeline
+from ..schedulers import BoostAndSkipDDIMScheduler, CTMCScheduler, EDMHeunScheduler
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .schedulers import CTMCScheduler
+from ..schedulers import CTMCScheduler
 
 
 def score_entropy(

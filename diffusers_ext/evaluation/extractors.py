@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .info import best_device
-from .metrics.features import as_features
+from ..machine.versions import best_device
+from ..metrics.features import as_features
 
 EXTRACTORS = ("classifier", "dinov2", "inception")
 DINOV2 = "facebook/dinov2-large"
@@ -89,7 +89,7 @@ def classifier_extractor(device: str | torch.device) -> FeatureExtractor:
 
     RGB images pass if their channels are equal. The extractor raises ValueError for images of another kind.
     """
-    from .shipped import load_shipped_classifier
+    from ..shipped import load_shipped_classifier
 
     classifier = load_shipped_classifier()[0].to(device)
 

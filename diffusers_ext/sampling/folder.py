@@ -18,16 +18,16 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from rich.progress import Progress
 
+from ..pipelines.guidance_interval import GuidanceInterval, interval_bounds
+from ..runs.files import changed_files, check_folder, hash_files, remove_leftovers, sync_folder
+from ..runs.kept import Kept
+from ..runs.lock import lock
+from ..runs.processes import Processes, start_processes
+from ..runs.provenance import describe_pipeline, drawing_versions, hash_of
+from ..runs.shards import Shards
 from . import image_files, sequence_files
-from .discrete_sampling import check_discrete, draws_sequences, given_tokens, is_discrete, to_integers
+from .arguments import check_discrete, draws_sequences, given_tokens, is_discrete, to_integers
 from .image_files import check_channels, file_names, write_images
-from .pipelines.guidance_interval import GuidanceInterval, interval_bounds
-from .runs.files import changed_files, check_folder, hash_files, remove_leftovers, sync_folder
-from .runs.kept import Kept
-from .runs.lock import lock
-from .runs.processes import Processes, start_processes
-from .runs.provenance import describe_pipeline, drawing_versions, hash_of
-from .runs.shards import Shards
 from .sequence_files import write_sequences
 
 MANIFEST, SHARDS = "manifest.json", "shards"

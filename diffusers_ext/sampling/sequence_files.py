@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..runs.files import replacing
 from .image_files import file_names, write_npz
-from .runs.files import replacing
 
 FORMATS = ("txt", "jsonl", "npz")
 

@@ -14,18 +14,18 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoints.tensor_files import read_json
-from .evaluation import read_statistics
-from .features import FeatureExtractor
-from .image_sets import open_images
-from .interval_search import DistanceTable, GuidedSteps, IntervalSearch, as_rows, search_interval
-from .metrics import FeatureStatistics, frechet_distance
-from .pipelines.guidance_interval import GuidanceInterval
-from .runs.files import check_folder, replacing, write_json
-from .runs.lock import lock
-from .runs.provenance import describe_pipeline, hash_of
-from .sampling import sample_batches, to_uint8
-from .shipped import load_shipped_classifier
+from ..checkpoints.tensor_files import read_json
+from ..evaluation.evaluate import read_statistics
+from ..evaluation.extractors import FeatureExtractor
+from ..evaluation.images import open_images
+from ..metrics import FeatureStatistics, frechet_distance
+from ..pipelines.guidance_interval import GuidanceInterval
+from ..runs.files import check_folder, replacing, write_json
+from ..runs.lock import lock
+from ..runs.provenance import describe_pipeline, hash_of
+from ..sampling.folder import sample_batches, to_uint8
+from ..shipped import load_shipped_classifier
+from .search import DistanceTable, GuidedSteps, IntervalSearch, as_rows, search_interval
 
 DISTANCES, RESULT, PICTURE = "distances.json", "interval.json", "interval.png"
 

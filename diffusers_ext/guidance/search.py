@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 
-from .runs.kept import Kept
+from ..runs.kept import Kept
 
 
 @dataclass(frozen=True)
