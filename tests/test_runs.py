@@ -81,10 +81,10 @@ with lock(Path({str(tmp_path)!r})):
     print(child.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
-        done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
-        child = int(done.stdout)
+        owner = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        child = int(owner.stdout.readline())
         try:
-            assert done.returncode == -signal.SIGKILL
+            assert owner.wait() == -signal.SIGKILL
             os.kill(child, 0)  # lives
             assert lockable(tmp_path)
         finally:

@@ -88,7 +88,7 @@ def pixels(folder) -> np.ndarray:
 
 def interrupt(monkeypatch, after: int, error: BaseException | None = None):
     """Fail at the batch after so many."""
-    draw_batch, calls = sampling._draw, []
+    draw_batch, calls = sampling.draw, []
 
     def failing(*arguments):
         calls.append(arguments)
@@ -96,7 +96,7 @@ def interrupt(monkeypatch, after: int, error: BaseException | None = None):
             raise error or KeyboardInterrupt
         return draw_batch(*arguments)
 
-    monkeypatch.setattr(sampling, "_draw", failing)
+    monkeypatch.setattr(sampling, "draw", failing)
 
 
 def command(folder, *options) -> list[str]:
@@ -466,7 +466,7 @@ def test_images_that_are_not_finite_are_refused(tmp_path, plain):
 
 @pytest.mark.parametrize("images", [torch.zeros(3, 1, 4, 4), torch.zeros(2, 4, 4), ["a", "b"]])
 def test_what_are_not_the_images_asked_for_is_refused(tmp_path, plain, monkeypatch, images):
-    monkeypatch.setattr(sampling, "_draw", lambda *arguments: images)
+    monkeypatch.setattr(sampling, "draw", lambda *arguments: images)
     with pytest.raises(ValueError, match=r"must give 2 images \(batch, channels, height, width\), got"):
         draw(plain, tmp_path)
 
@@ -493,13 +493,13 @@ def test_grey_levels_are_rounded_from_tensors_and_arrays():
 
 
 def test_threads_are_as_before(tmp_path, plain, monkeypatch):
-    used, draw_batch = [], sampling._draw
+    used, draw_batch = [], sampling.draw
 
     def noting(*arguments):
         used.append(torch.get_num_threads())
         return draw_batch(*arguments)
 
-    monkeypatch.setattr(sampling, "_draw", noting)
+    monkeypatch.setattr(sampling, "draw", noting)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -62,7 +62,7 @@ def test_texts_as_files_and_as_lines(tmp_path):
 
 
 def test_an_interruption_changes_nothing(tmp_path, monkeypatch):
-    pipe, draw_batch, calls = build("text"), sampling._draw, []
+    pipe, draw_batch, calls = build("text"), sampling.draw, []
     whole = draw(pipe, tmp_path / "whole", format="jsonl")
 
     def failing(*arguments):
@@ -72,7 +72,7 @@ def test_an_interruption_changes_nothing(tmp_path, monkeypatch):
         return draw_batch(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "_draw", failing)
+        patch.setattr(sampling, "draw", failing)
         with pytest.raises(KeyboardInterrupt):
             draw(pipe, tmp_path / "cut", format="jsonl")
     done = draw(pipe, tmp_path / "cut", format="jsonl")

@@ -12,8 +12,8 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 
 from diffusers_ext.cli import main
-from diffusers_ext.cli.options import INTEGERS, NUMBERS, ListsCommand
 from diffusers_ext.flow import draw_base_samples, velocity_network
+from diffusers_ext.runs.lists import INTEGERS, NUMBERS, ListsCommand
 from diffusers_ext.shipped import load_pipeline
 
 SMALL = [

@@ -17,8 +17,7 @@ from ..jump_your_steps import optimize_timesteps
 from ..metrics import countdown_errors, countdown_wrong
 from ..pipelines import BoostAndSkipPipeline, FlowPostprocessingPipeline, GuidanceInterval
 from ..pipelines.guidance_interval import GuidedStep, read_step
-from ..sampling import cycled_labels, sample_batches
-from ..sampling.arguments import draws_sequences, is_discrete
+from ..sampling import cycled_labels, draws_sequences, is_discrete, sample_batches
 from ..schedulers import boost_and_skip
 from .models import Models
 

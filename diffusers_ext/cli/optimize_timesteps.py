@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import INTEGERS, ListsCommand
+from ..runs.lists import INTEGERS, ListsCommand
 
 
 @click.command("optimize-timesteps", cls=ListsCommand)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from .options import INTEGERS, NUMBERS, ListsCommand, Schedule, Steps
+from ..runs.lists import INTEGERS, NUMBERS, ListsCommand
+from .options import Schedule, Steps
 
 
 def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:

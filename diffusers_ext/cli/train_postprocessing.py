@@ -4,10 +4,9 @@ from pathlib import Path
 
 import click
 
-from .options import INTEGERS, NUMBERS, ListsCommand, Steps
+from ..runs.lists import INTEGERS, NUMBERS, ListsCommand
+from .options import Steps
 from .sample import prompts_of_file
-
-CLASSIFIER_WEIGHT = 3.0  # of its squared distance beside that of pixels; docs/flow_postprocessing.md has the search
 
 
 @click.command("train-postprocessing", cls=ListsCommand)
@@ -152,6 +151,7 @@ def _neighbour_features(name: str, model: str, device, real):
     real: uint8 (count, height, width, channels), whose variance sets the scales of pixels and classifier together.
     """
     from ..flow import DINOv2Features, channels_first, classifier_features, combined_features, pixel_features
+    from ..flow.features import CLASSIFIER_WEIGHT
 
     if name == "pixel":
         return name

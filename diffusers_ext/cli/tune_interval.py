@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import NUMBERS, ListsCommand
+from ..runs.lists import NUMBERS, ListsCommand
 
 
 @click.command("tune-interval", cls=ListsCommand)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from .options import INTEGERS, ListsCommand, Steps
+from ..runs.lists import INTEGERS, ListsCommand
+from .options import Steps
 from .sample import sample_model
 
 

@@ -23,7 +23,7 @@ from ..pipelines.guidance_interval import GuidanceInterval
 from ..runs.files import check_folder, replacing, write_json
 from ..runs.lock import lock
 from ..runs.provenance import describe_pipeline, hash_of
-from ..sampling.folder import sample_batches, to_uint8
+from ..sampling import sample_batches, to_uint8
 from ..shipped import load_shipped_classifier
 from .search import DistanceTable, GuidedSteps, IntervalSearch, as_rows, search_interval
 

@@ -1,6 +1,6 @@
 """What works on this machine: ways of placing and speeding up a pipeline, each tried on tiny random models of ours.
 
-    python -m diffusers_ext.device_check DEVICE NAME ...   tries in this process, one line of JSON each
+    python -m diffusers_ext.machine.check DEVICE NAME ...   tries in this process, one line of JSON each
 
 `check_devices` starts that and prints nothing. A process that dies or hangs costs the one capability that it tried.
 """
@@ -233,7 +233,7 @@ def check_devices(
 
     worker: the command of that process, which gets the names and prints the outcomes; by default this module.
     """
-    worker = worker or [sys.executable, "-m", "diffusers_ext.device_check", device]
+    worker = worker or [sys.executable, "-m", "diffusers_ext.machine.check", device]
     waiting = list(capabilities)
     while waiting:
         process = subprocess.Popen([*worker, *waiting], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .. import __version__
 from ..shipped import shipped_models
-from . import __version__
 
 PACKAGES = (
     "torch",
@@ -80,7 +80,7 @@ def attention_backends(device: str) -> list[str]:
 
 
 def print_checks(device: str) -> None:
-    """Try everything in `device_check` on a device, with a line for each while it goes on, then print the table."""
+    """Try everything in `check` on a device, with a line for each while it goes on, then print the table."""
     from .check import check_devices
 
     console, table = (

@@ -1,21 +1,43 @@
-"""What bulk sampling needs to know of a `DiscreteDiffusionPipeline`."""
+"""What a pipeline's call takes and gets in bulk sampling; what cannot be is refused before anything is drawn."""
 
 import inspect
+import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
-import torch
 from diffusers import DiffusionPipeline
 
+from ..pipelines.guidance_interval import GuidanceInterval, interval_bounds
+from . import image_files, sequence_files
+from .draw import is_discrete
+from .labels import cycled_labels, random_labels
 
-def is_discrete(pipe: DiffusionPipeline) -> bool:
-    """Whether it is a `DiscreteDiffusionPipeline`, this package's or the copy in an exported repository."""
-    return {"tokens", "given"} <= set(inspect.signature(pipe.__call__).parameters)
+GIVEN_HERE = ("generator", "output_type", "return_dict", "class_labels", "prompt", "tokens", "given")
+FORMATS = {"images": image_files.FORMATS, "sequences": sequence_files.FORMATS}
 
 
-def draws_sequences(pipe: DiffusionPipeline) -> bool:
-    """Whether tokens or texts come out, not images."""
-    return is_discrete(pipe) and pipe.model.config.get("shape") is None
+def inputs_of(pipe, count: int, labels, prompts, images, seed: int) -> dict[str, list | np.ndarray]:
+    """The arguments of the call that have one value an image."""
+    if images is not None:
+        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count:
+            raise ValueError(
+                f"images must be uint8 ({count}, height, width, channels), got {images.dtype} {images.shape}"
+            )
+        return {"image": images, **inputs_of(pipe, count, labels, prompts, None, seed)}
+    if prompts is not None:
+        if labels is not None:
+            raise ValueError("give labels or prompts, not both")
+        if isinstance(prompts, str) or len(prompts) == 0:
+            raise ValueError(f"prompts must be a non-empty list of texts, got {prompts!r}")
+        return {"prompt": [prompts[i % len(prompts)] for i in range(count)]}
+    if isinstance(labels, str):
+        if labels != "random":
+            raise ValueError(f'labels must be integers, None or "random", got {labels!r}')
+        chosen = random_labels(pipe, count, seed)
+    else:
+        chosen = cycled_labels(pipe, count, labels)
+    return {} if chosen is None else {"class_labels": chosen.tolist()}
 
 
 def given_tokens(tokens: np.ndarray | None, given: np.ndarray | None, count: int) -> dict[str, np.ndarray]:
@@ -32,6 +54,38 @@ def given_tokens(tokens: np.ndarray | None, given: np.ndarray | None, count: int
     return {name: np.array(value, dtype=dtype, order="C") for name, (value, dtype) in whole.items()}
 
 
+def check_call(pipe: DiffusionPipeline, inputs: dict, call: dict) -> None:
+    """Raises ValueError where the pipeline's call does not take what it would get, or needs more."""
+    name, known = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
+    reserved = sorted(set(call) & set(GIVEN_HERE))
+    if reserved:
+        raise ValueError(f"{', '.join(reserved)}: set by the sampling itself; leave it out")
+    if not inputs and "prompt" in known and "batch_size" not in known:
+        raise ValueError(f"{name} needs a prompt; give prompts (--prompt or --prompts)")
+    if not inputs and "batch_size" not in known:
+        raise ValueError(
+            f"{name} cannot be asked for a number of images alone; it samples from class labels, prompts or nothing"
+            " but noise"
+        )
+    given = {*inputs, *call, "generator", "output_type"}
+    unknown = sorted(given - set(known))
+    if unknown:
+        raise ValueError(
+            f"{name} does not take {', '.join(unknown)}; leave it out or choose another pipeline"
+            " (--pipeline boost-and-skip for gamma and skip_steps)"
+        )
+    named = {key: value for key, value in known.items() if value.kind is not value.VAR_KEYWORD}
+    missing = sorted(key for key, value in named.items() if value.default is value.empty and key not in given)
+    if missing:
+        raise ValueError(f"{name} needs {', '.join(missing)}, which cannot be given here; call the pipeline itself")
+    try:
+        json.dumps(call)
+    except TypeError as error:
+        raise ValueError(f"arguments of the call must be JSON-able to be kept in the manifest: {error}") from error
+    if is_discrete(pipe):
+        check_discrete(pipe, inputs, call)
+
+
 def check_discrete(pipe: DiffusionPipeline, inputs: dict[str, Sequence], call: dict) -> None:
     """Raises ValueError for texts without a tokenizer, and for a sampler or a schedule that the scheduler refuses."""
     if ("prompt" in inputs or "suffix" in call) and pipe.tokenizer is None:
@@ -44,11 +98,25 @@ def check_discrete(pipe: DiffusionPipeline, inputs: dict[str, Sequence], call: d
         scheduler.set_timesteps(call["num_inference_steps"])
 
 
-def to_integers(tokens: torch.Tensor, rows: range, vocab_size: int) -> np.ndarray:
-    """Tokens (batch, length) in the smallest unsigned type that holds the vocabulary.
+def format_of(pipe: DiffusionPipeline, kind: str, format: str | None) -> str:
+    """The format, or the one that goes without saying."""
+    has_tokenizer = getattr(pipe, "tokenizer", None) is not None
+    if format is None:
+        return "png" if kind == "images" else "txt" if has_tokenizer else "npz"
+    if format not in FORMATS[kind]:
+        raise ValueError(f"format must be one of {FORMATS[kind]} for {kind}, got {format!r}")
+    if format in ("txt", "jsonl") and not has_tokenizer:
+        raise ValueError(f"format {format!r} needs a tokenizer, which this pipeline has not; use npz")
+    return format
 
-    Raises ValueError for another number of sequences than rows.
-    """
-    if tokens.ndim != 2 or len(tokens) != len(rows):
-        raise ValueError(f"the pipeline must give {len(rows)} sequences (batch, length), got {tuple(tokens.shape)}")
-    return tokens.cpu().numpy().astype(np.min_scalar_type(vocab_size - 1))
+
+def limited_by(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextManager, dict]:
+    """What to draw in, and the arguments of the call; an interval that the call does not take is applied."""
+    interval = call.get("guidance_interval")
+    if interval is None:
+        return nullcontext(), call
+    sigma_lo, sigma_hi = interval_bounds(interval)
+    if "guidance_interval" in inspect.signature(pipe.__call__).parameters:
+        return nullcontext(), call
+    others = {name: value for name, value in call.items() if name != "guidance_interval"}
+    return GuidanceInterval(pipe, sigma_lo=sigma_lo, sigma_hi=sigma_hi), others
