@@ -11,9 +11,9 @@ and `train_offsets`, where each chorale starts and the last one ends, is read as
 
 A sequence is 64 sixteenths (4 bars) of the four voices, step by step, soprano first: 256 of the tokens of
 `diffusers_ext.discrete.music`, which turns them back into pitches, MIDI files and pictures. `tokens` are the training
-chorales from every beat on, in every transposition by at most a tritone that stays between the pitches 36 and 81. `valid` are
-the validation chorales as they are, from every fourth bar on, so that no step counts twice; what is left at their ends
-is dropped.
+chorales from every beat on, in every transposition by at most a tritone that stays between the pitches 36 and 81.
+`valid` are the validation chorales as they are, from every fourth bar on, so that no step counts twice; what is left
+at their ends is dropped.
 """
 
 import json

@@ -49,6 +49,7 @@ def lockable(path: Path) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
 def test_the_lock_is_its_owner_s_for_as_long_as_it_lives(tmp_path):
     owner = holder(tmp_path)
@@ -65,29 +66,29 @@ def test_the_lock_is_its_owner_s_for_as_long_as_it_lives(tmp_path):
     assert (tmp_path / "lock.json").exists() and lockable(tmp_path) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no fork")
 def test_children_do_not_keep_the_lock(tmp_path):
-    for make in ("fork", "subprocess"):
-        script = f"""
+    script = """
 import multiprocessing, os, signal, subprocess, sys, time
 from pathlib import Path
 from diffusers_ext.runs.lock import lock
-with lock(Path({str(tmp_path)!r})):
-    if {make!r} == "fork":
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-        child.start()
-    else:
-        child = subprocess.Popen(["sleep", "60"], close_fds=False)
-    print(child.pid, flush=True)
+with lock(Path(sys.argv[1])):
+    forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(300,))
+    forked.start()
+    started = subprocess.Popen(["sleep", "300"], close_fds=False)
+    print(forked.pid, started.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
-        owner = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-        child = int(owner.stdout.readline())
-        try:
-            assert owner.wait() == -signal.SIGKILL
+    owner = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE)
+    children = [int(pid) for pid in owner.stdout.readline().split()]
+    try:
+        assert owner.wait() == -signal.SIGKILL and len(children) == 2
+        for child in children:
             os.kill(child, 0)  # lives
-            assert lockable(tmp_path)
-        finally:
+        assert lockable(tmp_path)
+    finally:
+        for child in children:
             os.kill(child, signal.SIGKILL)
 
 
