@@ -43,8 +43,8 @@ def saved_digits(folder: Path = FIXTURES) -> BoostAndSkipPipeline:
     return pipe
 
 
-def sampled(pipe, folder: Path):
-    return sample_to_folder(pipe, folder, 6, batch_size=2, num_inference_steps=2, format="npz")
+def sampled(pipe, folder: Path, format: str = "npz"):
+    return sample_to_folder(pipe, folder, 6, batch_size=2, num_inference_steps=2, format=format)
 
 
 class Line(nn.Module):

@@ -111,6 +111,21 @@ def test_a_kill_loses_nothing_finished(work, name, number, tmp_path):
     assert not list(tmp_path.glob("*lock.json"))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
+def test_kills_at_random_moments_change_no_byte(tmp_path):
+    """Before and after calls that change the disk, up to three times in a row; nothing is left over either."""
+    script = Path(__file__).parent / "killed_at_random.py"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), "0", "4"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "sampling", "pictures", "training", "exact", "golden", "tuning", "export", "flow",
+    }  # fmt: skip
+
+
 def tuned(folder):
     extractor = SimpleNamespace(name="none", identity="none")
     return tuning.tune_interval(
