@@ -293,7 +293,7 @@ class GuidanceInterval:
         if not isinstance(pipe, DiffusionPipeline):
             raise ValueError(
                 f"pipe must be a diffusers DiffusionPipeline, got {type(pipe).__name__}; for a modular pipeline use"
-                " the guiders in diffusers_ext.guiders"
+                " the guiders in diffusers_ext.guidance"
             )
         self.interval = Interval(sigma_lo, sigma_hi, guided_steps, sigma_unit)
         self.pipe = pipe

@@ -24,8 +24,8 @@ from diffusers_ext.demo.discrete import DiscreteSettings, run_discrete
 from diffusers_ext.demo.flow_postprocessing import FlowPostprocessingSettings, run_flow_postprocessing
 from diffusers_ext.demo.guidance_interval import GuidanceIntervalSettings, run_guidance_interval
 from diffusers_ext.demo.jump_your_steps import JumpYourStepsSettings, run_jump_your_steps
-from diffusers_ext.demo.pictures import grid, places_stacked, sequences_picture, stacked
-from diffusers_ext.music import NUM_TOKENS
+from diffusers_ext.discrete.music import NUM_TOKENS
+from diffusers_ext.evaluation.pictures import grid, places_stacked, sequences_picture, stacked
 
 
 @pytest.fixture(scope="module")

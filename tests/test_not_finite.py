@@ -17,7 +17,7 @@ from diffusers_ext import BoostAndSkipPipeline, CTMCScheduler, FlowPostprocessin
 from diffusers_ext.checkpoints import convert_guided_diffusion, load_edm2, load_guided_diffusion, load_sedd
 from diffusers_ext.checkpoints.guided_diffusion import read_state_dict
 from diffusers_ext.checkpoints.guided_diffusion_check import conversion_error
-from diffusers_ext.interval_search import search_interval
+from diffusers_ext.guidance.search import search_interval
 from diffusers_ext.jump_your_steps.costs import cheapest_schedules
 from diffusers_ext.jump_your_steps.golden import Bracket, golden_middle
 from diffusers_ext.pipelines.pixel_space import FiniteWatch, NotFiniteError

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from diffusers_ext import EDM2Pipeline, EDM2UNet2DModel, EDMHeunScheduler
 from diffusers_ext.checkpoints import load_edm2
 from diffusers_ext.cli import main
-from diffusers_ext.image_sets import read_images
+from diffusers_ext.evaluation import read_images
 from diffusers_ext.models.edm2_unet import MPLayer
 from diffusers_ext.pipelines import edm2 as module
 from diffusers_ext.sampling import cycled_labels, sample_to_folder

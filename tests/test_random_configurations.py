@@ -41,7 +41,7 @@ from diffusers_ext import (
     SEDDTransformer,
     TableDiscreteDDIMScheduler,
 )
-from diffusers_ext.guiders import IntervalGuidance
+from diffusers_ext.guidance.guiders import IntervalGuidance
 from diffusers_ext.jump_your_steps import KLUB, Cost, RateStatistics, TimestepTables
 
 FIXED = {"derandomize": True, "deadline": None, "database": None}

@@ -10,15 +10,14 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ..charts import axis_chart, tick_chart
-from ..demo.pictures import sequences_picture, stacked
-from ..discrete_sampling import draws_sequences, is_discrete
+from ..discrete.music import piano_roll, tokens_to_pitches
+from ..evaluation.charts import axis_chart, tick_chart
+from ..evaluation.pictures import sequences_picture, stacked
 from ..jump_your_steps import optimize_timesteps
 from ..metrics import countdown_errors, countdown_wrong
-from ..music import piano_roll, tokens_to_pitches
 from ..pipelines import BoostAndSkipPipeline, FlowPostprocessingPipeline, GuidanceInterval
 from ..pipelines.guidance_interval import GuidedStep, read_step
-from ..sampling import cycled_labels, sample_batches
+from ..sampling import cycled_labels, draws_sequences, is_discrete, sample_batches
 from ..schedulers import boost_and_skip
 from .models import Models
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
-from ..hub import new_folder, staged_folder
 from ..models import EDM2UNet2DModel
 from ..pipelines import ADMUpsamplerPipeline, BoostAndSkipPipeline, EDM2Pipeline
+from ..runs.files import new_folder, staged_folder
 from ..schedulers import EDMHeunScheduler
 from .edm2 import read_edm2
 from .edm2_check import EDM2SourceNetwork, sampling_error

@@ -7,8 +7,8 @@ from diffusers import ModelMixin
 from transformers import AutoTokenizer
 
 from ..casting import dtype_option
-from ..hub import new_folder, staged_folder
 from ..pipelines import DiscreteDiffusionPipeline
+from ..runs.files import new_folder, staged_folder
 from ..schedulers import CTMCScheduler
 from .sedd import load_countdown, load_sedd, sedd_scheduler
 from .tauldr import load_tauldr, tauldr_scheduler
