@@ -19,7 +19,7 @@ from conventions import newer_torch
 from tiny_guided_pipelines import BATCH, CASES, STEPS, TWO, Case
 from tiny_pipelines import tiny_stable_diffusion
 
-from diffusers_ext.pipelines.denoiser_calls import Rows, Split, spread_rows, take_rows
+from diffusers_ext.pipelines.rows import Cut, Rows, spread_rows, take_rows
 from diffusers_ext.pipelines.guidance_interval import (
     GuidanceInterval,
     apply_guidance_interval,
@@ -1043,7 +1043,7 @@ def test_the_support_matrix_lists_every_case():
 class TestRows:
     """Which parts of an argument are run, here of a batch of two, the conditional half second."""
 
-    split = Split(2, (1,), (0, 0), False, False, ())
+    split = Cut(2, (1,), (0, 0))
     rows = Rows(4, False)
     tensor = torch.arange(12.0).view(4, 3)
 
@@ -1072,13 +1072,13 @@ class TestRows:
         assert take({"scale": 0.5, "image_embeds": [self.tensor]})["image_embeds"][0].shape == (2, 3)
 
     def test_rows_that_take_turns(self):
-        turns = self.split._replace(interleaved=True)
+        turns = self.split._replace(turns=True)
         half = take_rows("hidden_states", self.tensor, self.rows, turns)
         assert torch.equal(half, self.tensor[1::2])
         assert torch.equal(spread_rows(half, Rows(2, False), turns), half.repeat_interleave(2, dim=0))
 
     def test_three_parts(self):
-        perturbed = Split(3, (1, 2), (0, 0, 1), True, False, ())
+        perturbed = Cut(3, (1, 2), (0, 0, 1))
         batch = torch.arange(6.0)[:, None]
         kept = take_rows("hidden_states", batch, Rows(6, False), perturbed)
         assert kept.flatten().tolist() == [2, 3, 4, 5]
