@@ -79,7 +79,9 @@ def weight_of_call(pipe, network: str, arguments: dict[str, Any], plus_one: bool
     guider = getattr(pipe, "guider", None)
     weight = arguments.get(name) if guider is None else _of_guider(guider)
     if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise ValueError(f"{type(pipe).__name__} was called with {name}={weight!r}; a guider needs one number, such as 2")
+        raise ValueError(
+            f"{type(pipe).__name__} was called with {name}={weight!r}; a guider needs one number, such as 2"
+        )
     weight = weight + plus_one
     if not abs(weight - 1) >= CLOSEST:
         raise ValueError(

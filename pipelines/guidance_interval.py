@@ -328,7 +328,9 @@ def _limited_class(stock: type) -> type:
         return _limited_again, (stock,), self.__dict__
 
     names = {"__call__": limited_call, "__new__": new, "__reduce_ex__": reduce, "__doc__": stock.__doc__}
-    return type(stock.__name__, (stock,), {**names, "__module__": stock.__module__, "__qualname__": stock.__qualname__})
+    return type(
+        stock.__name__, (stock,), {**names, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    )
 
 
 def _limited_again(stock: type) -> DiffusionPipeline:
@@ -666,6 +668,9 @@ class _Stage:
         arguments = dict(zip(self.parameters[id(module)], args, strict=False))
         arguments.update(kwargs)
         scheduler = self._scheduler(module)
+        aside = None if self.plan.layout is None else self.plan.layout.aside
+        if aside is not None and aside(arguments):
+            return call(*args, **kwargs)
         if id(scheduler) not in self.run.prepared:  # before the sampling loop
             self.early += not self.listed
             if self.early > 2:
@@ -763,7 +768,7 @@ class _Stage:
 
     def _in_batch(self, module, call, args, kwargs, arguments, role):
         rows = count_rows(arguments)
-        if not self._is_doubled(rows, role):
+        if self.run.contexts.get(id(module)) not in (None, "cond_uncond") or not self._is_doubled(rows, role):
             return self._plain_call(call, args, kwargs, arguments, role)
         self._check_network(module, arguments)
         guided, guider = self._is_guided(), self.run.guider
@@ -860,7 +865,7 @@ class _Stage:
     def _fewer_rows_in_attention(self, module):
         """Attention that knows the parts (perturbed-attention guidance), or the rows (Text2Video-Zero's, over frames)."""
         perturbed = "perturbed" in self.layout.parts and hasattr(type(self.pipe), "_set_pag_attn_processor")
-        counted = [one for one in _processors(module) if hasattr(one, "batch_size")]
+        counted = {id(one): one for one in _processors(module) if hasattr(one, "batch_size")}.values()
         before = [one.batch_size for one in counted]
         cut = self.layout.cut
         try:
@@ -927,7 +932,9 @@ class _Stage:
             parts = split_rows(tensor, cut)
             count = self._guided_channels(tensor, arguments)
             wanted = self._wanted(next(numbers), parts[cond], parts[uncond] if whole else None, count)
-            return join_rows([wanted if i == cond else _with_head(parts[i], wanted, count) for i in range(2)], cut.turns)
+            return join_rows(
+                [wanted if i == cond else _with_head(parts[i], wanted, count) for i in range(2)], cut.turns
+            )
 
         if rows.listed and isinstance(_rows_of(output, rows), list):
             listed = _rows_of(output, rows)
@@ -995,7 +1002,8 @@ class _Stage:
         if self.listed:
             self._counts()
         whole = guided and (self.run.guider is None or role or self._guider_wants())
-        if whole or proving or self._fills_a_cache(arguments, first):
+        fills = self._fills_a_cache(arguments, first)
+        if whole or proving or fills:
             self.step.rows += 0 if role else rows.total
             output = call(*args, **kwargs)
         else:
@@ -1084,11 +1092,15 @@ class _Stage:
             self._disagree("hands its scheduler something else than tensors of a batch")
         walk = self.walks.get(id(scheduler))
         if walk is None or not self.records:
-            self._disagree("steps its scheduler without calling one of its networks before, or without setting its timesteps")
+            self._disagree(
+                "steps its scheduler without calling one of its networks before, or without setting its timesteps"
+            )
         if walk.nearest(timestep) != walk.position or walk.walked == walk.position:
             self._disagree(f"does not walk through the schedule that it set: it is at timestep {float(timestep):g}")
         if walk.walked is not None and walk.position != walk.walked + 1:
-            self._disagree(f"does not walk through the schedule that it set: step {walk.position} follows {walk.walked}")
+            self._disagree(
+                f"does not walk through the schedule that it set: step {walk.position} follows {walk.walked}"
+            )
         walk.walked = walk.position
         if self.layout is None:
             return self._without_layout(m)
@@ -1196,7 +1208,9 @@ class _Stage:
         for parts in outputs:
             if parts[cond].shape == m.shape and self.run.guider is None:
                 return parts[cond].to(m.dtype) * (parts[cond] * m).sum().sign().to(m.dtype)
-        self._disagree("hands its scheduler predictions of another form, so its first step cannot be changed; guide it")
+        self._disagree(
+            "hands its scheduler predictions of another form, so its first step cannot be changed; guide it"
+        )
 
     def _as_proved(self, m, outputs, kind):
         """After the proof: in an unguided step the conditional prediction must arrive."""
@@ -1223,7 +1237,9 @@ class _Stage:
             both = zip(*(_stacked(one.output, one.rows) for one in self.records), strict=False)
             outputs = [list(pair) for pair in both]
         elif self.layout.how != "calls" and len(self.records) == 1 and self.records[0].kind == "whole":
-            outputs = [split_rows(one, self.layout.cut) for one in _stacked(self.records[0].output, self.records[0].rows)]
+            outputs = [
+                split_rows(one, self.layout.cut) for one in _stacked(self.records[0].output, self.records[0].rows)
+            ]
         for parts in outputs:
             found = fit(m, parts, cond) if isinstance(m, torch.Tensor) and len(parts[0]) == len(m) else None
             if found is not None and found.clear:
@@ -1239,7 +1255,9 @@ _NOT_LIMITED = (
     "its guidance cannot be limited or replaced like this; give layout= if it guides in another way, or remove the"
     " interval with remove_guidance_interval(pipe)"
 )
-_TRUE_GUIDANCE = "Where the pipeline has true classifier-free guidance, turn it on with true_cfg_scale > 1 and a negative_prompt"
+_TRUE_GUIDANCE = (
+    "Where the pipeline has true classifier-free guidance, turn it on with true_cfg_scale > 1 and a negative_prompt"
+)
 _EMBEDDED = ("guidance", "guidance_scale", "embedded_guidance", "guidance_scale_embeds", "timestep_cond")
 
 
@@ -1287,14 +1305,18 @@ def _counts_in(value: Any) -> Any:
 
 def _other_inputs(first: dict, second: dict) -> bool:
     """Whether two calls differ in their samples or times."""
-    samples = [next((value for value in one.values() if isinstance(value, torch.Tensor)), None) for one in (first, second)]
+    samples = [
+        next((value for value in one.values() if isinstance(value, torch.Tensor)), None) for one in (first, second)
+    ]
     times = [next((one[name] for name in one if _is_timestep(name)), None) for one in (first, second)]
     return any(
         one is not other
         and not (
             torch.equal(one, other)
             if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.shape == other.shape
-            else one == other if not isinstance(one, torch.Tensor) and not isinstance(other, torch.Tensor) else False
+            else one == other
+            if not isinstance(one, torch.Tensor) and not isinstance(other, torch.Tensor)
+            else False
         )
         for one, other in (samples, times)
     )

@@ -61,7 +61,8 @@ class Layout:
     plus_one: the weight w of a call means c + w (c - u), not u + w (c - u).
     variance: the second half of the channels is no prediction to guide: always, or where it is there ("may").
     text_first: the conditional prediction has the text's tokens in front of the image's.
-    fills_cache: the first unconditional call fills a cache that later ones read.
+    fills_cache: the first unconditional call fills a cache that later ones read. aside: which calls, by their arguments,
+        fill a cache of all rows and predict nothing.
     """
 
     parts: tuple[str, ...]
@@ -76,6 +77,7 @@ class Layout:
     variance: str = ""
     text_first: bool = False
     fills_cache: bool = False
+    aside: Callable[[dict], bool] | None = None
 
     def __str__(self) -> str:
         return {"batch": ", ", "turns": " | ", "calls": "; "}[self.how].join(self.parts)
@@ -124,7 +126,7 @@ _PLUS_ONE = Layout(CALLS, "calls", by_property, plus_one=True)
 _TABLE = {
     Layout(UNCOND_COND): """
         AltDiffusion AltDiffusionImg2Img AnimateDiff AnimateDiffControlNet AnimateDiffSDXL AnimateDiffSparseControlNet
-        AnimateDiffVideoToVideo AnimateDiffVideoToVideoControlNet AnyFlow AnyFlowFAR Bria CogView3Plus EasyAnimate
+        AnimateDiffVideoToVideo AnimateDiffVideoToVideoControlNet AnyFlow Bria CogView3Plus EasyAnimate
         EasyAnimateControl EasyAnimateInpaint ErnieImage HiDreamImage HunyuanDiTControlNet I2VGenXL JoyImageEditPlus
         Kandinsky3 Kandinsky3Img2Img KandinskyV22Prior Kolors KolorsImg2Img LTX LTX2 LTX2Condition LTX2HDR
         LTX2ImageToVideo LTX2InContext LTXCondition LTXI2VLongMultiPrompt LTXImageToVideo Mochi PIA PRX PRXPixel Sana
@@ -158,6 +160,7 @@ _TABLE = {
         IF IFImg2Img IFImg2ImgSuperResolution IFInpainting IFInpaintingSuperResolution IFSuperResolution Kandinsky
         KandinskyImg2Img KandinskyInpaint KandinskyV22Controlnet KandinskyV22ControlnetImg2Img
     """,
+    Layout(UNCOND_COND, aside=lambda arguments: arguments["kv_cache_flag"]["is_cache_step"]): "AnyFlowFAR",
     Layout(UNCOND_COND, on=BY_SCALE, gradient=True): "StableDiffusionAttendAndExcite",
     Layout(UNCOND_COND, on=above_one("min_guidance_scale", "max_guidance_scale")): "StableVideoDiffusion",
     Layout(UNCOND_COND, on=lambda pipe, call: call["guidance_scale"] != 1.0): "LDMTextToImage",
@@ -310,7 +313,9 @@ def propose(cls: type, networks: list[str]) -> Layout | None:
     """
     source = _Source(cls, [name for name in networks if "control" not in name.lower()])
     if problem := source.problem():
-        raise ValueError(f"{cls.__name__} is not among the pipelines whose guidance is known, and {problem}; {HOW_TO_SAY}")
+        raise ValueError(
+            f"{cls.__name__} is not among the pipelines whose guidance is known, and {problem}; {HOW_TO_SAY}"
+        )
     if source.splits:
         return source.splits[0][0]
     if source.unconditional:
@@ -576,7 +581,12 @@ def _slice_names(node: ast.stmt, following: list[ast.stmt]) -> tuple[list[str] |
     if len(rows) == 2 and rows[0][1] == rows[1][1]:
         (first, _, low), (second, _, high) = rows
         ends = [low.upper, high.lower]
-        if low.lower is None and high.upper is None and None not in ends and ast.unparse(ends[0]) == ast.unparse(ends[1]):
+        if (
+            low.lower is None
+            and high.upper is None
+            and None not in ends
+            and ast.unparse(ends[0]) == ast.unparse(ends[1])
+        ):
             return ([] if isinstance(ends[0], ast.Constant) else [first, second]), "batch"
     return None, ""
 

@@ -164,17 +164,18 @@ class Walk:
     def nearest(self, timestep: Any) -> int:
         """The index of a timestep by its value, which is read from the device; an expected one, if it is that."""
         self._read()
-        t = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
-        candidates = range(len(self.timesteps))
-        expected = self.position if self.next is None else self.next
-        key = lambda i: (abs(self.timesteps[i] - t), i != expected)  # noqa: E731
-        position = min(candidates, key=key)
-        if not abs(self.timesteps[position] - t) <= 1e-3 * max(1.0, abs(t)):
-            raise ValueError(
-                f"timestep {t:g} is not in the schedule of {type(self.scheduler).__name__}, so the step and its noise"
-                " level are not known"
-            )
-        return position
+        given = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
+        expected, length = self.position if self.next is None else self.next, self.scheduler.config.num_train_timesteps
+        # Some networks are told t / 1000, or 1 - t / 1000.
+        for t in (given, given * length, (1 - given) * length):
+            distances = [(abs(other - t), i != expected, i) for i, other in enumerate(self.timesteps)]
+            distance, _, position = min(distances)
+            if distance <= 1e-3 * max(1.0, abs(t)):
+                return position
+        raise ValueError(
+            f"timestep {given:g} is not in the schedule of {type(self.scheduler).__name__}, so the step and its noise"
+            " level are not known"
+        )
 
     def _read(self) -> None:
         if self.tensor is not self.scheduler.timesteps:

@@ -67,30 +67,26 @@ def differs(one: Any, other: Any) -> bool:
 def _solve(m: torch.Tensor, parts: list[torch.Tensor], cond: int) -> tuple[float, torch.Tensor, bool] | None:
     """Sign, weights and clearness by least squares for each sample, in float64; None if the rest is too large."""
     rounding = tolerance(m, *parts)
-    flat = [part.detach().to("cpu", torch.float64).flatten(1) for part in (m, *parts)]
-    target, condition = flat[0], flat[1 + cond]
-    others = [part - condition for i, part in enumerate(flat[1:]) if i != cond]
-    sizes = torch.stack([one.norm(dim=1) for one in others], dim=1) if others else torch.zeros(len(target), 0)
-    size = condition.norm(dim=1)
+    target, *flat = (part.detach().to("cpu", torch.float64).flatten(1) for part in (m, *parts))
+    condition = flat[cond]
+    others = [part - condition for i, part in enumerate(flat) if i != cond]
     # What rounding alone makes of two equal predictions is no difference.
-    seen = (sizes > rounding * size[:, None]).all(dim=1)
-    weights, signs = torch.zeros(len(target), len(parts), dtype=torch.float64), []
-    for row in range(len(target)):
-        known = [condition[row], *(one[row] for one in others)] if seen[row] else [condition[row]]
-        matrix = torch.stack(known, dim=1)
-        solved = torch.linalg.lstsq(matrix, target[row, :, None]).solution[:, 0]
-        rest = (matrix @ solved - target[row]).norm()
-        scale = solved[0].sign()
-        if not rest <= 4 * rounding * target[row].norm() or not abs(solved[0] * scale - 1) <= max(1e-3, rounding):
-            return None
-        signs.append(float(scale))
-        extra = iter(solved[1:] * scale)
-        for i in range(len(parts)):
-            weights[row, i] = 0 if i == cond or not seen[row] else next(extra)
-        weights[row, cond] = 1 - weights[row].sum()
-    if len(set(signs)) != 1:
-        return None
-    return signs[0], weights, bool(seen.any())
+    sizes = torch.stack([one.norm(dim=1) for one in others], dim=1)
+    seen = (sizes > rounding * condition.norm(dim=1, keepdim=True)).all(dim=1)
+    for sign in (1.0, -1.0):
+        weights, fits = torch.zeros(len(target), len(parts), dtype=torch.float64), True
+        for row in range(len(target)):
+            rest = sign * target[row] - condition[row]
+            if seen[row]:
+                matrix = torch.stack([one[row] for one in others], dim=1)
+                found = torch.linalg.lstsq(matrix, rest[:, None]).solution[:, 0]
+                rest = rest - matrix @ found
+                weights[row, [i for i in range(len(parts)) if i != cond]] = found
+            weights[row, cond] = 1 - weights[row].sum()
+            fits = fits and bool(rest.norm() <= 4 * rounding * target[row].norm())
+        if fits:
+            return sign, weights, bool(seen.any())
+    return None
 
 
 def _alignments(part: torch.Tensor, m: torch.Tensor) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
