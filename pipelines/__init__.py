@@ -10,8 +10,10 @@ from .guidance_interval import (
     GuidanceInterval,
     GuidanceReport,
     apply_guidance_interval,
+    apply_guider,
     guidance_report,
     remove_guidance_interval,
+    remove_guider,
 )
 from .respacing import respaced_timesteps
 from .stable_diffusion_xl_guidance_interval import StableDiffusionXLGuidanceIntervalPipeline
@@ -28,7 +30,9 @@ __all__ = [
     "GuidanceReport",
     "StableDiffusionXLGuidanceIntervalPipeline",
     "apply_guidance_interval",
+    "apply_guider",
     "guidance_report",
     "remove_guidance_interval",
+    "remove_guider",
     "respaced_timesteps",
 ]

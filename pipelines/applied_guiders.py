@@ -68,14 +68,11 @@ def second_answer(wanted: torch.Tensor, cond: torch.Tensor, weight: float) -> to
     return answer.to(cond.dtype)
 
 
-def weight_of_call(pipe, network: str, arguments: dict[str, Any], plus_one: bool) -> float:
-    """w of u + w (c - u) in a call that makes two predictions one after the other.
+def weight_of_call(pipe, name: str, arguments: dict[str, Any], plus_one: bool) -> float:
+    """w of u + w (c - u) in a call, which is the argument `name` of it, or that of a pipeline's own guider.
 
     Raises ValueError if the call does not say it in one number, or if u' would lose its digits.
     """
-    name = "true_cfg_scale" if "true_cfg_scale" in arguments else "guidance_scale"
-    if network.endswith("_2") and arguments.get("guidance_scale_2") is not None:
-        name = "guidance_scale_2"
     guider = getattr(pipe, "guider", None)
     weight = arguments.get(name) if guider is None else _of_guider(guider)
     if isinstance(weight, bool) or not isinstance(weight, int | float):

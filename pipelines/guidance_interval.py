@@ -591,6 +591,8 @@ class _Run:
 
     def finish(self) -> None:
         """After the call: raise if guidance was asked for and not found, warn if the interval had no effect."""
+        for stage in set(self.stages.values()):
+            stage.finish()
         if self.guidable:
             self._warn_without_effect()
         elif not self.superseded:
@@ -630,11 +632,12 @@ def _schedulers(pipe: DiffusionPipeline) -> list[Any]:
 class _Record:
     """A denoiser's call since the last step of the scheduler: what it was asked, and what it gave for all rows.
 
-    kind: "whole" (all parts, as the pipeline asks for them), "cut" (fewer rows), or "plain".
+    kind: "whole" (all parts, as the pipeline asks for them), "cut" (fewer rows), or "plain". everything: what all rows
+    gave where fewer were run for the answer.
     """
 
-    def __init__(self, kind: str, rows: Rows, arguments: dict, output: Any, problem: str = ""):
-        self.kind, self.rows, self.arguments, self.output, self.problem = kind, rows, arguments, output, problem
+    def __init__(self, kind: str, rows: Rows, output: Any, problem: str, everything: Any):
+        self.kind, self.rows, self.output, self.problem, self.everything = kind, rows, output, problem, everything
 
 
 class _Stage:
@@ -772,17 +775,20 @@ class _Stage:
             return self._plain_call(call, args, kwargs, arguments, role)
         self._check_network(module, arguments)
         guided, guider = self._is_guided(), self.run.guider
-        if not self.listed and self.unproved:
+        if (self.plan.source == "proposed" and self.unproved) or (
+            guided and guider and self.unproved and not self.listed
+        ):
             return self._whole_batch(module, call, args, kwargs, arguments, rows, role)
-        self._counts()
+        if self.listed:
+            self._counts()
         whole = guided and (guider is None or self._guider_wants())
+        everything = None
         if whole:
             self.step.rows += 0 if role else rows.total
             output = call(*args, **kwargs)
         else:
-            output = self._fewer_rows(module, call, args, kwargs, arguments, rows, role)
-        if self.unproved or self.fit is not None:
-            self._record("whole" if whole else "cut", rows, arguments, output, role)
+            output, everything = self._fewer_rows(module, call, args, kwargs, arguments, rows, role)
+        self._record("whole" if whole else "cut", rows, arguments, output, role, everything=everything)
         if guided and guider is not None and not role:
             output = self._guided_batch(output, rows, arguments, whole)
         return output
@@ -798,7 +804,7 @@ class _Stage:
             if rows.total not in (self.rows, self.rows * layout.cut.parts):
                 self._disagree(f"runs {rows.total} rows for {self.rows} samples, in {layout.cut.parts} parts")
             return rows.total != self.rows
-        if layout.gradient and torch.is_grad_enabled() or not layout.on(self.pipe, self.arguments):
+        if (layout.gradient and torch.is_grad_enabled()) or not layout.on(self.pipe, self.arguments):
             return False
         if layout.partly and rows.total == self.rows:
             return False
@@ -840,7 +846,7 @@ class _Stage:
         unclear = self._unclear(module, arguments, rows) if try_out else []
         if unclear:
             state = _state_of(module)
-        output = self._cut_call(module, call, args, kwargs, rows)
+        output, everything = self._cut_call(module, call, args, kwargs, rows), None
         self.step.rows += 0 if role else kept
         self.step.rows_saved += 0 if role else rows.total - kept
         self.tried.add(id(module))
@@ -848,9 +854,11 @@ class _Stage:
             if state != _state_of(module):
                 self._disagree("has attention processors that keep count of the calls of the network")
             self.step.rows += 0 if role else rows.total
-            if problem := self._difference(output, call(*args, **kwargs), rows):
+            everything = call(*args, **kwargs)
+            # of an unlisted pipeline it is not known yet whether this is a batch of several parts
+            if (problem := self._difference(output, everything, rows)) and (self.listed or self.rows is not None):
                 self._disagree(f"{problem}; unclear are {unclear}")
-        return output
+        return output, everything
 
     def _cut_call(self, module, call, args, kwargs, rows):
         cut = self.layout.cut
@@ -929,12 +937,18 @@ class _Stage:
         def guided(tensor):
             if tensor.ndim == 0 or len(tensor) % rows.total:
                 return tensor
-            parts = split_rows(tensor, cut)
+            parts, number = split_rows(tensor, cut), next(numbers)
             count = self._guided_channels(tensor, arguments)
-            wanted = self._wanted(next(numbers), parts[cond], parts[uncond] if whole else None, count)
-            return join_rows(
-                [wanted if i == cond else _with_head(parts[i], wanted, count) for i in range(2)], cut.turns
-            )
+            wanted = self._wanted(number, parts[cond], parts[uncond] if whole else None, count)
+            if self.arguments.get("guidance_rescale"):  # the pipeline's own, by the conditional prediction
+                scale = (
+                    "audio_guidance_scale" if number and "audio_guidance_scale" in self.arguments else "guidance_scale"
+                )
+                weight = weight_of_call(self.pipe, scale, self.arguments, self.layout.plus_one)
+                parts[uncond] = second_answer(wanted, parts[cond], weight)
+            else:
+                parts = [wanted if i == cond else _with_head(part, wanted, count) for i, part in enumerate(parts)]
+            return join_rows(parts, cut.turns)
 
         if rows.listed and isinstance(_rows_of(output, rows), list):
             listed = _rows_of(output, rows)
@@ -952,6 +966,8 @@ class _Stage:
         """How many channels are guided; None for all."""
         if not self.layout.variance or tensor.ndim < 3:
             return None
+        if self.layout.variance == "three":
+            return 3
         sample = next(value for value in arguments.values() if isinstance(value, torch.Tensor) and value.ndim > 1)
         doubled = tensor.shape[1] == 2 * sample.shape[1]
         return tensor.shape[1] // 2 if self.layout.variance == "always" or doubled else None
@@ -962,7 +978,7 @@ class _Stage:
         kind = self._kind_of_call(module, role)
         if kind == "cond":
             if self.listed and self.run.guider is not None and not role:
-                weight_of_call(self.pipe, self.names[id(module)], self.arguments, self.layout.plus_one)
+                self._weight(module)
             output = self._plain_call(call, args, kwargs, arguments, role)
             self.conditional[role] = (self.step, output, arguments)
             self.waiting.add(role)
@@ -998,7 +1014,7 @@ class _Stage:
             self._disagree("calls its network without the condition before it calls it with")
         if not self.listed and _other_inputs(first, arguments):
             self._disagree("makes two calls of its network in a step, of different samples or times")
-        guided, proving = self._is_guided(), self.unproved and not self.listed
+        guided, proving = self._is_guided(), self.unproved and self.plan.source == "proposed"
         if self.listed:
             self._counts()
         whole = guided and (self.run.guider is None or role or self._guider_wants())
@@ -1009,12 +1025,9 @@ class _Stage:
         else:
             self.step.rows_saved += 0 if role else rows.total
             output = None
+        self._record("cut" if output is None else "whole", rows, arguments, output, role)
         if output is not None and (proving or (whole and (self.run.guider is None or role))):
-            if not self.listed or self.unproved:
-                self._record("whole", rows, arguments, output, role)
             return output
-        if not self.listed:
-            self._record("whole" if whole else "cut", rows, arguments, output, role)
         if guided and self.listed and not role:
             return self._guided_second(module, cond, output if whole else None, arguments)
         if output is not None and not self.listed:  # the scheduler's input is made right
@@ -1024,7 +1037,7 @@ class _Stage:
 
     def _guided_second(self, module, cond, uncond, arguments):
         """What makes the pipeline's combination the guider's prediction."""
-        weight = weight_of_call(self.pipe, self.names[id(module)], self.arguments, self.layout.plus_one)
+        weight = self._weight(module)
         if self.layout.text_first:
             cond = _image_tokens(cond, arguments["hidden_states"].shape[1])
         others, numbers = iter(tensors_in(uncond)), iter(range(len(tensors_in(cond)) + 1))
@@ -1036,6 +1049,13 @@ class _Stage:
             return second_answer(wanted, tensor, weight)
 
         return map_tensors(answered, cond)
+
+    def _weight(self, module) -> float:
+        """w of u + w (c - u) in this call."""
+        name = "true_cfg_scale" if "true_cfg_scale" in self.arguments else "guidance_scale"
+        if self.names[id(module)].endswith("_2") and self.arguments.get("guidance_scale_2") is not None:
+            name = "guidance_scale_2"  # of Wan's second expert
+        return weight_of_call(self.pipe, name, self.arguments, self.layout.plus_one)
 
     def _fills_a_cache(self, arguments, conditional) -> bool:
         """Whether later unconditional calls need what this one keeps in a cache, which the conditional calls lack.
@@ -1056,13 +1076,13 @@ class _Stage:
             rows = count_rows(arguments)
             self.step.rows += rows.total
             self.run.distilled = self.run.distilled or any(arguments.get(name) is not None for name in _EMBEDDED)
-            if self.unproved or self.fit is not None or not self.listed:
-                self._record("plain", rows, arguments, output, role)
+            self._record("plain", rows, arguments, output, role)
         return output
 
-    def _record(self, kind, rows, arguments, output, role, problem="") -> None:
-        if not role:
-            self.records.append(_Record(kind, rows, arguments, output, problem))
+    def _record(self, kind, rows, arguments, output, role, problem="", everything=None) -> None:
+        if not role and (self.unproved or not self.listed):
+            output = map_tensors(torch.clone, output)  # which the pipeline may change in place
+            self.records.append(_Record(kind, rows, output, problem, everything))
 
     # What reaches the scheduler.
 
@@ -1116,18 +1136,36 @@ class _Stage:
             self._disagree(f"calls its network {len(self.records)} times in a step")
         record, parts = self.records[0], self.layout.cut.parts
         if record.rows.total == self.rows:
-            self._check_plain(m, record)
-            return m
+            return self._checked_plain(m, record)
         if record.rows.total != self.rows * parts:
             self._disagree(f"runs {record.rows.total} rows for {self.rows} samples, in {parts} parts")
         if record.problem:
             self._disagree(record.problem)
         self._counts()
         outputs = [split_rows(tensor, self.layout.cut) for tensor in _stacked(record.output, record.rows)]
-        return self._proved(m, outputs) if self.unproved else self._as_proved(m, outputs, record.kind)
+        if record.everything is not None and self._difference(record.output, record.everything, record.rows):
+            self._disagree("gives its conditional rows another prediction without the others")
+        if self.unproved and record.kind == "whole":
+            return self._proved(m, outputs)
+        return self._as_proved(m, outputs, record.kind)
+
+    def _checked_plain(self, m, record):
+        """A batch of as many rows as samples is not guided; raise if its halves are combined all the same."""
+        if record.kind == "cut":
+            return self._repaired(m, record)
+        self._check_plain(m, record)
+        return m
+
+    def _repaired(self, m, record):
+        """What the scheduler is to be given where samples were taken for the parts of a batch in the first step."""
+        pairs = zip(_stacked(record.output, record.rows), _stacked(record.everything, record.rows), strict=True)
+        for ours, theirs in pairs:
+            for sign in (1, -1):
+                if ours.shape == m.shape and not differs(m, sign * ours):
+                    return (sign * theirs).to(m.dtype)
+        self._disagree(f"runs {record.rows.total} rows for as many samples, which are not in several parts")
 
     def _check_plain(self, m, record) -> None:
-        """A batch of as many rows as samples is not guided; raise if its halves are combined all the same."""
         parts = self.layout.cut.parts
         if record.rows.total % parts or m.shape[0] % parts:
             return
@@ -1146,7 +1184,7 @@ class _Stage:
             return m
         self._counts()
         first, second = self.records
-        if second.output is None:
+        if second.kind == "cut":
             return self._as_proved(m, [[one] * 2 for one in _stacked(first.output, first.rows)], "cut")
         both = zip(_stacked(first.output, first.rows), _stacked(second.output, second.rows), strict=False)
         outputs = [list(pair) for pair in both]
@@ -1157,10 +1195,11 @@ class _Stage:
         cond = self.layout.parts.index("cond")
         found = next(((i, one) for i, parts in enumerate(outputs) if (one := fit(m, parts, cond))), None)
         self._judge(found and found[1])
+        self.fit = None if self.unproved or found is None else found
         if self._is_guided() and self.run.guider is None:
             return m
         if found is None:
-            return self._without_proof(m, outputs)
+            self._disagree("hands its scheduler something that a guider cannot take the place of")
         number, fitted = found
         return self._replaced(m, fitted, outputs[number], number)
 
@@ -1176,7 +1215,7 @@ class _Stage:
             )
         if weights is not None and bool((weights > 0.99).all()):
             if bool((weights > 1.01).any()):
-                self.unproved, self.fit = False, (0, found)
+                self.unproved = False
             return
         if self.plan.source != "given":
             self._disagree(
@@ -1185,11 +1224,7 @@ class _Stage:
             )
         if self.unproved:
             self.unproved = False
-            warnings.warn(
-                f"what reaches the scheduler of {self.name} does not show whether the layout {str(self.layout)!r} is"
-                " right; it is taken as given",
-                stacklevel=2,
-            )
+            warnings.warn(f"{self._not_shown()} what reaches the scheduler does not show it", stacklevel=2)
 
     def _replaced(self, m, fitted, parts, number):
         """What the scheduler is to be given where the network was answered in full."""
@@ -1202,30 +1237,20 @@ class _Stage:
             wanted = [self.run.guider(number, parts[cond], parts[uncond])] * len(parts)
         return fitted.combined(wanted).to(m.dtype)
 
-    def _without_proof(self, m, outputs):
-        """The same where the combination is not known, and the layout was given: the conditional prediction itself."""
-        cond = self.layout.parts.index("cond")
-        for parts in outputs:
-            if parts[cond].shape == m.shape and self.run.guider is None:
-                return parts[cond].to(m.dtype) * (parts[cond] * m).sum().sign().to(m.dtype)
-        self._disagree(
-            "hands its scheduler predictions of another form, so its first step cannot be changed; guide it"
-        )
-
     def _as_proved(self, m, outputs, kind):
-        """After the proof: in an unguided step the conditional prediction must arrive."""
-        if self.fit is None:
-            return m
+        """With a layout that is proved, or that was given: in an unguided step the conditional prediction must arrive."""
         cond = self.layout.parts.index("cond")
         if self._is_guided():
-            if self.run.guider is None or kind == "cut":
+            if self.run.guider is None or kind == "cut" or self.fit is None:
                 return m
             return self._replaced(m, self.fit[1], outputs[self.fit[0]], self.fit[0])
         if "perturbed" in self.layout.parts:
             return m
-        expected = self.fit[1].sign * self.fit[1].align(outputs[self.fit[0]][cond])
-        if differs(m, expected):
-            self._disagree("adds something else to the prediction of an unguided step")
+        if self.fit is not None:
+            if differs(m, self.fit[1].sign * self.fit[1].align(outputs[self.fit[0]][cond])):
+                self._disagree("adds something else to the prediction of an unguided step")
+        elif self.unproved and not any(fit(m, [parts[cond]] * 2, 0) for parts in outputs):
+            self._judge(None)
         return m
 
     def _verify(self, m) -> None:
@@ -1246,6 +1271,14 @@ class _Stage:
                 if bool((found.weights[:, cond] < 0.01).any()):
                     self._judge(found)
                 self.unproved = False
+
+    def finish(self) -> None:
+        """After the call: say it if a layout that was given was never proved."""
+        if self.plan.source == "given" and self.unproved and self.run.guidable:
+            warnings.warn(f"{self._not_shown()} no step showed it", stacklevel=5)
+
+    def _not_shown(self) -> str:
+        return f"the layout {str(self.layout)!r} of {self.name} is taken as given, it is not proved:"
 
     def _disagree(self, what: str) -> None:
         raise ValueError(f"{self.name} {what}; {_NOT_LIMITED}")

@@ -20,7 +20,6 @@ import functools
 import inspect
 import os
 import re
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,7 +58,8 @@ class Layout:
         gradients are taken. partly: so it is in steps that the pipeline leaves unguided itself, after a guided one.
     every: all calls but the first of a step are unconditional.
     plus_one: the weight w of a call means c + w (c - u), not u + w (c - u).
-    variance: the second half of the channels is no prediction to guide: always, or where it is there ("may").
+    variance: the second half of the channels is no prediction to guide: always, or where it is there ("may"); Lumina
+        guides "three" channels.
     text_first: the conditional prediction has the text's tokens in front of the image's.
     fills_cache: the first unconditional call fills a cache that later ones read. aside: which calls, by their arguments,
         fill a cache of all rows and predict nothing.
@@ -173,7 +173,7 @@ _TABLE = {
     """,
     Layout(COND_UNCOND, partly=True, extra=True): "AceStep",
     Layout(COND_UNCOND, on=BY_SCALE, variance="may"): "DiT DiTGuidanceInterval",
-    Layout(COND_UNCOND, on=BY_SCALE, variance="always"): "Lumina",
+    Layout(COND_UNCOND, on=BY_SCALE, variance="three"): "Lumina",
     Layout(("cond", "image", "uncond")): "StableDiffusionInstructPix2Pix",
     Layout(
         ("cond", "image", "uncond"),
@@ -335,11 +335,12 @@ class _Source:
         self.functions = {name: _tree(cls, function) for name, function in _methods(cls).items()}
         self.splits: list[tuple[Layout, ast.stmt]] = []
         self.unclear: list[ast.stmt] = []
+        self.leaks: list[ast.stmt] = []
         self.conditional: list[tuple[str, ast.stmt]] = []
         self.unconditional: list[tuple[str, ast.stmt]] = []
         waiting = True
         while waiting:  # a method that returns what a network predicted is called like a network
-            self.splits, self.unclear, self.conditional, self.unconditional = [], [], [], []
+            self.splits, self.unclear, self.conditional, self.unconditional, self.leaks = [], [], [], [], []
             found = {f"self.{name}" for name in self.functions if self._read(name)}
             waiting = not found <= self.networks
             self.networks |= found
@@ -348,6 +349,11 @@ class _Source:
         """Why nothing can be proposed; empty if something can, or if nothing guides."""
         if self.unclear:
             return f"its source splits a prediction in unclear parts: `{ast.unparse(self.unclear[0])}`"
+        if self.leaks and (self.splits or self.unconditional):
+            return (
+                "its source uses its predictions besides handing them to scheduler.step:"
+                f" `{ast.unparse(self.leaks[0])[:120]}`"
+            )
         layouts = sorted({str(layout) for layout, _ in self.splits})
         if len(layouts) > 1:
             return f"its source shows several layouts: {layouts}"
@@ -371,27 +377,29 @@ class _Source:
         """Read the network calls of a method; returns whether it hands on what a network predicted."""
         function, returned = self.functions[name], False
         statements = _statements(function)
-        aliases = {
-            target
-            for node in statements
-            if node.value is not None and ast.unparse(node.value) in self.networks
-            for target in _names(node)
-        }
+        aliases = {name for node in statements if self._is_network(node.value) for name in _targets(node)}
         for i, node in enumerate(statements):
             if node.value is None or not _calls(node.value) & (self.networks | aliases):
                 continue
             split, hands_on = self._follow(statements, i, _targets(node), self.networks | aliases)
+            self.leaks += _leaks(function, statements[i:])
             returned = returned or (hands_on and name != "__call__")
             if not split and not (hands_on and isinstance(node, ast.Return)):
                 kind = self.unconditional if any(map(UNCONDITIONAL.search, _words(node))) else self.conditional
                 kind.append((name, node))
         return returned
 
+    def _is_network(self, value: ast.expr | None) -> bool:
+        """Whether an expression is a network, or one of several, and not a call."""
+        if isinstance(value, ast.IfExp):
+            return self._is_network(value.body) and self._is_network(value.orelse)
+        return value is not None and ast.unparse(value) in self.networks
+
     def _follow(self, statements: list, start: int, reached: set[str], networks: set[str]) -> tuple[bool, bool]:
         """Follow a prediction, from the statement that has it; returns whether it is split, and whether returned."""
         split, returned = False, False
         for i, node in enumerate(statements[start:], start):
-            if node.value is None or i > start and not (_names(node.value) & reached):
+            if node.value is None or (i > start and not (_names(node.value) & reached)):
                 continue
             if i > start and _calls(node.value) & networks:
                 continue  # a network that takes it in
@@ -416,12 +424,47 @@ class _Source:
             parameters = [argument.arg for argument in self.functions[name].args.args]
             given = dict(zip(parameters[1:], call.args, strict=False))
             given |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
-            handed = {key for key, value in given.items() if _names(value) & reached}
+            handed = {key for key, value in given.items() if _names(value) & reached or _calls(value) & self.networks}
             if handed:
                 inside = [ast.Assign([ast.Name(key)], ast.Constant(None)) for key in handed]
                 inner = [*inside, *_statements(self.functions[name])]
                 split = self._follow(inner, len(inside) - 1, handed, self.networks)[0] or split
         return split
+
+
+def _leaks(function: ast.FunctionDef, statements: list[ast.stmt]) -> list[ast.stmt]:
+    """Statements that keep what a network predicted, in the first of them, or use it besides the scheduler's step."""
+    ends = (ast.Continue, ast.Return, ast.Break, ast.Raise)
+    leaving = [node for node in ast.walk(function) if isinstance(node, ast.If) and isinstance(node.body[-1], ends)]
+    elsewhere = {part for node in leaving for one in node.body for part in ast.walk(one)}
+    reached, stepped, found = _targets(statements[0]), False, []
+    for node in statements:
+        if node.value is None or (node is not statements[0] and not _names(node.value) & reached):
+            continue
+        handed = [_first_argument(call) for call in ast.walk(node.value) if _is_step(call)]
+        if handed:
+            inside = {part for one in handed for part in ast.walk(one)}
+            names = {part.id for part in ast.walk(node.value) if isinstance(part, ast.Name) and part not in inside}
+            found += [node] if names & reached and node is not statements[0] else []
+            if node is statements[0]:
+                return []
+            stepped = stepped or node not in elsewhere
+            continue
+        kept = isinstance(node, ast.Assign) and any(
+            not isinstance(part, ast.Name | ast.Tuple) for part in node.targets
+        )
+        found += [node] if kept or stepped else []
+        reached = reached | _targets(node)
+    return found
+
+
+def _is_step(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "step"
+
+
+def _first_argument(call: ast.Call) -> ast.expr:
+    named = [keyword.value for keyword in call.keywords if keyword.arg == "model_output"]
+    return (*call.args, *named, call.func)[0]
 
 
 def _may_guide(cls: type) -> bool:
@@ -438,7 +481,11 @@ def _methods(cls: type) -> dict[str, Callable]:
         name = waiting.pop()
         method = inspect.getattr_static(cls, name, None)
         method = method.__func__ if isinstance(method, staticmethod | classmethod) else method
-        if name in found or hasattr(DiffusionPipeline, name) and name != "__call__" or not inspect.isfunction(method):
+        if (
+            name in found
+            or (hasattr(DiffusionPipeline, name) and name != "__call__")
+            or not inspect.isfunction(method)
+        ):
             continue
         found[name] = inspect.unwrap(method)
         waiting += [used for used in _code_names(found[name].__code__) if used not in found]
@@ -528,7 +575,7 @@ def _layout_of_names(names: list[str], how: str) -> Layout:
     unconditional = [name for name in names if UNCONDITIONAL.search(name)]
     if len(names) not in (2, 3) or len(unconditional) != 1 or len(set(names)) < len(names) or "_" in names:
         return Layout((), how)
-    parts = {name: "uncond" for name in unconditional}
+    parts = dict.fromkeys(unconditional, "uncond")
     rest = [name for name in names if name not in parts]
     parts |= {name: "perturbed" for name in rest if re.search("perturb", name, re.IGNORECASE)}
     rest = [name for name in names if name not in parts]
@@ -560,7 +607,7 @@ def _chunk_names(node: ast.stmt) -> tuple[list[str] | None, str]:
             return [], "batch"
         names = [ast.unparse(element) for element in target.elts]
         count = ast.unparse(sizes[0]) if call.func.attr == "chunk" and sizes else ""
-        return ([] if count.isdigit() and int(count) != len(names) or "*" in "".join(names) else names), "batch"
+        return ([] if (count.isdigit() and int(count) != len(names)) or "*" in "".join(names) else names), "batch"
     return None, ""
 
 
