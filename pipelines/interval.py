@@ -166,7 +166,7 @@ class Walk:
         self._read()
         given = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
         expected = self.position if self.next is None else self.next
-        length = self.scheduler.config.get("num_train_timesteps", 1)
+        length = getattr(self.scheduler, "config", {}).get("num_train_timesteps", 1)
         # Some networks are told t / 1000, or 1 - t / 1000.
         for t in (given, given * length, (1 - given) * length):
             distances = [(abs(other - t), i != expected, i) for i, other in enumerate(self.timesteps)]
