@@ -173,7 +173,8 @@ class Guidance:
         For pipelines that take the interval as an argument; after it, `report` tells what was done.
         """
         run = _Run(self, call, pipe, args, kwargs)
-        args, kwargs = map(_outside_callback, args), {key: _outside_callback(value) for key, value in kwargs.items()}
+        args = map(_outside_callback, args)
+        kwargs = {key: _outside_callback(value, key) for key, value in kwargs.items()}
         with run:
             result = call(pipe, *args, **kwargs)
         run.finish()
@@ -519,13 +520,16 @@ class _Seen:
         return self if copied is None else _Seen(copied, self.name, getattr(type(copied), self.name).__get__(copied))
 
 
-def _outside_callback(value: Any) -> Any:
+def _outside_callback(value: Any, name: str = "") -> Any:
     """A callback that is run outside of the run, so that a pipeline called in it is none of ours."""
     if isinstance(value, PipelineCallback | MultiPipelineCallbacks):
         seen = object.__new__(_outside_class(type(value)))
         seen.__dict__ = value.__dict__
         return seen
-    return _outside(value) if inspect.isfunction(value) or inspect.ismethod(value) else value
+    plain = inspect.isfunction(value) or inspect.ismethod(value) or isinstance(value, functools.partial)
+    # Of objects those alone that are named so, since a pipeline may use an argument as more than a function.
+    plain = plain or ("callback" in name and callable(value))
+    return _outside(value) if plain else value
 
 
 @functools.cache
@@ -718,6 +722,8 @@ class _Stage:
         timestep = next((value for name, value in arguments.items() if value is not None and _is_timestep(name)), None)
         start = walk.at(timestep, self.run.arguments.get("strength"))
         if start is not self.start:
+            if self.records and self.layout is not None and not self.listed:
+                self._disagree("calls its network for the next step without stepping its scheduler")
             if self.start is not None:
                 self._after_first_step()
             else:
@@ -1154,6 +1160,7 @@ class _Stage:
         if record.kind == "cut":
             return self._repaired(m, record)
         self._check_plain(m, record)
+        self._check_alone(m, record)
         return m
 
     def _repaired(self, m, record):
@@ -1174,6 +1181,14 @@ class _Stage:
             if found is not None and found.clear and (found.weights.abs() > 0.01).sum(dim=1).max() > 1:
                 self._disagree("keeps the samples themselves in a batch of several parts")
 
+    def _check_alone(self, m, record) -> None:
+        """In a step without unconditional prediction, after one that had it, nothing of the latter may be left."""
+        shown = self.fit is not None or self.unproved
+        if not (self.run.guidable and shown):
+            return
+        if not any(fit(m, [tensor] * 2, 0) for tensor in _stacked(record.output, record.rows)):
+            self._disagree("hands its scheduler something else than the only prediction of a step")
+
     def _checked_calls(self, m):
         if any(record.rows.total != self.rows for record in self.records):
             self._disagree(f"runs {[one.rows.total for one in self.records]} rows for {self.rows} samples")
@@ -1181,6 +1196,7 @@ class _Stage:
             outputs = [[tensor] * 2 for tensor in _stacked(self.records[0].output, self.records[0].rows)]
             if self.fit is not None and not self._is_guided():
                 return self._as_proved(m, outputs, "cut")
+            self._check_alone(m, self.records[0])
             return m
         self._counts()
         first, second = self.records
@@ -1241,7 +1257,8 @@ class _Stage:
         """With a layout that is proved, or that was given: in an unguided step the conditional prediction must arrive."""
         cond = self.layout.parts.index("cond")
         if self._is_guided():
-            if self.run.guider is None or kind == "cut" or self.fit is None:
+            answered = self.layout.how != "calls" or kind == "cut"  # a batch has the guider's prediction in its parts
+            if self.run.guider is None or answered or self.fit is None:
                 return m
             return self._replaced(m, self.fit[1], outputs[self.fit[0]], self.fit[0])
         if "perturbed" in self.layout.parts:
@@ -1273,7 +1290,9 @@ class _Stage:
                 self.unproved = False
 
     def finish(self) -> None:
-        """After the call: say it if a layout that was given was never proved."""
+        """After the call: say it if a layout that was given was never proved, raise if no step was seen."""
+        if self.records and self.layout is not None and not self.listed and self.rows is None:
+            self._disagree("does not step its scheduler")
         if self.plan.source == "given" and self.unproved and self.run.guidable:
             warnings.warn(f"{self._not_shown()} no step showed it", stacklevel=5)
 
