@@ -338,6 +338,7 @@ class _Source:
         self.leaks: list[ast.stmt] = []
         self.conditional: list[tuple[str, ast.stmt]] = []
         self.unconditional: list[tuple[str, ast.stmt]] = []
+        self.combining: set[str] = set()  # methods that make both predictions themselves
         waiting = True
         while waiting:  # a method that returns what a network predicted is called like a network
             self.splits, self.unclear, self.conditional, self.unconditional, self.leaks = [], [], [], [], []
@@ -384,9 +385,13 @@ class _Source:
             split, hands_on = self._follow(statements, i, _targets(node), self.networks | aliases)
             self.leaks += _leaks(function, statements[i:])
             returned = returned or (hands_on and name != "__call__")
-            if not split and not (hands_on and isinstance(node, ast.Return)):
+            if split:
+                self.combining.add(f"self.{name}")
+            elif not (hands_on and isinstance(node, ast.Return)) and not _calls(node.value) & self.combining:
                 kind = self.unconditional if any(map(UNCONDITIONAL.search, _words(node))) else self.conditional
                 kind.append((name, node))
+        if {name} <= {function for function, _ in self.unconditional}:
+            self.combining.add(f"self.{name}")
         return returned
 
     def _is_network(self, value: ast.expr | None) -> bool:
@@ -426,9 +431,10 @@ class _Source:
             given |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
             handed = {key for key, value in given.items() if _names(value) & reached or _calls(value) & self.networks}
             if handed:
-                inside = [ast.Assign([ast.Name(key)], ast.Constant(None)) for key in handed]
-                inner = [*inside, *_statements(self.functions[name])]
-                split = self._follow(inner, len(inside) - 1, handed, self.networks)[0] or split
+                inside = ast.Assign([ast.Name(key) for key in sorted(handed)], ast.Constant(None))
+                inner = [inside, *_statements(self.functions[name])]
+                split = self._follow(inner, 0, handed, self.networks)[0] or split
+                self.leaks += _leaks(self.functions[name], inner)
         return split
 
 
@@ -453,9 +459,21 @@ def _leaks(function: ast.FunctionDef, statements: list[ast.stmt]) -> list[ast.st
         kept = isinstance(node, ast.Assign) and any(
             not isinstance(part, ast.Name | ast.Tuple) for part in node.targets
         )
-        found += [node] if kept or stepped else []
+        found += [node] if kept or stepped or _writes(node) else []
         reached = reached | _targets(node)
     return found
+
+
+def _writes(node: ast.stmt) -> bool:
+    """Whether a statement hands what it uses to a call for nothing, as `kept.append(x)`, or writes `out=`."""
+    calls = [part for part in ast.walk(node.value) if isinstance(part, ast.Call)]
+    if any(keyword.arg == "out" for call in calls for keyword in call.keywords):
+        return True
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
+        return False
+    function = node.value.func
+    in_place = isinstance(function, ast.Attribute) and function.attr.endswith("_")
+    return not in_place and ast.unparse(function).split(".")[0] not in ("print", "logger", "logging", "warnings")
 
 
 def _is_step(node: ast.AST) -> bool:
