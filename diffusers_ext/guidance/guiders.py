@@ -17,7 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from diffusers_ext.pipelines.guidance_interval import Interval, StepStart, read_step
+from diffusers_ext.pipelines.interval import Interval, StepStart, Walk
 
 # What pipelines ask of a guider between `set_state` and the end of the step's evaluation.
 _WITHIN_A_STEP = (
@@ -54,6 +54,7 @@ class _Limited:
 
     interval: Interval
     scheduler: SchedulerMixin | None = None
+    _walk: Walk | None = None
     _start_of_step: StepStart | None = None
     _evaluation = -1
     _steps_begun = 0
@@ -77,9 +78,9 @@ class _Limited:
         scheduler = self.scheduler or _scheduler_of(sys._getframe(1))
         if step <= self._evaluation:
             self._evaluation, self._steps_begun, self._decisions = -1, 0, ()
-        if step != self._evaluation + 1 or step == 0:
-            self._start_of_step = None
-        start = read_step(scheduler, timestep, self._start_of_step)
+        if step != self._evaluation + 1 or step == 0 or self._walk.scheduler is not scheduler:
+            self._walk, self._start_of_step = Walk(scheduler), None  # which reads the schedule once a call
+        start = self._walk.at(timestep)
         self._steps_begun += step - self._evaluation - 1
         self._evaluation = step
         if start is not self._start_of_step:
@@ -126,7 +127,7 @@ class IntervalGuidance(_Limited, ClassifierFreeGuidance):
     Elsewhere the network is run on the condition alone.
 
     guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled: of `ClassifierFreeGuidance`.
-    sigma_lo, sigma_hi, guided_steps, sigma_unit: see `diffusers_ext.pipelines.guidance_interval.Interval`.
+    sigma_lo, sigma_hi, guided_steps, sigma_unit: see `diffusers_ext.pipelines.interval.Interval`.
 
     The scheduler is that of the pipeline that runs; set `scheduler` to name another. Raises ValueError for arguments
     out of range.
