@@ -323,6 +323,16 @@ def propose(cls: type, networks: list[str]) -> Layout | None:
     return None
 
 
+def hands_on_only(cls: type, networks: list[str]) -> bool:
+    """Whether the source of a class shows that it hands its predictions to its scheduler, and uses them nowhere else."""
+    try:
+        source = _Source(cls, [name for name in networks if "control" not in name.lower()])
+    except ValueError:
+        return False
+    found = source.splits or source.unclear or source.conditional or source.unconditional
+    return bool(found) and not source.leaks
+
+
 class _Source:
     """What the methods of a class do with the output of its networks.
 
