@@ -7,6 +7,7 @@ a fresh process; the workshop (`hub`, `metrics`, `shipped`, `cli`) is imported w
 import os as _os
 
 import diffusers as _diffusers
+from diffusers.pipelines import auto_pipeline as _auto
 
 __version__ = "0.1.0.dev0"
 
@@ -28,5 +29,11 @@ for _module, _kind in ((pipelines, "Pipeline"), (schedulers, "Scheduler")):
     for _name in _module.__all__:
         if _name.endswith(_kind) and not hasattr(_diffusers, _name):
             setattr(_diffusers, _name, getattr(_module, _name))
+
+# AutoPipeline looks pipelines up by the task; to another task it leads to the stock pipelines.
+_name = "stable-diffusion-xl-guidance-interval"
+_auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[_name] = pipelines.StableDiffusionXLGuidanceIntervalPipeline
+_auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING[_name] = _diffusers.StableDiffusionXLImg2ImgPipeline
+_auto.AUTO_INPAINT_PIPELINES_MAPPING[_name] = _diffusers.StableDiffusionXLInpaintPipeline
 
 __all__ = ["__version__", *models.__all__, *pipelines.__all__, *schedulers.__all__]

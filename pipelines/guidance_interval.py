@@ -136,8 +136,10 @@ class Guidance:
 
     def plans_of(self, pipe: DiffusionPipeline) -> list["_Plan"]:
         """How the pipeline guides, read again if its networks or its code have changed."""
-        if self.plans is None or pipe is not self.pipe or not all(plan.is_current() for plan in self.plans):
-            self.pipe, self.plans = pipe, _plans(pipe, self.layout)
+        if pipe is not self.pipe:  # a shallow copy
+            return _plans(pipe, self.layout)
+        if self.plans is None or not all(plan.is_current() for plan in self.plans):
+            self.plans = _plans(pipe, self.layout)
         return self.plans
 
     def __repr__(self) -> str:
