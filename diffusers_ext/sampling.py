@@ -21,7 +21,8 @@ from rich.progress import Progress
 from . import image_files, sequence_files
 from .discrete_sampling import check_discrete, draws_sequences, given_tokens, is_discrete, to_integers
 from .image_files import check_channels, file_names, write_images
-from .pipelines.guidance_interval import GuidanceInterval, interval_bounds
+from .pipelines.guidance_interval import GuidanceInterval
+from .pipelines.interval import interval_bounds
 from .processes import Processes, start_processes
 from .provenance import describe_pipeline, drawing_versions
 from .sequence_files import write_sequences

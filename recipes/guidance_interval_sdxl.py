@@ -23,7 +23,7 @@ from diffusers_ext import GuidanceInterval
 from diffusers_ext.demo.guidance_interval import counted_rows
 from diffusers_ext.demo.pictures import side_by_side
 from diffusers_ext.info import best_device
-from diffusers_ext.pipelines.guidance_interval import Interval
+from diffusers_ext.pipelines.interval import Interval
 from diffusers_ext.pipelines.stable_diffusion_xl_guidance_interval import edm_sigmas, timesteps_of_sigmas
 from diffusers_ext.shipped import load_pipeline
 
