@@ -58,7 +58,10 @@ class GuiderOfCall:
         """D for the tensor of this number in the output."""
         guider = self._copy(number)
         given = (cond, uncond) if guider.num_conditions == 2 else (cond, None)
-        return guider.forward(*given).pred
+        if type(guider).__name__ == "MagnitudeAwareGuidance" and cond.ndim > 3:
+            # its norms over all dimensions but the first fail in diffusers 0.42.1 for more than two of them
+            given = [None if one is None else one.flatten(2) for one in given]
+        return guider.forward(*given).pred.reshape(cond.shape)
 
 
 def second_answer(wanted: torch.Tensor, cond: torch.Tensor, weight: float) -> torch.Tensor:

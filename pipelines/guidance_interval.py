@@ -33,6 +33,7 @@ from .guidance_layouts import (
     REFUSED_CALLS,
     UNGUIDED_NETWORKS,
     Layout,
+    hands_on_only,
     parse_layout,
     propose,
     table_class,
@@ -135,8 +136,10 @@ class Guidance:
 
     def plans_of(self, pipe: DiffusionPipeline) -> list["_Plan"]:
         """How the pipeline guides, read again if its networks or its code have changed."""
-        if self.plans is None or pipe is not self.pipe or not all(plan.is_current() for plan in self.plans):
-            self.pipe, self.plans = pipe, _plans(pipe, self.layout)
+        if pipe is not self.pipe:  # a shallow copy
+            return _plans(pipe, self.layout)
+        if self.plans is None or not all(plan.is_current() for plan in self.plans):
+            self.plans = _plans(pipe, self.layout)
         return self.plans
 
     def __repr__(self) -> str:
@@ -172,13 +175,39 @@ class Guidance:
 
         For pipelines that take the interval as an argument; after it, `report` tells what was done.
         """
-        run = _Run(self, call, pipe, args, kwargs)
-        args = map(_outside_callback, args)
+        args = tuple(map(_outside_callback, args))
         kwargs = {key: _outside_callback(value, key) for key, value in kwargs.items()}
-        with run:
-            result = call(pipe, *args, **kwargs)
+        begin_again = _random_states(args, kwargs)
+        try:
+            run = _Run(self, call, pipe, args, kwargs)
+            with run:
+                result = call(pipe, *args, **kwargs)
+        except _NotShown:  # before the first step of the scheduler
+            begin_again()
+            run = _Run(self, call, pipe, args, kwargs, as_given=True)
+            with run:
+                result = call(pipe, *args, **kwargs)
         run.finish()
         return result
+
+
+class _NotShown(Exception):
+    """What the scheduler would be given in the first step does not show whether a layout that was given is right."""
+
+
+def _random_states(args: tuple, kwargs: dict) -> Callable[[], None]:
+    """What puts the generators of a call back to where they are."""
+    values = [*args, *kwargs.values()]
+    values += [one for value in values if isinstance(value, list) for one in value]
+    states = [(one, one.get_state()) for one in values if isinstance(one, torch.Generator)]
+    usual = torch.get_rng_state()
+
+    def again():
+        torch.set_rng_state(usual)
+        for generator, state in states:
+            generator.set_state(state)
+
+    return again
 
 
 class GuidanceInterval(Guidance):
@@ -346,7 +375,8 @@ class _Plan:
     """A pipeline of a call, itself or inside of it: how it guides, and how that is known.
 
     source: "listed", "proposed", "given", or "none" without guidance. networks: its denoisers by name.
-    prefix: of its arguments' names in the call, "prior_" for the first of a combined pipeline.
+    prefix: of its arguments' names in the call, "prior_" for the first of a combined pipeline. readable: of a layout
+        that was given, whether the source shows that predictions go to the scheduler and nowhere else.
     """
 
     pipe: DiffusionPipeline
@@ -354,6 +384,7 @@ class _Plan:
     source: str
     networks: dict[str, torch.nn.Module]
     prefix: str = ""
+    readable: bool = False
 
     def __post_init__(self):
         self.networks = {name: module for name, module in self.networks.items() if name not in UNGUIDED_NETWORKS}
@@ -391,7 +422,7 @@ def _plans(pipe: DiffusionPipeline, given: Layout | None) -> list[_Plan]:
     if inspect.iscoroutinefunction(call) or inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call):
         raise ValueError(f"{type(pipe).__name__}.__call__ returns before it has sampled; {_NOT_LIMITED}")
     if given is not None:
-        return [_Plan(pipe, given, "given", networks)]
+        return [_Plan(pipe, given, "given", networks, readable=hands_on_only(_stock(pipe), list(networks)))]
     if known is not None:
         return [_Plan(pipe, LAYOUTS[known.__name__], "listed", networks)]
     if _stock(pipe).__module__.startswith("diffusers.") and not _takes_a_scale(call):
@@ -555,7 +586,7 @@ def _outside(function: Callable) -> Callable:
 class _Run:
     """One call of a limited pipeline."""
 
-    def __init__(self, guidance: Guidance, call: Callable, pipe: DiffusionPipeline, args: tuple, kwargs: dict):
+    def __init__(self, guidance: Guidance, call: Callable, pipe: DiffusionPipeline, args, kwargs, as_given=False):
         self.interval, self.name = guidance.interval, type(pipe).__name__
         self.guider = None if guidance.guider is None else GuiderOfCall(guidance.guider)
         self.report = guidance.report = GuidanceReport()
@@ -566,7 +597,7 @@ class _Run:
         self.prepared: set[int] = set()
         self.contexts: dict[int, str | None] = {}
         plans = guidance.plans_of(pipe)
-        stages = [_Stage(self, plan, guidance.verify) for plan in plans]
+        stages = [_Stage(self, plan, guidance.verify, as_given) for plan in plans]
         self.stages = {id(module): stage for stage in stages for module in stage.plan.networks.values()}
         self.of_scheduler = {id(one): stage for stage in stages for one in _schedulers(stage.plan.pipe)}
         self.targets: list[Any] = []
@@ -647,11 +678,13 @@ class _Record:
 class _Stage:
     """A pipeline of a run: answers the calls of its networks, and sees the steps of its schedulers."""
 
-    def __init__(self, run: _Run, plan: _Plan, verify: bool):
+    def __init__(self, run: _Run, plan: _Plan, verify: bool, as_given: bool):
         self.run, self.plan, self.pipe, self.name = run, plan, plan.pipe, type(plan.pipe).__name__
         self.listed = plan.source == "listed"
         # Whether the layout is still to be proved; what a listed pipeline hands its scheduler is left as it is.
         self.unproved = not self.listed or verify
+        # Whether it is proved before anything is changed: the first steps are run in full, whatever they are to be.
+        self.proves = plan.source == "proposed" or (plan.source == "given" and plan.readable and not as_given)
         self.names = {id(module): name for name, module in plan.networks.items()}
         self.parameters = {id(module): _parameters(module) for module in plan.networks.values()}
         self.walks: dict[int, Walk] = {}
@@ -781,9 +814,7 @@ class _Stage:
             return self._plain_call(call, args, kwargs, arguments, role)
         self._check_network(module, arguments)
         guided, guider = self._is_guided(), self.run.guider
-        if (self.plan.source == "proposed" and self.unproved) or (
-            guided and guider and self.unproved and not self.listed
-        ):
+        if self.unproved and not self.listed and (self.proves or (guided and guider)):
             return self._whole_batch(module, call, args, kwargs, arguments, rows, role)
         if self.listed:
             self._counts()
@@ -1020,7 +1051,7 @@ class _Stage:
             self._disagree("calls its network without the condition before it calls it with")
         if not self.listed and _other_inputs(first, arguments):
             self._disagree("makes two calls of its network in a step, of different samples or times")
-        guided, proving = self._is_guided(), self.unproved and self.plan.source == "proposed"
+        guided, proving = self._is_guided(), self.unproved and self.proves
         if self.listed:
             self._counts()
         whole = guided and (self.run.guider is None or role or self._guider_wants())
@@ -1152,8 +1183,22 @@ class _Stage:
         if record.everything is not None and self._difference(record.output, record.everything, record.rows):
             self._disagree("gives its conditional rows another prediction without the others")
         if self.unproved and record.kind == "whole":
+            self._check_turns(m, record)
             return self._proved(m, outputs)
         return self._as_proved(m, outputs, record.kind)
+
+    def _check_turns(self, m, record) -> None:
+        """Raise if the parts take turns where the layout has one after the other, or the other way round."""
+        cut = self.layout.cut._replace(turns=not self.layout.cut.turns)
+        for tensor in _stacked(record.output, record.rows) if len(m) > 1 else []:
+            found = fit(m, split_rows(tensor, cut), self.layout.parts.index("cond"))
+            if (
+                found is not None
+                and found.exact
+                and found.clear
+                and bool((found.weights.abs() > 0.01).sum(dim=1).max() > 1)
+            ):
+                self._disagree(f"has the rows of its parts {'in turns' if cut.turns else 'one part after the other'}")
 
     def _checked_plain(self, m, record):
         """A batch of as many rows as samples is not guided; raise if its halves are combined all the same."""
@@ -1178,7 +1223,7 @@ class _Stage:
             return
         for tensor in _stacked(record.output, record.rows):
             found = fit(m[: m.shape[0] // parts], split_rows(tensor, self.layout.cut), self.layout.parts.index("cond"))
-            if found is not None and found.clear and (found.weights.abs() > 0.01).sum(dim=1).max() > 1:
+            if found is not None and found.exact and found.clear and (found.weights.abs() > 0.01).sum(dim=1).max() > 1:
                 self._disagree("keeps the samples themselves in a batch of several parts")
 
     def _check_alone(self, m, record) -> None:
@@ -1209,29 +1254,34 @@ class _Stage:
     def _proved(self, m, outputs):
         """Prove the layout by what the scheduler is given; returns what it is to be given in this step."""
         cond = self.layout.parts.index("cond")
-        found = next(((i, one) for i, parts in enumerate(outputs) if (one := fit(m, parts, cond))), None)
-        self._judge(found and found[1])
-        self.fit = None if self.unproved or found is None else found
+        fits = [(i, one) for i, parts in enumerate(outputs) if (one := fit(m, parts, cond))]
+        number, found = next((one for one in fits if one[1].exact), (fits or [(0, None)])[0])
+        if self.proves and self.plan.source == "given" and not self._is_guided():
+            contradicts = found is not None and bool((found.weights[:, cond] < -0.1).any())
+            if not contradicts and (found is None or not found.is_shown(cond)):
+                raise _NotShown
+        self._judge(found)
+        exact = found is not None and found.exact
+        self.fit = (number, found) if exact and not self.unproved else None
         if self._is_guided() and self.run.guider is None:
             return m
-        if found is None:
+        if not exact:
             self._disagree("hands its scheduler something that a guider cannot take the place of")
-        number, fitted = found
-        return self._replaced(m, fitted, outputs[number], number)
+        return self._replaced(m, found, outputs[number], number)
 
     def _judge(self, found: Fit | None) -> None:
         """Whether a fit says what the layout says. Raises ValueError if not, or if it says nothing and nobody else did."""
-        if found is not None and not found.clear:
+        exact = found is not None and found.exact
+        if exact and not found.clear:
             return  # the parts are the same, as those of two equal prompts are
         weights = None if found is None else found.weights[:, self.layout.parts.index("cond")]
-        if weights is not None and bool((weights < 0.01).any()):
+        if found is not None and bool((weights < (0.01 if exact else -0.1)).any()):
             self._disagree(
                 f"gives the part that the layout {str(self.layout)!r} calls conditional the weight"
                 f" {float(weights.min()):.3g}, so it is another part"
             )
-        if weights is not None and bool((weights > 0.99).all()):
-            if bool((weights > 1.01).any()):
-                self.unproved = False
+        if exact and bool((weights > 0.99).all()):
+            self.unproved = not bool((weights > 1.01).any())
             return
         if self.plan.source != "given":
             self._disagree(
@@ -1266,7 +1316,9 @@ class _Stage:
         if self.fit is not None:
             if differs(m, self.fit[1].sign * self.fit[1].align(outputs[self.fit[0]][cond])):
                 self._disagree("adds something else to the prediction of an unguided step")
-        elif self.unproved and not any(fit(m, [parts[cond]] * 2, 0) for parts in outputs):
+        elif self.unproved and not any(
+            one and one.exact for one in (fit(m, [parts[cond]] * 2, 0) for parts in outputs)
+        ):
             self._judge(None)
         return m
 
@@ -1284,7 +1336,7 @@ class _Stage:
             ]
         for parts in outputs:
             found = fit(m, parts, cond) if isinstance(m, torch.Tensor) and len(parts[0]) == len(m) else None
-            if found is not None and found.clear:
+            if found is not None and found.clear and found.exact:
                 if bool((found.weights[:, cond] < 0.01).any()):
                     self._judge(found)
                 self.unproved = False

@@ -150,7 +150,7 @@ _TABLE = {
         BriaFibo BriaFiboEdit CogVideoX CogVideoXFunControl CogVideoXImageToVideo CogVideoXVideoToVideo ConsisID
         CycleDiffusion KandinskyPrior KandinskyV22PriorEmb2Emb MusicLDM PaintByExample ShapE ShapEImg2Img StableAudio
         StableDiffusionControlNetXS StableDiffusionDiffEdit StableDiffusionGLIGEN StableDiffusionImageVariation
-        StableDiffusionInpaintLegacy StableDiffusionLatentUpscale StableDiffusionModelEditing StableDiffusionUpscale
+        StableDiffusionInpaintPipelineLegacy StableDiffusionLatentUpscale StableDiffusionModelEditing StableDiffusionUpscale
         StableDiffusionXLControlNetXS StableUnCLIP StableUnCLIPImg2Img TextToVideoSD TextToVideoZero TextToVideoZeroSDXL
         VersatileDiffusionDualGuided VersatileDiffusionImageVariation VersatileDiffusionTextToImage VideoToVideoSD
         VQDiffusion
@@ -214,7 +214,15 @@ _TABLE = {
         CosmosVideoToWorld Krea2
     """,
 }  # fmt: skip
-LAYOUTS = {f"{name}Pipeline": layout for layout, names in _TABLE.items() for name in names.split()}
+
+
+def _by_name(table: dict) -> dict[str, Any]:
+    """The entry of each class; its name is written without "Pipeline" at the end."""
+    named = {name: entry for entry, names in table.items() for name in names.split()}
+    return {name if "Pipeline" in name else f"{name}Pipeline": entry for name, entry in named.items()}
+
+
+LAYOUTS = _by_name(_TABLE)
 LAYOUTS["BoostAndSkipPipeline"] = Layout(
     UNCOND_COND, on=lambda pipe, call: call["guidance_scale"] != 1, variance="may"
 )  # this package's
@@ -238,19 +246,19 @@ _REFUSED = {
         LatentConsistencyModel LatentConsistencyModelImg2Img SanaSprint SanaSprintImg2Img DreamLiteMobile VisualCloze
         VisualClozeGeneration
     """,
-    "guides its edits one by one": "SemanticStableDiffusion LEditsPPStableDiffusionXL LEditsPPStableDiffusion",
-    "has safety guidance, a prediction of its own": "StableDiffusionSafe",
+    "guides its edits one by one": """
+        SemanticStableDiffusion LEditsPPPipelineStableDiffusionXL LEditsPPPipelineStableDiffusion
+    """,
+    "has safety guidance, a prediction of its own": "StableDiffusionPipelineSafe",
     "takes its two predictions from halves of different batches": "StableDiffusionGLIGENTextImage",
     "takes the gradient of the doubled batch": "StableDiffusionPix2PixZero",
     "runs several steps in one batch": "StableDiffusionParadigms",
     "has its networks in ONNX, which are no torch modules": """
-        OnnxStableDiffusion OnnxStableDiffusionImg2Img OnnxStableDiffusionInpaint OnnxStableDiffusionInpaintLegacy
+        OnnxStableDiffusion OnnxStableDiffusionImg2Img OnnxStableDiffusionInpaint OnnxStableDiffusionInpaintPipelineLegacy
         OnnxStableDiffusionUpscale StableDiffusionOnnx
     """,
 }
-REFUSED = {f"{name}Pipeline": reason for reason, names in _REFUSED.items() for name in names.split()}
-REFUSED["OnnxStableDiffusionInpaintPipelineLegacy"] = REFUSED.pop("OnnxStableDiffusionInpaintLegacyPipeline")
-LAYOUTS["StableDiffusionInpaintPipelineLegacy"] = LAYOUTS.pop("StableDiffusionInpaintLegacyPipeline")
+REFUSED = _by_name(_REFUSED)
 # Calls that are refused, of classes that are not.
 REFUSED_CALLS: dict[str, tuple[str, Callable[[dict], bool]]] = {
     "StableDiffusionSAGPipeline": (
@@ -321,6 +329,16 @@ def propose(cls: type, networks: list[str]) -> Layout | None:
     if source.unconditional:
         return Layout(CALLS, "calls")
     return None
+
+
+def hands_on_only(cls: type, networks: list[str]) -> bool:
+    """Whether the source of a class shows that it hands its predictions to its scheduler, and uses them nowhere else."""
+    try:
+        source = _Source(cls, [name for name in networks if "control" not in name.lower()])
+    except ValueError:
+        return False
+    found = source.splits or source.unclear or source.conditional or source.unconditional
+    return bool(found) and not source.leaks
 
 
 class _Source:

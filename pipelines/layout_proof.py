@@ -20,13 +20,20 @@ from .rows import tensors_in
 class Fit(NamedTuple):
     """What was found: sign s, weights (samples, parts) of the parts, which sum to 1, and how the parts were aligned.
 
-    clear: whether the parts differ enough to tell them apart.
+    clear: whether the parts differ enough to tell them apart. exact: whether m is the combination, up to rounding; else
+    it is the closest.
     """
 
     sign: float
     weights: torch.Tensor
     align: Callable[[torch.Tensor], torch.Tensor]
     clear: bool
+    exact: bool
+
+    def is_shown(self, cond: int) -> bool:
+        """Whether the weights decide on a layout, for it or against it; equal parts leave nothing to decide."""
+        weights = self.weights[:, cond]
+        return self.exact and (not self.clear or bool((weights < 0.01).any() or (weights > 0.99).all()))
 
     def combined(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """The same combination of other parts, as the scheduler is given it."""
@@ -38,12 +45,15 @@ class Fit(NamedTuple):
 
 
 def fit(m: torch.Tensor, parts: list[torch.Tensor], cond: int) -> Fit | None:
-    """How m (samples, ...) combines the parts, each (samples, ...); None if it is no affine combination of them."""
+    """How m (samples, ...) combines the parts, each (samples, ...); None if they have nothing to do with its shape."""
+    found = None
     for align in _alignments(parts[0], m):
-        found = _solve(m, [align(part) for part in parts], cond)
-        if found is not None:
-            return Fit(found[0], found[1], align, found[2])
-    return None
+        solved = _solve(m, [align(part) for part in parts], cond)
+        if found is None or solved[-1]:
+            found = Fit(solved[0], solved[1], align, *solved[2:])
+        if found.exact:
+            break
+    return found
 
 
 def tolerance(*tensors: torch.Tensor) -> float:
@@ -64,8 +74,8 @@ def differs(one: Any, other: Any) -> bool:
     return False
 
 
-def _solve(m: torch.Tensor, parts: list[torch.Tensor], cond: int) -> tuple[float, torch.Tensor, bool] | None:
-    """Sign, weights and clearness by least squares for each sample, in float64; None if the rest is too large."""
+def _solve(m: torch.Tensor, parts: list[torch.Tensor], cond: int) -> tuple[float, torch.Tensor, bool, bool]:
+    """Sign, weights, clearness and exactness by least squares for each sample, in float64."""
     rounding = tolerance(m, *parts)
     target, *flat = (part.detach().to("cpu", torch.float64).flatten(1) for part in (m, *parts))
     condition = flat[cond]
@@ -73,8 +83,9 @@ def _solve(m: torch.Tensor, parts: list[torch.Tensor], cond: int) -> tuple[float
     # What rounding alone makes of two equal predictions is no difference.
     sizes = torch.stack([one.norm(dim=1) for one in others], dim=1)
     seen = (sizes > rounding * condition.norm(dim=1, keepdim=True)).all(dim=1)
+    tried = []
     for sign in (1.0, -1.0):
-        weights, fits = torch.zeros(len(target), len(parts), dtype=torch.float64), True
+        weights, worst = torch.zeros(len(target), len(parts), dtype=torch.float64), 0.0
         for row in range(len(target)):
             rest = sign * target[row] - condition[row]
             if seen[row]:
@@ -83,10 +94,10 @@ def _solve(m: torch.Tensor, parts: list[torch.Tensor], cond: int) -> tuple[float
                 rest = rest - matrix @ found
                 weights[row, [i for i in range(len(parts)) if i != cond]] = found
             weights[row, cond] = 1 - weights[row].sum()
-            fits = fits and bool(rest.norm() <= 4 * rounding * target[row].norm())
-        if fits:
-            return sign, weights, bool(seen.any())
-    return None
+            worst = max(worst, float(rest.norm() / target[row].norm().clamp(min=1e-30)))
+        tried.append((sign, weights, bool(seen.any()), worst <= 4 * rounding, worst))
+    best = next((one for one in tried if one[3]), min(tried, key=lambda one: one[-1]))
+    return best[:-1]
 
 
 def _alignments(part: torch.Tensor, m: torch.Tensor) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:

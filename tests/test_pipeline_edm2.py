@@ -348,12 +348,15 @@ def test_offload(method):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance_scale": 2.0, "guidance_interval": (0, 1), "guided_steps": (0, 1)}, "Pass only one of"),
+        (
+            {"guidance_scale": 2.0, "guidance_interval": (0, 1), "guided_steps": (0, 1)},
+            "give either sigma_lo and sigma_hi, or guided_steps",
+        ),
         ({"guidance_interval": (2, 1)}, "0 <= sigma_lo < sigma_hi"),
         ({"guidance_interval": 3}, "guidance_interval must be"),
-        ({"guidance_interval": (float("nan"), 1)}, "guidance_interval must be"),
-        ({"guided_steps": (2, 6)}, "0 <= first <= last < 6, the number of steps"),
-        ({"guided_steps": (0.5, 2)}, "noise levels go to guidance_interval"),
+        ({"guidance_interval": (float("nan"), 1)}, "need 0 <= sigma_lo < sigma_hi"),
+        ({"guided_steps": (2, 6)}, "reaches beyond the schedule, whose 6 steps"),
+        ({"guided_steps": (0.5, 2)}, "guided_steps must be"),
         ({"guided_steps": (3, 2)}, "guided_steps must be"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
         ({"guidance_scale": "2"}, "guidance_scale must be a finite number"),

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 from diffusers import DiffusionPipeline
 
-from ..pipelines.guidance_interval import GuidanceInterval, interval_bounds
+from ..pipelines.guidance_interval import GuidanceInterval
+from ..pipelines.interval import interval_bounds
 from . import image_files, sequence_files
 from .draw import is_discrete
 from .labels import cycled_labels, random_labels
