@@ -74,10 +74,13 @@ def _solve(m: torch.Tensor, parts: list[torch.Tensor], cond: int) -> tuple[float
     sizes = torch.stack([one.norm(dim=1) for one in others], dim=1)
     seen = (sizes > rounding * condition.norm(dim=1, keepdim=True)).all(dim=1)
     for sign in (1.0, -1.0):
+        told = seen.clone()
         weights, fits = torch.zeros(len(target), len(parts), dtype=torch.float64), True
         for row in range(len(target)):
             rest = sign * target[row] - condition[row]
-            if seen[row]:
+            # A large weight makes a small difference seen in what the scheduler is given.
+            told[row] |= bool((sizes[row] > 0).all() and rest.norm() > 4 * rounding * target[row].norm())
+            if told[row]:
                 matrix = torch.stack([one[row] for one in others], dim=1)
                 found = torch.linalg.lstsq(matrix, rest[:, None]).solution[:, 0]
                 rest = rest - matrix @ found
@@ -85,7 +88,7 @@ def _solve(m: torch.Tensor, parts: list[torch.Tensor], cond: int) -> tuple[float
             weights[row, cond] = 1 - weights[row].sum()
             fits = fits and bool(rest.norm() <= 4 * rounding * target[row].norm())
         if fits:
-            return sign, weights, bool(seen.any())
+            return sign, weights, bool(told.any())
     return None
 
 
