@@ -425,7 +425,8 @@ def _plans(pipe: DiffusionPipeline, given: Layout | None) -> list[_Plan]:
         return [_Plan(pipe, given, "given", networks, readable=hands_on_only(_stock(pipe), list(networks)))]
     if known is not None:
         return [_Plan(pipe, LAYOUTS[known.__name__], "listed", networks)]
-    if _stock(pipe).__module__.startswith("diffusers.") and not _takes_a_scale(call):
+    own = call.__module__.startswith("diffusers.") and _stock(pipe).__module__.startswith("diffusers.")
+    if own and not _takes_a_scale(call):
         return [_Plan(pipe, None, "none", networks)]
     layout = propose(_stock(pipe), list(networks))
     return [_Plan(pipe, layout, "none" if layout is None else "proposed", networks)]
@@ -1322,6 +1323,8 @@ class _Stage:
         cond = self.layout.parts.index("cond")
         if self._is_guided():
             answered = self.layout.how != "calls" or kind == "cut"  # a batch has the guider's prediction in its parts
+            if kind == "whole" and self.run.guider is None and self.fit is not None:
+                self._check_guided(m, outputs[self.fit[0]], cond)
             if self.run.guider is None or answered or self.fit is None:
                 return m
             return self._replaced(m, self.fit[1], outputs[self.fit[0]], self.fit[0])
@@ -1335,6 +1338,14 @@ class _Stage:
         ):
             self._judge(None)
         return m
+
+    def _check_guided(self, m, parts, cond) -> None:
+        """A guided step after the one that proved the layout: the same parts, of this step alone."""
+        found = fit(m, parts, cond)
+        if found is None and self.plan.source == "proposed":
+            self._disagree("hands its scheduler something else than a combination of the predictions of a step")
+        if found is not None and found.clear and bool((found.weights[:, cond] < 0.01).any()):
+            self._judge(found)
 
     def _verify(self, m) -> None:
         """Prove the layout of a listed pipeline in its first guided step, if what reaches the scheduler tells."""

@@ -462,8 +462,12 @@ def _leaks(function: ast.FunctionDef, statements: list[ast.stmt]) -> list[ast.st
     leaving = [node for node in ast.walk(function) if isinstance(node, ast.If) and isinstance(node.body[-1], ends)]
     elsewhere = {part for node in leaving for one in node.body for part in ast.walk(one)}
     reached, stepped, found = _targets(statements[0]), False, []
+    made: set[str] = set()  # names that got their value after the network was called
     for node in statements:
-        if node.value is None or (node is not statements[0] and not _names(node.value) & reached):
+        if node.value is None:
+            continue
+        made |= _targets(node)
+        if node is not statements[0] and not _names(node.value) & reached:
             continue
         handed = [_first_argument(call) for call in ast.walk(node.value) if _is_step(call)]
         if handed:
@@ -477,9 +481,19 @@ def _leaks(function: ast.FunctionDef, statements: list[ast.stmt]) -> list[ast.st
         kept = isinstance(node, ast.Assign) and any(
             not isinstance(part, ast.Name | ast.Tuple) for part in node.targets
         )
+        if _collects(node) & made:  # a list of this step
+            reached = reached | _collects(node)
+            continue
         found += [node] if kept or stepped or _writes(node) else []
         reached = reached | _targets(node)
     return found
+
+
+def _collects(node: ast.stmt) -> set[str]:
+    """The list of `kept.append(x)`."""
+    call = node.value
+    plain = isinstance(node, ast.Expr) and isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
+    return {call.func.value.id} if plain and call.func.attr == "append" and isinstance(call.func.value, ast.Name) else set()
 
 
 def _writes(node: ast.stmt) -> bool:

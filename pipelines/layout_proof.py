@@ -85,17 +85,20 @@ def _solve(m: torch.Tensor, parts: list[torch.Tensor], cond: int) -> tuple[float
     seen = (sizes > rounding * condition.norm(dim=1, keepdim=True)).all(dim=1)
     tried = []
     for sign in (1.0, -1.0):
-        weights, worst = torch.zeros(len(target), len(parts), dtype=torch.float64), 0.0
+        told, worst = seen.clone(), 0.0
+        weights = torch.zeros(len(target), len(parts), dtype=torch.float64)
         for row in range(len(target)):
             rest = sign * target[row] - condition[row]
-            if seen[row]:
+            # A large weight makes a small difference seen in what the scheduler is given.
+            told[row] |= bool((sizes[row] > 0).all() and rest.norm() > 4 * rounding * target[row].norm())
+            if told[row]:
                 matrix = torch.stack([one[row] for one in others], dim=1)
                 found = torch.linalg.lstsq(matrix, rest[:, None]).solution[:, 0]
                 rest = rest - matrix @ found
                 weights[row, [i for i in range(len(parts)) if i != cond]] = found
             weights[row, cond] = 1 - weights[row].sum()
             worst = max(worst, float(rest.norm() / target[row].norm().clamp(min=1e-30)))
-        tried.append((sign, weights, bool(seen.any()), worst <= 4 * rounding, worst))
+        tried.append((sign, weights, bool(told.any()), worst <= 4 * rounding, worst))
     best = next((one for one in tried if one[3]), min(tried, key=lambda one: one[-1]))
     return best[:-1]
 
