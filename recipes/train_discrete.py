@@ -40,7 +40,7 @@ FIRST_TIME = 1e-3  # training times are uniform in [FIRST_TIME, 1]
 
 
 def load_tokens(path: Path, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`tokens` and, if there, `valid` of an .npz, (count, length) integers of the file's type."""
+    """`tokens` and, if there, `valid` of an .npz, (count, length) integers of the file's type; int32 for uint16."""
     with np.load(path) as data:
         arrays = [data["tokens"], *([data["valid"]] if "valid" in data else [])]
     for array in arrays:
@@ -50,7 +50,8 @@ def load_tokens(path: Path, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor
             raise click.BadParameter(f"tokens and valid must be (count, length) integers >= 0, got {got}")
         if array.max() >= num_tokens:
             raise click.BadParameter(f"--num-tokens is {num_tokens}, the data has token {array.max()}")
-    tokens, *valid = map(torch.from_numpy, arrays)
+    # torch 2.6 has no indexing for uint16
+    tokens, *valid = (torch.from_numpy(a.astype(np.int32) if a.dtype == np.uint16 else a) for a in arrays)
     return tokens, valid[0] if valid else None
 
 
