@@ -1,4 +1,4 @@
-"""Guidance in an interval in pipelines that are in no list: right as a hand-written loop, or refused before it is late.
+"""Guidance in an interval in pipelines that are in no list: right as a hand-written loop, or refused in time.
 
 Each stranger guides in its own way with a network that is a closed formula. What it should give is computed by a loop
 that is written out here (`oracle`), in which unguided steps have the conditional prediction alone.
@@ -30,7 +30,6 @@ from diffusers_ext.pipelines.guidance_interval import (
 STEPS, WEIGHT = 5, 4.0
 INTERVALS = [(0, 0), (1, 2), (3, 3), (4, 4)]
 BATCHES = [1, 2, 3]
-NEW = ("not proved", "has no effect", "holds none", "holds every")
 
 
 class Net(torch.nn.Module):
@@ -74,7 +73,8 @@ class Stranger(DiffusionPipeline):
         self.w, self.finished = guidance_scale, False
         texts = (prompt_embeds, negative_prompt_embeds)
         self.scheduler.set_timesteps(num_inference_steps)
-        for self.i, t in enumerate(self.scheduler.timesteps):
+        for i, t in enumerate(self.scheduler.timesteps):
+            self.i = i
             noise = self.predict(latents, t, *texts)
             latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
         self.finished = True
@@ -639,6 +639,36 @@ class Momentum(Stranger):
         return latents
 
 
+class MomentumLocal(Momentum):
+    """The same in a variable of the loop."""
+
+    @torch.no_grad()
+    def __call__(
+        self, latents, prompt_embeds, negative_prompt_embeds, guidance_scale=WEIGHT, num_inference_steps=STEPS
+    ):
+        self.finished, average = False, 0.0
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            noise = self.unet(torch.cat([latents] * 2), t, torch.cat([negative_prompt_embeds, prompt_embeds]))
+            uncond, cond = noise.chunk(2)
+            average = cond - uncond + 0.5 * average
+            noise = cond + (guidance_scale - 1) * average
+            latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
+        self.finished = True
+        return (latents,)
+
+
+class ListOfRows(Plain):
+    """Its combination is made row by row in a list."""
+
+    def predict(self, x, t, text, negative):
+        noise_uncond, noise_text = self.unet(torch.cat([x] * 2), t, torch.cat([negative, text])).chunk(2)
+        rows = []
+        for i in range(len(x)):
+            rows.append(noise_uncond[i] + self.w * (noise_text[i] - noise_uncond[i]))
+        return torch.stack(rows)
+
+
 class Average:
     value = 0.0
 
@@ -900,7 +930,7 @@ class OtherName(Stranger):
 class Experts(Stranger):
     """Two networks, one for high noise."""
 
-    _optional_components = ["unet_2"]
+    _optional_components = ("unet_2",)
 
     def __init__(self, unet, scheduler, unet_2=None):
         DiffusionPipeline.__init__(self)
@@ -1508,6 +1538,7 @@ UNDERSTOOD = [
     "Decorated",
     "InferenceMode",
     "WithGradients",
+    "ListOfRows",
 ]
 # Not right though their layout is given, for what they do besides.
 REFUSED_THOUGH_GIVEN = [
@@ -1516,6 +1547,7 @@ REFUSED_THOUGH_GIVEN = [
     "LateNegative",
     "WeightPerSampleNegative",
     "Momentum",
+    "MomentumLocal",
     "ReusedUncond",
     "ReusedDifference",
     "GuidesLater",
@@ -1539,12 +1571,14 @@ REFUSED_THOUGH_GIVEN = [
     "PlainNumberedNet",
     "PlainWithinHalves",
 ]
-CALLS = [(2, (1, 2)), (1, (1, 2)), (2, (0, 0)), (2, (3, 3)), (2, (4, 4)), (3, (4, 4)), (3, (0, 3))]
+CALLS = [(2, (1, 2)), (1, (1, 2)), (2, (0, 0)), (2, (3, 3)), (2, (4, 4)), (3, (4, 4)), (3, (0, 3)), (1, (1, 4))]
 
 
 @pytest.mark.parametrize("cls", STRANGERS, ids=lambda cls: cls.__name__)
 def test_proposed(cls):
     for batch, interval in CALLS:
+        if cls in (SwapsParts, ExpertsMisnamed) and interval[1] < 3:
+            continue  # the parts change places in unguided steps alone, in which no number shows it
         what, why = outcome(build(cls), interval, batch)
         allowed = ("right",) if cls.__name__ in UNDERSTOOD else ("right", "refused")
         assert what in allowed, f"batch {batch}, steps {interval}: {what} {why}"
@@ -1554,7 +1588,8 @@ def test_proposed(cls):
 def test_given(cls):
     for batch, interval in CALLS:
         what, why = outcome(build(cls), interval, batch, cls.layout)
-        allowed = ("right", "refused") if cls.__name__ in REFUSED_THOUGH_GIVEN else ("right",)
+        # "warned" is wrong with the words that the layout is taken as given and no step showed it
+        allowed = ("right", "refused", "warned") if cls.__name__ in REFUSED_THOUGH_GIVEN else ("right",)
         assert what in allowed, f"batch {batch}, steps {interval}: {what} {why}"
 
 
@@ -1637,7 +1672,7 @@ class TestOffIsOff:
     def test_weight_of_one(self, cls, batch, layout, interval):
         if layout == "proposed" and cls in (Scaled, Rescaled):
             pytest.skip("refused, since no number shows its layout")
-        result, plain, said = self.limited(cls, batch, layout, {"guided_steps": interval}, guidance_scale=1.0)
+        result, plain, _ = self.limited(cls, batch, layout, {"guided_steps": interval}, guidance_scale=1.0)
         assert torch.equal(result, plain) if cls in OFF else (result - plain).abs().max() < 1e-5 * plain.abs().max()
 
 
@@ -1684,7 +1719,8 @@ class Drawn(Plain):
     def __call__(
         self, latents, prompt_embeds, negative_prompt_embeds, guidance_scale=WEIGHT, num_inference_steps=STEPS
     ):
-        self.w, self.finished, torch_generator = guidance_scale, False, torch.manual_seed(3)
+        self.w, self.finished = guidance_scale, False
+        torch.manual_seed(3)
         texts = (prompt_embeds, negative_prompt_embeds)
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
@@ -2079,6 +2115,23 @@ class TestContained:
             result = stock(pipe, **given)
         torch.testing.assert_close(result, plain_loop(given, (1, 2)), rtol=0, atol=1e-3)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("difference", [0.3, 2.0, 10.0])
+    @pytest.mark.parametrize("cls", [Plain, TwoCalls], ids=lambda cls: cls.__name__)
+    def test_prompts_that_are_nearly_equal(self, cls, dtype, difference):
+        """A difference of the predictions near rounding, as at high noise; made visible by a weight of 20."""
+        pipe = build(cls).to(dtype)
+        given = {key: value.to(dtype) for key, value in inputs(2).items()}
+        given["negative_prompt_embeds"] = given["prompt_embeds"] * (1 - difference * 8 * torch.finfo(dtype).eps)
+        options = {**given, "guidance_scale": 20.0}
+        scheduler = copy.deepcopy(pipe.scheduler)
+        loose = {key: value.float() for key, value in given.items()}
+        expected = plain_loop(loose, (1, 2), [20.0] * STEPS, scheduler=scheduler)
+        with GuidanceInterval(pipe, guided_steps=(1, 2)):
+            result = stock(pipe, **options)
+        scale = 0.001 if dtype == torch.float32 else 0.2
+        assert (result.float() - expected).abs().max() < scale * expected.abs().max()
+
     def test_one_of_the_prompts_is_equal(self):
         pipe, given = build(Plain), inputs(2)
         given["negative_prompt_embeds"] = torch.stack([given["prompt_embeds"][0], given["negative_prompt_embeds"][1]])
@@ -2260,6 +2313,7 @@ class TestListed:
             result = picture(pipe)
         torch.testing.assert_close(result, listed_loop(pipe, (1, 2)), rtol=0, atol=1e-3)
 
+    @pytest.mark.filterwarnings("error:.*takes no guidance scale")
     def test_patched_class(self, monkeypatch):
         """The class's __call__ is replaced by one that cannot be read."""
         original = diffusers.StableDiffusionPipeline.__call__
@@ -2267,7 +2321,7 @@ class TestListed:
             diffusers.StableDiffusionPipeline, "__call__", lambda self, *a, **k: original(self, *a, **k)
         )
         pipe = listed()
-        with pytest.raises(ValueError, match="not among the pipelines"):
+        with pytest.raises(ValueError, match=r"not the code that runs|not among the pipelines"):
             apply_guidance_interval(pipe, guided_steps=(1, 2))
 
     @pytest.mark.parametrize("attach", ["before", "after"])
