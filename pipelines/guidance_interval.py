@@ -228,9 +228,9 @@ class GuidanceInterval(Guidance):
     are not touched. Like a pipeline itself, this is not made for calls from several threads.
 
     pipe: any diffusers pipeline that is not modular. layout: how it guides, if it is not in the table or guides in
-    another way: "uncond, cond" for one batch with these halves, "uncond | cond" for rows that take turns, "cond; uncond"
-    for two calls. verify: prove the layout of a pipeline in the table as well, which costs one run of all rows and a
-    transfer of the first guided step's predictions. The other arguments: see `Interval`.
+    another way: "uncond, cond" for one batch with these halves, "uncond | cond" for rows that take turns, "cond;
+    uncond" for two calls. verify: prove the layout of a pipeline in the table as well, which costs one run of all rows
+    and a transfer of the first guided step's predictions. The other arguments: see `Interval`.
 
     Raises ValueError for arguments out of range and for pipelines whose layout is not known; a call raises ValueError
     where it does not guide as its layout says, and warns where the interval has no effect.
@@ -301,15 +301,15 @@ def apply_guider(
     sigma_unit: str = "edm",
     layout: str | None = None,
 ) -> Guidance:
-    """Combine the two predictions of a pipeline with one of diffusers' guiders from now on, in an interval if one is given.
+    """Combine the two predictions of a pipeline with one of diffusers' guiders from now on, perhaps in an interval.
 
         apply_guider(pipe, AdaptiveProjectedGuidance(guidance_scale=10.0), sigma_lo=0.28, sigma_hi=5.42)
         pipe("an astronaut", guidance_scale=5.0)  # any weight that makes two predictions
 
     guider: one that combines a conditional and an unconditional prediction: `ClassifierFreeGuidance`,
-    `AdaptiveProjectedGuidance`, `ClassifierFreeZeroStarGuidance`, ... Its own weight counts, in its own convention, not
-    the call's; so do its `start` and `stop`, as fractions of the call's steps. Each call begins with the state of the
-    guider as given, which is not changed. Outside of the interval the prediction is the conditional one.
+    `AdaptiveProjectedGuidance`, `ClassifierFreeZeroStarGuidance`, ... Its own weight counts, in its own convention,
+    not the call's; so do its `start` and `stop`, as fractions of the call's steps. Each call begins with the state of
+    the guider as given, which is not changed. Outside of the interval the prediction is the conditional one.
     pipe: a pipeline of two predictions. The interval: as of `GuidanceInterval`; without one, guided in every step.
 
     Raises ValueError for other guiders and pipelines; a call raises it where it makes no unconditional prediction.
@@ -320,6 +320,8 @@ def apply_guider(
         pipe, Interval(sigma_lo, sigma_hi, guided_steps, sigma_unit) if given else None, guider, layout
     )
     for plan in guidance.plans:
+        if type(plan.pipe).__name__ == "HeliosPyramidPipeline":
+            raise ValueError("HeliosPyramidPipeline may scale its unconditional prediction; use Modular Diffusers")
         if plan.source == "none" or (len(plan.layout.parts) > 2 and plan.layout.optional is None):
             how = "no guidance" if plan.source == "none" else f"the parts {plan.layout}"
             raise ValueError(f"{type(plan.pipe).__name__} has {how}; a guider combines two predictions")
@@ -645,7 +647,7 @@ class _Run:
         warnings.warn(
             f"the guidance interval {self.interval} holds {which} of the {len(self.guidable)} steps"
             f" ({_range(self.guidable)})",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def raise_without_guidance(self) -> None:
@@ -655,8 +657,8 @@ class _Run:
         asked = {name: value for name, value in self.scales.items() if _above_one(value)}
         if asked or self.guider:
             raise ValueError(
-                f"{self.name} was called with {_listed(asked or self.scales)}, but no unconditional prediction was seen;"
-                f" {_TRUE_GUIDANCE if 'true_cfg_scale' in self.scales else _NOT_LIMITED}"
+                f"{self.name} was called with {_listed(asked or self.scales)}, but no unconditional prediction was"
+                f" seen; {_TRUE_GUIDANCE if 'true_cfg_scale' in self.scales else _NOT_LIMITED}"
             )
 
 
@@ -731,7 +733,7 @@ class _Stage:
         return self._in_batch(module, call, args, kwargs, arguments, role)
 
     def _scheduler(self, module: torch.nn.Module) -> Any:
-        """The scheduler that a network's predictions are for; one that the call itself put in place is seen from now."""
+        """The scheduler that a network's predictions are for, also one that the call itself put in place."""
         held = self.pipe.__dict__
         scheduler = held.get(self.own_schedulers[id(module)]) or held.get("scheduler")
         if scheduler is None:
@@ -884,7 +886,7 @@ class _Stage:
         return output
 
     def _fewer_rows(self, module, call, args, kwargs, arguments, rows, role):
-        """Run the parts that unguided steps need, and compare with all rows once where it is not clear what a row is."""
+        """Run the parts that unguided steps need; compared with all rows once where it is unclear what a row is."""
         cut, state = self.layout.cut, None
         kept = rows.total // cut.parts * len(cut.run)
         try_out = id(module) not in self.tried
@@ -923,7 +925,7 @@ class _Stage:
 
     @contextmanager
     def _fewer_rows_in_attention(self, counted: list[Any], perturbed: bool):
-        """Attention that knows the parts (perturbed-attention guidance), or the rows (Text2Video-Zero's, over frames)."""
+        """Attention that knows the parts (perturbed-attention guidance) or the rows (Text2Video-Zero, over frames)."""
         before = [one.batch_size for one in counted]
         cut = self.layout.cut
         try:
@@ -1285,7 +1287,7 @@ class _Stage:
         return self._replaced(m, found, outputs[number], number)
 
     def _judge(self, found: Fit | None) -> None:
-        """Whether a fit says what the layout says. Raises ValueError if not, or if it says nothing and nobody else did."""
+        """Whether a fit says what the layout says. Raises ValueError if not, or if it says nothing nor anybody did."""
         exact = found is not None and found.exact
         if exact and not found.clear:
             return  # the parts are the same, as those of two equal prompts are
@@ -1319,7 +1321,7 @@ class _Stage:
         return fitted.combined(wanted).to(m.dtype)
 
     def _as_proved(self, m, outputs, kind):
-        """With a layout that is proved, or that was given: in an unguided step the conditional prediction must arrive."""
+        """With a layout that is proved or was given: in an unguided step the conditional prediction must arrive."""
         cond = self.layout.parts.index("cond")
         if self._is_guided():
             answered = self.layout.how != "calls" or kind == "cut"  # a batch has the guider's prediction in its parts

@@ -4,8 +4,8 @@ Nearly all pipelines hand their scheduler an affine combination of the parts x_i
 
     m = s (x_cond + sum_i k_i (x_i - x_cond)),  s = 1, or -1 where the prediction is negated,
 
-with weights for each sample. Least squares gives them; guidance with a weight above 1 gives the conditional part a weight
-above 1, and the unconditional one a weight below 0.
+with weights for each sample. Least squares gives them; guidance with a weight above 1 gives the conditional part a
+weight above 1, and the unconditional one a weight below 0.
 """
 
 import itertools
@@ -20,8 +20,8 @@ from .rows import tensors_in
 class Fit(NamedTuple):
     """What was found: sign s, weights (samples, parts) of the parts, which sum to 1, and how the parts were aligned.
 
-    clear: whether the parts differ enough to tell them apart. exact: whether m is the combination, up to rounding; else
-    it is the closest.
+    clear: whether the parts differ enough to tell them apart. exact: whether m is the combination, up to rounding;
+    else it is the closest.
     """
 
     sign: float

@@ -19,7 +19,9 @@ WEIGHT = 7.0  # of the guider; the calls of the cases have 4
 PLUS_ONE = ("z_image", "z_image_controlnet", "kandinsky_3")
 # AceStep's own guidance is adaptive and projected, which no weight makes plain.
 PAIRS = [
-    name for name in CASES if name not in ("ace_step", "stable_diffusion_instruct_pix2pix", "dream_lite_edit", "omnigen")
+    name
+    for name in CASES
+    if name not in ("ace_step", "stable_diffusion_instruct_pix2pix", "dream_lite_edit", "omnigen")
 ]  # fmt: skip
 PAIRS = [name for name in PAIRS if "pag" not in name]
 GUIDERS = {
@@ -240,7 +242,7 @@ class TestRefused:
 
 
 def test_magnitude_aware_guidance_of_images():
-    """Which fails in diffusers 0.42.1 for more than three dimensions: the weight is 1 + (w - 1) exp(-8 |c - u| / |u|)."""
+    """It fails in diffusers 0.42.1 for more than three dimensions: the weight is 1 + (w - 1) e^(-8 |c - u| / |u|)."""
     generator = torch.Generator().manual_seed(0)
     uncond = torch.randn(2, 3, 4, 4, generator=generator)
     cond = uncond + 0.1 * torch.randn(2, 3, 4, 4, generator=generator)
