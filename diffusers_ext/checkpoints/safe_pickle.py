@@ -33,7 +33,7 @@ MAX_LINE = 4_096  # bytes of an argument of the old text protocol, whose convers
 MAX_KEY = 4_096  # characters of a key; equal ones are compared at every use
 MAX_NUMBERS = 4_096  # in a list that stands for an array
 WORK = 4  # bytes that functions may be given in all, for each byte of the file; real files take 1 to 2
-FREE_WORK = 1_000_000
+FREE_WORK = 100_000
 
 
 class UnsafePickleError(ValueError):
@@ -182,8 +182,9 @@ class Machine:
             self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.stack[-1]
         elif name in ("PROTO", "FRAME"):
             pass
-        elif instruction := getattr(self, f"do_{name.lower()}", None):
-            instruction() if argument is None else instruction(argument)
+        elif name in _INSTRUCTIONS:
+            instruction = _INSTRUCTIONS[name]
+            instruction(self) if argument is None else instruction(self, argument)
         else:
             raise UnsafePickleError(f"the pickle uses the instruction {name}, which no EDM2 file needs.")
 
@@ -354,6 +355,11 @@ class Machine:
         if self.persistent is None:
             raise UnsafePickleError("the pickle refers to something outside of itself (a persistent id).")
         self.stack.append(self.persistent(value))
+
+
+_INSTRUCTIONS = {
+    name.removeprefix("do_").upper(): method for name, method in vars(Machine).items() if name.startswith("do_")
+}
 
 
 def _wanted(name: str) -> UnsafePickleError:

@@ -24,7 +24,7 @@ _KINDS = (
 
 
 def other_kind(head: bytes, wanted: str | None = None) -> str | None:
-    """A known kind of file by its first `HEAD` bytes; None for pickles, text, the kind that is wanted and the unknown."""
+    """A known kind of file by its first `HEAD` bytes; None for the kind that is wanted and for all others."""
     found = next((kind for pattern, kind in _KINDS if re.match(pattern, head, re.IGNORECASE)), None)
     return None if found == wanted else found
 
