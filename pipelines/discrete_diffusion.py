@@ -1,5 +1,6 @@
 """Text, token sequences and images of integer levels by discrete diffusion in continuous time."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
 
-from .pixel_space import FiniteWatch, as_output, check_callback, check_count, checked_generator
+from .pixel_space import FiniteWatch, as_output, check_callback, check_count, checked_generator, is_integer
 
+LONGEST = 65_536  # tokens, that a config is believed to mean
 IMAGE_TYPES = ("pil", "np", "pt")
 
 
@@ -228,9 +230,14 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
     def _length(self, sequence_length: int | None) -> int:
         if sequence_length is None:
             shape = self._model_config("shape")
-            known = self._model_config("sequence_length") if shape is None else int(torch.tensor(shape).prod())
+            known = self._model_config("sequence_length") if shape is None else math.prod(shape)
             if known is None:
                 raise ValueError("the model's config has no sequence_length; pass sequence_length=")
+            if not is_integer(known) or not 1 <= known <= LONGEST:
+                raise ValueError(
+                    f"the model's config has sequence_length={known!r}, which must be an integer in [1, {LONGEST}]; pass"
+                    " sequence_length= if it is meant"
+                )
             return known
         check_count("sequence_length", sequence_length)
         return sequence_length
