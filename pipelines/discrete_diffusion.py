@@ -235,8 +235,8 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
                 raise ValueError("the model's config has no sequence_length; pass sequence_length=")
             if not is_integer(known) or not 1 <= known <= LONGEST:
                 raise ValueError(
-                    f"the model's config has sequence_length={known!r}, which must be an integer in [1, {LONGEST}]; pass"
-                    " sequence_length= if it is meant"
+                    f"the model's config has sequence_length={known!r}, which must be an integer in [1, {LONGEST}];"
+                    " pass sequence_length= if it is meant"
                 )
             return known
         check_count("sequence_length", sequence_length)

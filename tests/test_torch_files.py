@@ -136,7 +136,7 @@ HOSTILE = {
     "negative stride": (rewritten(saved(STATE), negative_stride), "shape or stride"),
     "offset beyond the storage": (rewritten(saved(STATE), huge_offset), "beyond its storage"),
     "larger than its storage": (rewritten(saved(STATE), expanded), "beyond its storage"),
-    "no torch archive": (rewritten(saved(STATE), compression=zipfile.ZIP_STORED).replace(b"data.pkl", b"dada.pkl"), "no"),
+    "no torch archive": (rewritten(saved(STATE)).replace(b"data.pkl", b"dada.pkl"), "none of torch.save"),
     "of sparse tensors": (saved({"a": torch.eye(3).to_sparse()}), "_rebuild_sparse_tensor"),
     "empty": (b"", "the file is empty"),
     "web page": (b"\n<!DOCTYPE html><html><body>404</body></html>", r"a page of the web \(HTML\)"),
