@@ -163,8 +163,8 @@ def load_guided_diffusion(
     that suffices, an `ADMUNet2DModel` where not. The scheduler is a `DDPMScheduler` with the original's betas, spaced
     like its respacing; respacing chooses timesteps and leaves the betas alone.
 
-    path: the `.pt` file, plain, of parameters, of views of flat tensors, zipped or in the old format. It is read with
-        `weights_only=True`.
+    path: the `.pt` file, plain, of parameters, of views of flat tensors, zipped or in the old format. It is read as
+        plain data; nothing in it is executed.
     preset: a name of `PRESETS`, the published checkpoints.
     flags: names and values of the original command lines, see `FLAGS`; they take precedence over the preset. What the
         tensors determine may be left out. What they do not (`image_size`, `num_heads` or `num_head_channels`,

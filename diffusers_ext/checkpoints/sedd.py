@@ -78,7 +78,7 @@ def sedd_scheduler(path: str | Path, revision: str | None = None, **overrides) -
 def load_countdown(path: str | Path, num_heads: int | None = None) -> SEDDTransformer:
     """A network of Jump Your Steps' CountDown experiment, in float32 and evaluation mode.
 
-    path: its state dict, as .safetensors or as a torch file (read with weights_only). The sizes are read off the
+    path: its state dict, as .safetensors or as a torch file (read as plain data). The sizes are read off the
         tensors. num_heads: needed only where the file lacks the buffer of rotary frequencies.
 
     Raises ValueError if the tensors are not of such a network.

@@ -48,7 +48,7 @@ def load_tauldr(
 ) -> CTMCUNet | CTMCSequenceTransformer:
     """A network of tauLDR, in float32 and evaluation mode; `model(tokens, t)` gives logits of the clean tokens.
 
-    checkpoint: the torch file, read with weights_only, so that nothing in it is executed. config: its config.yaml.
+    checkpoint: the torch file, read as plain data: nothing in it is executed. config: its config.yaml.
     weights: "ema", the averaged ones, or "raw". integer_time: of the sequence network only; True is how the authors
         trained: the network sees the time cut to an integer. False for networks trained on the time itself.
 
