@@ -1,15 +1,20 @@
 """Damaged folders of models are refused in one line that names the file, before or while they are loaded."""
 
+import inspect
 import json
 import random
 import shutil
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers import ModelMixin, SchedulerMixin
 from safetensors.torch import load_file, save_file
 
 from diffusers_ext.cli import main
+from diffusers_ext.hub.folders import check_config
 from diffusers_ext.shipped import ASSETS, load_network, load_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -73,6 +78,9 @@ CONFIGS = [
     ("mnist-unet", "unet/config.json", {"layers_per_block": 10**9}, r"layers_per_block must be a number in \[0, 1000"),
     ("mnist-unet", "unet/config.json", {"sample_size": -1}, "sample_size must be at least 1"),
     ("mnist-unet", "unet/config.json", {"norm_eps": []}, "norm_eps must be a number"),
+    ("mnist-unet", "unet/config.json", {"norm_num_groups": -1}, "norm_num_groups must be at least 0"),
+    ("mnist-unet", "unet/config.json", {"_class_name": []}, "_class_name must be the name of a class"),
+    ("mnist-unet", "scheduler/scheduler_config.json", {"trained_betas": -1}, "trained_betas must be a list or null"),
     ("mnist-unet", "unet/config.json", {"act_fn": 3}, "act_fn must be text"),
     ("mnist-unet", "scheduler/scheduler_config.json", {"num_train_timesteps": None}, "must be an integer, got None"),
     ("mnist-unet", "scheduler/scheduler_config.json", {"num_train_timesteps": 10**30}, "within"),
@@ -170,6 +178,19 @@ def test_weights_in_shards_are_read(folder):
     again = load_pipeline(str(path))
     assert len(list((path / "unet").glob("*-of-*.safetensors"))) > 1
     assert all(torch.equal(a, b) for a, b in zip(pipe.unet.parameters(), again.unet.parameters(), strict=True))
+
+
+def test_what_diffusers_itself_writes_is_taken():
+    """The defaults of every network and scheduler, as they stand in a config."""
+    checked = 0
+    for name in dir(diffusers):
+        cls = getattr(diffusers, name, None)
+        if isinstance(cls, type) and issubclass(cls, ModelMixin | SchedulerMixin):
+            parameters = inspect.signature(cls.__init__).parameters.values()
+            config = {one.name: one.default for one in parameters if one.default is not one.empty}
+            check_config(Path(name), json.loads(json.dumps(config, default=lambda _: None)), cls)
+            checked += 1
+    assert checked > 100
 
 
 VALUES = [None, -1, "x", [], {}, float("inf"), 10**30, 10**9]

@@ -122,10 +122,11 @@ _WORDS[type(None)] = "null"
 
 
 def _kinds(hint) -> set:
-    """The kinds of JSON values that an annotation means; {"anything"} for one that is not understood."""
+    """The kinds of JSON values that an annotation means; {"anything"} where none of it is understood."""
     origin = typing.get_origin(hint) or hint
     if origin in (typing.Union, types.UnionType):
-        return set().union(*map(_kinds, typing.get_args(hint)))
+        kinds = set().union(*map(_kinds, typing.get_args(hint)))
+        return kinds - {"anything"} if kinds - {"anything", type(None)} else kinds  # no array stands in a JSON file
     if origin is typing.Literal:
         return {type(value) for value in typing.get_args(hint)}
     if origin in (tuple, list):
@@ -141,7 +142,9 @@ def _out_of_proportion(name: str, number: float, default) -> str | None:
         return f"a number in [0, {MOST_LAYERS}]"
     if abs(number) > LARGEST:
         return f"a number within +-{LARGEST}"
-    return "at least 1" if COUNTS.fullmatch(name) and number < 1 else None
+    if number < 0 and type(default) is int and default >= 0:
+        return "at least 0"
+    return "at least 1" if COUNTS.fullmatch(name) and number < 1 and default != 0 else None
 
 
 def _is_entry(entry) -> bool:
@@ -152,7 +155,7 @@ def _is_entry(entry) -> bool:
 def _class_of(entry) -> type | None:
     """The class of diffusers or of this package that an index or a config names; None for others. Nothing is imported
     by a name out of a file."""
-    name = entry[1] if isinstance(entry, list) else entry
+    name = entry[1] if _is_entry(entry) else entry
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if found is None and isinstance(name, str):
         found = next((cls for cls in _subclasses(ModelMixin) if cls.__name__ == name), None)
