@@ -492,6 +492,9 @@ class Storage:
         self.memory, self.count = memory, len(memory) // dtype.itemsize
         self.elements = torch.frombuffer(memory, dtype=dtype) if memory else torch.empty(0, dtype=dtype)
 
+    def __len__(self) -> int:
+        return self.count
+
     def check(self) -> None:
         """Raises ValueError for truth values that are neither: arithmetic on them is undefined."""
         if self.elements.dtype == torch.bool and self.count and self.elements.view(torch.uint8).max() > 1:

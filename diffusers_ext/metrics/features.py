@@ -30,7 +30,7 @@ def as_features(name: str, features) -> np.ndarray:
     broken = np.flatnonzero(~np.isfinite(array).all(axis=1))
     if len(broken):
         raise ValueError(f"{name} must be finite, got NaN or infinity in {len(broken)} rows, the first is {broken[0]}")
-    if max(array.max(), -array.min()) > LARGEST:
+    if max(float(array.max()), -float(array.min())) > LARGEST:
         raise ValueError(f"{name} must lie within +-{LARGEST:g}, or squared distances overflow; scale the features")
     return np.ascontiguousarray(array)
 
