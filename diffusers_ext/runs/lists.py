@@ -10,6 +10,7 @@ class Listed(click.ParamType):
         self.number, self.name = number, name
 
     def convert(self, value, param, ctx):
+        """The list; fails as click does for anything else."""
         if isinstance(value, list):
             return value
         try:
@@ -26,6 +27,7 @@ class ListsCommand(click.Command):
     """A command whose `Listed` options also take their numbers apart: --guidance-scales 1 2 3."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's, with commas between the numbers of a list."""
         return super().parse_args(ctx, self._joined(args))
 
     def _joined(self, args: list[str]) -> list[str]:

@@ -19,7 +19,11 @@ FORMATS = {"images": image_files.FORMATS, "sequences": sequence_files.FORMATS}
 
 
 def inputs_of(pipe, count: int, labels, prompts, images, seed: int) -> dict[str, list | np.ndarray]:
-    """The arguments of the call that have one value an image."""
+    """The arguments of the call that have one value an image: images uint8 (count, height, width, channels), prompts,
+    labels.
+
+    Raises ValueError for images of another number or kind, labels and prompts at once, and as `cycled_labels`.
+    """
     if images is not None:
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count:
             raise ValueError(
@@ -100,7 +104,7 @@ def check_discrete(pipe: DiffusionPipeline, inputs: dict[str, Sequence], call: d
 
 
 def format_of(pipe: DiffusionPipeline, kind: str, format: str | None) -> str:
-    """The format, or the one that goes without saying."""
+    """The format, or the one that goes without saying. Raises ValueError for one that the samples cannot have."""
     has_tokenizer = getattr(pipe, "tokenizer", None) is not None
     if format is None:
         return "png" if kind == "images" else "txt" if has_tokenizer else "npz"

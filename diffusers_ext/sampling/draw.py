@@ -73,6 +73,7 @@ def sample_images(
 
 
 def check_sizes(count: int, batch_size: int) -> None:
+    """Raises ValueError for a count or batch size below 1."""
     if count < 1 or batch_size < 1:
         raise ValueError(f"count and batch_size must be >= 1, got {count} and {batch_size}")
 
@@ -83,7 +84,12 @@ def batches_of(count: int, batch_size: int) -> list[range]:
 
 
 def draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict, call: dict):
-    """The images or tokens of one call; global random numbers are seeded by the batch and left as they were."""
+    """The images or tokens of one call; global random numbers are seeded by the batch and left as they were.
+
+    rows: of the samples. inputs: of all samples, by argument. call: further arguments of the call.
+
+    Raises ValueError for a respacing that the pipeline does not take.
+    """
     generators = [torch.Generator().manual_seed(seed + i) for i in rows]
     given = {name: values[rows.start : rows.stop] for name, values in inputs.items()} or {"batch_size": len(rows)}
     device = pipe._execution_device

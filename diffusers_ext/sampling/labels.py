@@ -51,6 +51,7 @@ def hashed(purpose: str, seed: int) -> int:
 
 
 def takes_labels(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline's call has class_labels."""
     return "class_labels" in inspect.signature(pipe.__call__).parameters
 
 
