@@ -55,7 +55,7 @@ class GuiderOfCall:
         return guider
 
     def __call__(self, number: int, cond: torch.Tensor, uncond: torch.Tensor | None) -> torch.Tensor:
-        """D for the tensor of this number in the output."""
+        """D (samples, ...) for the tensor of this number in the output; cond, uncond: (samples, ...)."""
         guider = self._copy(number)
         given = (cond, uncond) if guider.num_conditions == 2 else (cond, None)
         if type(guider).__name__ == "MagnitudeAwareGuidance" and cond.ndim > 3:
@@ -65,7 +65,7 @@ class GuiderOfCall:
 
 
 def second_answer(wanted: torch.Tensor, cond: torch.Tensor, weight: float) -> torch.Tensor:
-    """u' of a second call, whose pipeline computes u + w (c - u); computed in float32 at least."""
+    """u' of a second call, whose pipeline computes u + w (c - u), in float32 at least. wanted, cond: (samples, ...)"""
     exact = torch.promote_types(cond.dtype, torch.float32)
     answer = (wanted.to(exact) - weight * cond.to(exact)) / (1 - weight)
     return answer.to(cond.dtype)

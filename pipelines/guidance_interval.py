@@ -110,6 +110,8 @@ class Guidance:
     interval: None for the whole line. guider: None for the pipeline's own guidance. layout, verify: see
     `GuidanceInterval`. As a context manager it is in force for the block, and what was in force before is so again
     after it.
+
+    Raises ValueError for what is no pipeline, and for a layout or a guider that cannot be.
     """
 
     def __init__(
@@ -427,7 +429,7 @@ def _plans(pipe: DiffusionPipeline, given: Layout | None) -> list[_Plan]:
         return [_Plan(pipe, given, "given", networks, readable=hands_on_only(_stock(pipe), list(networks)))]
     if known is not None:
         return [_Plan(pipe, LAYOUTS[known.__name__], "listed", networks)]
-    own = call.__module__.startswith("diffusers.") and _stock(pipe).__module__.startswith("diffusers.")
+    own = (call.__module__ or "").startswith("diffusers.") and _stock(pipe).__module__.startswith("diffusers.")
     if own and not _takes_a_scale(call):
         return [_Plan(pipe, None, "none", networks)]
     layout = propose(_stock(pipe), list(networks))
@@ -1207,8 +1209,12 @@ class _Stage:
     def _check_turns(self, m, record) -> None:
         """Raise if the parts take turns where the layout has one after the other, or the other way round."""
         cut = self.layout.cut._replace(turns=not self.layout.cut.turns)
+        cond = self.layout.parts.index("cond")
         for tensor in _stacked(record.output, record.rows) if len(m) > 1 else []:
-            found = fit(m, split_rows(tensor, cut), self.layout.parts.index("cond"))
+            own = fit(m, split_rows(tensor, self.layout.cut), cond)
+            if own is not None and own.exact:  # nearly equal predictions may fit in both orders
+                continue
+            found = fit(m, split_rows(tensor, cut), cond)
             if (
                 found is not None
                 and found.exact
@@ -1248,7 +1254,8 @@ class _Stage:
         shown = self.fit is not None or self.unproved
         if not (self.run.guidable and shown):
             return
-        if not any(fit(m, [tensor] * 2, 0) for tensor in _stacked(record.output, record.rows)):
+        fits = (fit(m, [tensor] * 2, 0) for tensor in _stacked(record.output, record.rows))
+        if not any(found is not None and found.exact for found in fits):
             self._disagree("hands its scheduler something else than the only prediction of a step")
 
     def _checked_calls(self, m):

@@ -168,7 +168,10 @@ class Walk:
         return self.next
 
     def nearest(self, timestep: Any) -> int:
-        """The index of a timestep by its value, which is read from the device; an expected one, if it is that."""
+        """The index of a timestep by its value, which is read from the device; an expected one, if it is that.
+
+        Raises ValueError for a timestep that is not in the schedule.
+        """
         self._read()
         given = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
         expected = self.position if self.next is None else self.next

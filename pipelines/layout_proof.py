@@ -36,7 +36,7 @@ class Fit(NamedTuple):
         return self.exact and (not self.clear or bool((weights < 0.01).any() or (weights > 0.99).all()))
 
     def combined(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The same combination of other parts, as the scheduler is given it."""
+        """The same combination of other parts, (samples, ...) each, as the scheduler is given it."""
         aligned = [self.align(part) for part in parts]
         shape = (-1, *(1,) * (aligned[0].ndim - 1))
         weights = self.weights.to(aligned[0].device, torch.float32)

@@ -164,7 +164,7 @@ def with_precise_alphas(scheduler: SchedulerMixin) -> SchedulerMixin:
     """
     if not isinstance(scheduler, DDPMScheduler):
         return scheduler
-    scheduler = copy.copy(scheduler)
+    scheduler = copy.deepcopy(scheduler)
     scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), dim=0)
     return scheduler
 

@@ -51,7 +51,7 @@ def count_rows(arguments: dict[str, Any]) -> Rows:
 
 
 def split_rows(tensor: torch.Tensor, cut: Cut, dim: int = 0) -> list[torch.Tensor]:
-    """The parts of a tensor with rows."""
+    """The parts of a tensor (rows, ...), or with the rows in dimension dim: each (rows / parts, ...)."""
     if cut.turns:
         return [tensor[i :: cut.parts] for i in range(cut.parts)]
     size = tensor.shape[dim] // cut.parts
@@ -59,7 +59,7 @@ def split_rows(tensor: torch.Tensor, cut: Cut, dim: int = 0) -> list[torch.Tenso
 
 
 def join_rows(parts: list[torch.Tensor], turns: bool, dim: int = 0) -> torch.Tensor:
-    """What `split_rows` split."""
+    """What `split_rows` split: parts of (rows, ...) each."""
     if len(parts) == 1:
         return parts[0]
     return torch.stack(parts, dim=1).flatten(0, 1) if turns else torch.cat(parts, dim)

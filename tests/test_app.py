@@ -140,20 +140,21 @@ def test_models_are_kept_and_forgotten(monkeypatch):
     loaded = []
 
     class Pipe:
-        def to(self, device):
-            self.where = device
-
         def set_progress_bar_config(self, disable):
             pass
 
-    def load(model, pipeline, trust_remote_code, dtype):
-        loaded.append((model, pipeline, trust_remote_code, dtype))
+    def load(model, pipeline, trust_remote_code):
+        loaded.append((model, pipeline, trust_remote_code))
         return Pipe()
 
+    def cast(pipe, dtype, device):
+        pipe.where = device, dtype
+
     monkeypatch.setattr("diffusers_ext.app.models.load_pipeline", load)
+    monkeypatch.setattr("diffusers_ext.app.models.cast", cast)
     kept = Models("cpu", trust_remote_code=True)
     first = kept.load(" a ")
-    assert kept.load("a") is first and loaded == [("a", None, True, torch.float32)] and first.where == "cpu"
+    assert kept.load("a") is first and loaded == [("a", None, True)] and first.where == ("cpu", torch.float32)
     for name in ("b", "c", "a", "d"):
         kept.load(name)
     assert kept.holds("a") and not kept.holds("b")

@@ -95,7 +95,7 @@ def test_quick_sections_are_the_same_with_less_to_do(monkeypatch, tmp_path):
 
 def test_demo_without_extras_leaves_out_what_needs_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(boost_and_skip, "find_spec", lambda name: None)
-    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluation.evaluate, "find_spec", lambda name: None)
     settings = BoostAndSkipSettings(gammas=(2.0,), num_inference_steps=4, num_samples=10)
     result = run_boost_and_skip(tmp_path, "cpu", Console(), settings)
     assert "lof" not in result["rows"][0]

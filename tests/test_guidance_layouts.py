@@ -37,11 +37,11 @@ ATTACH, CALL = "at attach", "in the call"
 # Nothing can be read, or what is read is not one thing.
 REFUSED_AT_ATTACH = {
     "EarlierChunk", "OneUncond", "Star", "SplitSizes", "UncondFirst", "Outside", "Lambda", "CFGPP", "Doubled",
-    "Threads", "Forward", "GetAttr", "MultiDiffusion", "Resample",
+    "Threads", "Forward", "GetAttr", "MultiDiffusion", "Resample", "Reference",
 }  # fmt: skip
 # The numbers do not say what the source seems to say.
 REFUSED_IN_THE_FIRST_STEP = {
-    "Misnamed", "Windows", "Reference", "TwoCallsOther", "Rescale", "NoSchedule", "NoSchedule2", "Inversion",
+    "Misnamed", "Windows", "TwoCallsOther", "Rescale", "NoSchedule", "NoSchedule2", "Inversion",
     "StepTwice", "Extra", "Reversed", "TwoCallsMis", "WeakGuide", "Clip", "NegativeLater", "LateGuidance",
 }  # fmt: skip
 # Right in some calls, refused in others: unequal parts, rows in turns, a prediction that is used twice.

@@ -28,7 +28,7 @@ from diffusers_ext import (
     boost_and_skip,
 )
 from diffusers_ext.runs import kept, processes, shards
-from diffusers_ext.sampling import cycled_labels, random_labels, sample_to_folder
+from diffusers_ext.sampling import cycled_labels, random_labels, sample_images, sample_to_folder
 from diffusers_ext.sampling import folder as sampling
 from diffusers_ext.shipped import load_pipeline
 
@@ -480,7 +480,7 @@ def test_sampled_images_are_tensors_whatever_the_pipeline_gives():
             def __call__(self, class_labels, generator, output_type, form=form):
                 return SimpleNamespace(images=form[: len(class_labels)])
 
-        images = sampling.sample_images(Labelled(_execution_device=torch.device("cpu")), labels, batch_size=2)
+        images = sample_images(Labelled(_execution_device=torch.device("cpu")), labels, batch_size=2)
         assert images.shape == (3, 3, 4, 5) and images.dtype == torch.float32
 
 

@@ -45,7 +45,7 @@ def test_tokens_are_those_of_their_seeds(tmp_path):
     np.testing.assert_array_equal(tokens, expected)
     assert len({row.tobytes() for row in tokens}) > 1
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["settings"]["format"] == "npz" and len(manifest["shards"]) == 3
+    assert manifest["settings"]["format"] == "npz" and manifest["result"] == done.result.name
     assert manifest["settings"]["components"]["scheduler"]["config"]["kernel"] == "uniform"
 
 
