@@ -21,8 +21,7 @@ def run_on_two(notes: Path, *arguments) -> str:
 
 
 def main() -> None:
-    from diffusers_ext import cli
-    from diffusers_ext.runs import processes
+    from diffusers_ext import cli, processes
 
     start = processes.start_processes
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import click
 
-from ..runs.lists import INTEGERS, ListsCommand
-from .options import Steps
+from .options import INTEGERS, ListsCommand, Steps
 from .sample import sample_model
 
 
@@ -43,7 +42,7 @@ def upsample(
     MODEL is a folder or a Hub id, as `convert guided-diffusion` writes it; IMAGES an .npz, a folder or a zip, as
     `sample` writes them. The same command goes on after an interruption, and runs on many processes as `sample` does.
     """
-    from ..evaluation import read_images
+    from ..image_sets import read_images
 
     small, labels = read_images(images)
     sample_model(

@@ -1,1 +1,0 @@
-"""What is about tokens and no sampler: losses of discrete diffusion models, and music as tokens."""
