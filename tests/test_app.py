@@ -26,7 +26,7 @@ from diffusers_ext.app.computations import (
     table_edges,
 )
 from diffusers_ext.app.models import Models
-from diffusers_ext.discrete.music import NUM_TOKENS
+from diffusers_ext.music import NUM_TOKENS
 from diffusers_ext.shipped import load_pipeline
 
 SMALL = {
