@@ -683,8 +683,11 @@ class _Stage:
         # Whether it is proved before anything is changed: the first steps are run in full, whatever they are to be.
         self.proves = plan.source == "proposed" or (plan.source == "given" and plan.readable and not as_given)
         self.names = {id(module): name for name, module in plan.networks.items()}
+        self.own_schedulers = {number: f"{name}_scheduler" for number, name in self.names.items()}
+        self.timesteps: dict[int, list[str]] = {}  # names of arguments
         self.parameters = {id(module): _parameters(module) for module in plan.networks.values()}
         self.walks: dict[int, Walk] = {}
+        self.walk: Walk | None = None
         self.layout: Layout | None = None
         self.start: StepStart | None = None
         self.first: int | None = None
@@ -698,6 +701,7 @@ class _Stage:
         self.filling: list[str] | None = None
         self.checked: set[int] = set()
         self.tried: set[int] = set()
+        self.counted: dict[int, list[Any]] = {}  # attention processors that know the number of rows
         self.early = 0
 
     def call(self, module: torch.nn.Module, call: Callable, args: tuple, kwargs: dict) -> Any:
@@ -724,8 +728,8 @@ class _Stage:
 
     def _scheduler(self, module: torch.nn.Module) -> Any:
         """The scheduler that a network's predictions are for; one that the call itself put in place is seen from now."""
-        own = f"{self.names[id(module)]}_scheduler"
-        scheduler = self.pipe.__dict__.get(own) or self.pipe.__dict__.get("scheduler")
+        held = self.pipe.__dict__
+        scheduler = held.get(self.own_schedulers[id(module)]) or held.get("scheduler")
         if scheduler is None:
             found = _schedulers(self.pipe)
             if len(found) != 1:
@@ -749,7 +753,10 @@ class _Stage:
             if self.plan.layout is not None:
                 self.layout = self.plan.layout.of_call(self.pipe, given)
                 self._refuse_call()
-        timestep = next((value for name, value in arguments.items() if value is not None and _is_timestep(name)), None)
+        names = self.timesteps.get(id(module))
+        if names is None:
+            names = self.timesteps[id(module)] = [name for name in arguments if _is_timestep(name)]
+        timestep = next((value for name in names if (value := arguments.get(name)) is not None), None)
         start = walk.at(timestep, self.run.arguments.get("strength"))
         if start is not self.start:
             if self.start is not None:
@@ -898,14 +905,19 @@ class _Stage:
         fewer_args = [take_rows(name, value, rows, cut) for name, value in zip(names, args, strict=False)]
         fewer_kwargs = {name: take_rows(name, value, rows, cut) for name, value in kwargs.items()}
         kept = Rows(rows.total // cut.parts * len(cut.run), rows.listed)
-        with self._fewer_rows_in_attention(module):
+        perturbed = len(cut.run) > 1 and hasattr(type(self.pipe), "_set_pag_attn_processor")
+        if id(module) not in self.counted:
+            counted = {id(one): one for one in _processors(module) if hasattr(one, "batch_size")}
+            self.counted[id(module)] = list(counted.values())
+        counted = self.counted[id(module)]
+        if not perturbed and not counted:
+            return spread_rows(call(*fewer_args, **fewer_kwargs), kept, cut)
+        with self._fewer_rows_in_attention(counted, perturbed):
             return spread_rows(call(*fewer_args, **fewer_kwargs), kept, cut)
 
     @contextmanager
-    def _fewer_rows_in_attention(self, module):
+    def _fewer_rows_in_attention(self, counted: list[Any], perturbed: bool):
         """Attention that knows the parts (perturbed-attention guidance), or the rows (Text2Video-Zero's, over frames)."""
-        perturbed = "perturbed" in self.layout.parts and hasattr(type(self.pipe), "_set_pag_attn_processor")
-        counted = {id(one): one for one in _processors(module) if hasattr(one, "batch_size")}.values()
         before = [one.batch_size for one in counted]
         cut = self.layout.cut
         try:
@@ -1133,9 +1145,11 @@ class _Stage:
         result = step(*args, **kwargs)
         self.records.clear()
         self.waiting.clear()
-        walk = self.walks.get(id(scheduler))
+        # A copy of the scheduler is stepped with it, or in its place, for each frame; all frames at once or in turns.
+        walk = self.walks.get(id(scheduler), self.walk)
         if walk is not None and walk.position is not None:
-            walk.next = min(walk.position + 1, len(walk.timesteps) - 1)
+            in_turns = bool(self.run.arguments.get("ar_step"))
+            walk.next = None if in_turns else min(walk.position + 1, len(walk.timesteps) - 1)
         return result
 
     def _checked(self, scheduler: Any, m: Any, timestep: Any) -> Any:

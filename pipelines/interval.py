@@ -131,6 +131,10 @@ class Walk:
     def __init__(self, scheduler: SchedulerMixin):
         self.scheduler, self.start = scheduler, None
         self.position = self.next = self.walked = self.tensor = None
+        # What a scheduler lacks is slow to ask for.
+        self.pndm = hasattr(scheduler, "prk_timesteps")
+        self.staged = hasattr(scheduler, "state_in_first_order")
+        self.indexed = [name for name in ("step_index", "begin_index") if hasattr(type(scheduler), name)]
 
     def at(self, timestep: Any, strength: float | None = None) -> StepStart:
         """The step that a network evaluation belongs to; of later evaluations in one step the same object.
@@ -146,7 +150,7 @@ class Walk:
         if position == self.position and self.start is not None:
             return self.start
         self.position = position
-        if self.start is None or _starts_a_step(self.scheduler):
+        if self.start is None or self._starts_a_step():
             index, count = self._number(position)
             if self.start is None or index != self.start.index:
                 self.start = StepStart(index, count, self.sigmas[position], type(self.scheduler).__name__)
@@ -154,12 +158,14 @@ class Walk:
 
     def position_of(self, timestep: Any) -> int:
         """Index into scheduler.timesteps, preferably one that needs no transfer from the device."""
-        for name in ("step_index", "begin_index"):
-            if isinstance(position := getattr(self.scheduler, name, None), int):
+        for name in self.indexed:
+            if isinstance(position := getattr(self.scheduler, name), int):
                 return min(position, len(self.timesteps) - 1)
         if (position := self._place(timestep)) is not None:
             return position
-        return self.nearest(timestep) if self.next is None else self.next
+        if self.next is None:
+            self.next = self.nearest(timestep)
+        return self.next
 
     def nearest(self, timestep: Any) -> int:
         """The index of a timestep by its value, which is read from the device; an expected one, if it is that."""
@@ -194,29 +200,29 @@ class Walk:
             return None
         return (timestep.storage_offset() - self.tensor.storage_offset()) // self.tensor.stride(0)
 
+    def _starts_a_step(self) -> bool:
+        scheduler = self.scheduler
+        if self.pndm:  # four Runge-Kutta evaluations a step, or a first step of two
+            prk = 0 if scheduler.config.skip_prk_steps else len(scheduler.prk_timesteps)
+            if scheduler.counter < prk:
+                return scheduler.counter % 4 == 0
+            return not (scheduler.config.skip_prk_steps and scheduler.counter == 1)
+        return not self.staged or scheduler.state_in_first_order
+
     def _number(self, position: int) -> tuple[int, int]:
         """The number of the step, and the number of steps."""
         scheduler = self.scheduler
-        if hasattr(scheduler, "prk_timesteps"):
+        if self.pndm:
             # PNDM lists a timestep for each evaluation; _timesteps holds those of the steps, ascending
             starts = list(scheduler._timesteps)[::-1]
             return min(range(len(starts)), key=lambda i: abs(starts[i] - self.timesteps[position])), len(starts)
-        stages = scheduler.order if hasattr(scheduler, "state_in_first_order") else 1
+        stages = scheduler.order if self.staged else 1
         return position // stages, -(-len(self.timesteps) // stages)
 
 
 def read_step(scheduler: SchedulerMixin, timestep: Any) -> StepStart:
     """The step of a schedule that starts at a timestep. Raises ValueError if the timestep is not in the schedule."""
     return Walk(scheduler).at(timestep)
-
-
-def _starts_a_step(scheduler: SchedulerMixin) -> bool:
-    if hasattr(scheduler, "prk_timesteps"):  # PNDM: four Runge-Kutta evaluations a step, or a first step of two
-        prk = 0 if scheduler.config.skip_prk_steps else len(scheduler.prk_timesteps)
-        if scheduler.counter < prk:
-            return scheduler.counter % 4 == 0
-        return not (scheduler.config.skip_prk_steps and scheduler.counter == 1)
-    return getattr(scheduler, "state_in_first_order", True)
 
 
 def _edm_sigmas(scheduler: SchedulerMixin, timesteps: list[float]) -> list[float | None]:

@@ -1,5 +1,6 @@
 """The rows of a batch in several parts: cut out those that are run, and spread what they give over all of them."""
 
+import functools
 import re
 from numbers import Number
 from typing import Any, NamedTuple
@@ -105,11 +106,17 @@ def spread_rows(value: Any, rows: Rows, cut: Cut, name: str = "") -> Any:
 
 def has_rows(name: str, value: torch.Tensor, rows: Rows) -> bool:
     """Whether a tensor argument, (rows, ...) but for `ROW_DIMENSION`, has an entry for each row."""
-    dim = ROW_DIMENSION.get(name, 0)
-    if value.ndim <= dim or SHARED_ARGUMENT.search(name):
+    dim, shared, folded = _kind(name)
+    if value.ndim <= dim or shared:
         return False
     length = value.shape[dim]
-    return length == rows.total or bool(length and length % rows.total == 0 and FOLDED_ARGUMENT.search(name))
+    return length == rows.total or (folded and length > 0 and length % rows.total == 0)
+
+
+@functools.cache
+def _kind(name: str) -> tuple[int, bool, bool]:
+    """The dimension of the rows of an argument, whether it is the same for all of them, and whether it may be folded."""
+    return ROW_DIMENSION.get(name, 0), bool(SHARED_ARGUMENT.search(name)), bool(FOLDED_ARGUMENT.search(name))
 
 
 def unclear_arguments(name: str, value: Any, rows: Rows, given: bool = False) -> list[str]:
