@@ -641,7 +641,7 @@ class _Run:
         warnings.warn(
             f"the guidance interval {self.interval} holds {which} of the {len(self.guidable)} steps"
             f" ({_range(self.guidable)})",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def raise_without_guidance(self) -> None:

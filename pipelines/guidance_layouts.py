@@ -16,6 +16,7 @@ A layout is written "uncond, cond" for parts in this order, "uncond | cond" for 
 """
 
 import ast
+import contextlib
 import functools
 import inspect
 import os
@@ -284,7 +285,7 @@ HOW_TO_SAY = (
 )
 # Where the code may come from that the table describes, and what diffusers wraps it in.
 _ROOTS = [os.path.dirname(inspect.getfile(module)) + os.sep for module in (diffusers, torch)]
-_ROOTS.append(os.path.dirname(os.path.abspath(__file__)) + os.sep)
+_ROOTS += [os.path.dirname(os.path.abspath(__file__)) + os.sep, inspect.getfile(contextlib)]
 
 
 def table_class(cls: type) -> type | None:

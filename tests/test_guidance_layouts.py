@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from tiny_guided_pipelines import CASES
 from unlisted_pipelines import STEPS, Base, build
 
+import diffusers_ext.pipelines
 from diffusers_ext.pipelines import GuidanceInterval, apply_guidance_interval, guidance_report
 from diffusers_ext.pipelines.guidance_layouts import (
     COMBINED,
@@ -334,6 +335,11 @@ class TestTable:
                 return super().encode_prompt(*args, **kwargs)
 
         assert table_class(stock) is stock and table_class(Same) is stock and table_class(Other) is None
+
+    def test_pipelines_of_this_package_are_listed(self):
+        for name in ("BoostAndSkip", "StableDiffusionXLGuidanceInterval", "DiTGuidanceInterval"):
+            cls = getattr(diffusers_ext.pipelines, f"{name}Pipeline")
+            assert table_class(cls) is cls
 
     def test_a_patched_class_is_not_listed(self, monkeypatch):
         stock = diffusers.StableDiffusionPipeline
