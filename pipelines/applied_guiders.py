@@ -1,7 +1,7 @@
 """diffusers' guiders in a pipeline that combines its predictions itself.
 
-A guider wants the prediction D(c, u) of a conditional and an unconditional one. A batch of two parts is answered with D
-in both, since u + w (c - u) = D for u = c = D whatever the weight w of the call. Of two calls the first has been
+A guider makes the prediction D(c, u) of a conditional and an unconditional one. A batch of two parts is answered with
+D in both, since u + w (c - u) = D for u = c = D whatever the weight w of the call. Of two calls the first has been
 answered with c; the second is answered with
 
     u' = (D - w c) / (1 - w),  so that  u' + w (c - u') = D.
@@ -85,8 +85,8 @@ def weight_of_call(pipe, name: str, arguments: dict[str, Any], plus_one: bool) -
     weight = weight + plus_one
     if not abs(weight - 1) >= CLOSEST:
         raise ValueError(
-            f"{type(pipe).__name__} was called with {name}={weight - plus_one:g}, which makes no unconditional prediction"
-            f" or one that counts for next to nothing; call it with {name}={2 - plus_one}, the guider's own weight is"
+            f"{type(pipe).__name__} was called with {name}={weight - plus_one:g}, which makes no unconditional"
+            f" prediction or one that counts for next to nothing; call it with {name}={2 - plus_one}, the guider's own weight is"
             " used in its place"
         )
     return float(weight)

@@ -321,7 +321,9 @@ def apply_guider(
     )
     for plan in guidance.plans:
         if type(plan.pipe).__name__ == "HeliosPyramidPipeline":
-            raise ValueError("HeliosPyramidPipeline may scale its unconditional prediction first; use Modular Diffusers")
+            raise ValueError(
+                "HeliosPyramidPipeline may scale its unconditional prediction first; use Modular Diffusers"
+            )
         if plan.source == "none" or (len(plan.layout.parts) > 2 and plan.layout.optional is None):
             how = "no guidance" if plan.source == "none" else f"the parts {plan.layout}"
             raise ValueError(f"{type(plan.pipe).__name__} has {how}; a guider combines two predictions")

@@ -52,8 +52,8 @@ def above_one(*names: str) -> Callable[[DiffusionPipeline, dict], bool]:
 class Layout:
     """How a pipeline guides.
 
-    parts: in order of the batch, or of the calls. how: "batch", "turns" or "calls". on: whether a call guides, from the
-        pipeline and the arguments of its call; called at each step.
+    parts: in order of the batch, or of the calls. how: "batch", "turns" or "calls". on: whether a call guides, from
+        the pipeline and the arguments of its call; called at each step.
     optional: a part and the name of the argument, or attribute, without which it is left out.
     extra: after the doubled batch, the network is called again without doubling in one step. gradient: so it is where
         gradients are taken. partly: so it is in steps that the pipeline leaves unguided itself, after a guided one.
@@ -62,8 +62,8 @@ class Layout:
     variance: the second half of the channels is no prediction to guide: always, or where it is there ("may"); Lumina
         guides "three" channels.
     text_first: the conditional prediction has the text's tokens in front of the image's.
-    fills_cache: the first unconditional call fills a cache that later ones read. aside: which calls, by their arguments,
-        fill a cache of all rows and predict nothing.
+    fills_cache: the first unconditional call fills a cache that later ones read. aside: which calls, by their
+        arguments, fill a cache of all rows and predict nothing.
     """
 
     parts: tuple[str, ...]
@@ -109,8 +109,8 @@ def parse_layout(text: str) -> Layout:
     known = set(parts) <= set(PARTS) and {"cond", "uncond"} <= set(parts) and len(set(parts)) == len(parts)
     if not known or (found == [";"] and parts != ("cond", "uncond")):
         raise ValueError(
-            'layout must be like "uncond, cond" (a batch in parts, in this order), "uncond | cond" (parts that take turns'
-            f' row by row) or "cond; uncond" (two calls, in this order), with parts of {PARTS}, got {text!r}; a'
+            'layout must be like "uncond, cond" (a batch in parts, in this order), "uncond | cond" (parts that take'
+            f' turns row by row) or "cond; uncond" (two calls, in this order), with parts of {PARTS}, got {text!r}; a'
             " pipeline that makes the unconditional call first cannot be limited"
         )
     return Layout(parts, kinds[found[0]])
@@ -151,8 +151,9 @@ _TABLE = {
         BriaFibo BriaFiboEdit CogVideoX CogVideoXFunControl CogVideoXImageToVideo CogVideoXVideoToVideo ConsisID
         CycleDiffusion KandinskyPrior KandinskyV22PriorEmb2Emb MusicLDM PaintByExample ShapE ShapEImg2Img StableAudio
         StableDiffusionControlNetXS StableDiffusionDiffEdit StableDiffusionGLIGEN StableDiffusionImageVariation
-        StableDiffusionInpaintPipelineLegacy StableDiffusionLatentUpscale StableDiffusionModelEditing StableDiffusionUpscale
-        StableDiffusionXLControlNetXS StableUnCLIP StableUnCLIPImg2Img TextToVideoSD TextToVideoZero TextToVideoZeroSDXL
+        StableDiffusionInpaintPipelineLegacy StableDiffusionLatentUpscale StableDiffusionModelEditing
+        StableDiffusionUpscale StableDiffusionXLControlNetXS StableUnCLIP StableUnCLIPImg2Img TextToVideoSD
+        TextToVideoZero TextToVideoZeroSDXL
         VersatileDiffusionDualGuided VersatileDiffusionImageVariation VersatileDiffusionTextToImage VideoToVideoSD
         VQDiffusion
     """,
@@ -255,7 +256,8 @@ _REFUSED = {
     "takes the gradient of the doubled batch": "StableDiffusionPix2PixZero",
     "runs several steps in one batch": "StableDiffusionParadigms",
     "has its networks in ONNX, which are no torch modules": """
-        OnnxStableDiffusion OnnxStableDiffusionImg2Img OnnxStableDiffusionInpaint OnnxStableDiffusionInpaintPipelineLegacy
+        OnnxStableDiffusion OnnxStableDiffusionImg2Img OnnxStableDiffusionInpaint
+        OnnxStableDiffusionInpaintPipelineLegacy
         OnnxStableDiffusionUpscale StableDiffusionOnnx
     """,
 }
@@ -333,7 +335,7 @@ def propose(cls: type, networks: list[str]) -> Layout | None:
 
 
 def hands_on_only(cls: type, networks: list[str]) -> bool:
-    """Whether the source of a class shows that it hands its predictions to its scheduler, and uses them nowhere else."""
+    """Whether the source of a class shows that its predictions go to its scheduler, and nowhere else."""
     try:
         source = _Source(cls, [name for name in networks if "control" not in name.lower()])
     except ValueError:

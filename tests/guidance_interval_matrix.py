@@ -28,10 +28,10 @@ PAGE = Path(__file__).parent.parent / "docs" / "guidance_interval_support.md"
 FINGERPRINTS = Path(__file__).parent / "goldens" / "guidance_fingerprints.json"
 HEAD = """# Pipelines that can be guided in an interval, or by a guider
 
-Written by `python tests/guidance_interval_matrix.py`. Tests hold for each pipeline of the first table, with tiny random
-networks: the whole line equals plain guidance bit for bit, an empty interval equals guidance off and a middle one a loop
-over all rows up to rounding, the networks are run on exactly these rows, and `verify=True` finds the layout that the
-table has. With two parts, a guider `ClassifierFreeGuidance(w)` equals the stock pipeline called with that weight.
+Written by `python tests/guidance_interval_matrix.py`. Tests hold for each pipeline of the first table, with tiny
+random networks: the whole line equals plain guidance bit for bit, an empty interval equals guidance off and a middle
+one a loop over all rows up to rounding, the networks are run on exactly these rows, and `verify=True` finds the layout
+that the table has. With two parts, a guider `ClassifierFreeGuidance(w)` equals the stock pipeline called with that weight.
 
 A layout is "uncond, cond" for one batch with these parts, "cond; uncond" for two calls.
 
@@ -41,8 +41,9 @@ A layout is "uncond, cond" for one batch with these parts, "cond; uncond" for tw
 REST = """
 ## All pipelines of diffusers {version} that guide
 
-{count} pipelines have a guidance scale or a guider, those included that diffusers has deprecated. {listed} of them are in
-the table of `pipelines/guidance_layouts.py`; a test compares the code of all of them with the code that it was made for.
+{count} pipelines have a guidance scale or a guider, those included that diffusers has deprecated. {listed} of them are
+in the table of `pipelines/guidance_layouts.py`; a test compares the code of all of them with the code that it was made
+for.
 
 | Layout | Guiders | Pipelines |
 | --- | --- | --- |
@@ -68,8 +69,8 @@ Of diffusers {version}: **can be applied** {can}. **Refused**, since they need o
 """
 TESTED = "**Tested:** {}, those of the first table and, for what does not fit in it (caches, chunks, stages), {}"
 ONCE = (
-    "**Tried once,** before the layouts were declared: {}. With tiny random networks the whole line was plain guidance bit"
-    " for bit, an empty interval guidance off, and a middle one a loop over all rows. No test holds it: {}"
+    "**Tried once,** before the layouts were declared: {}. With tiny random networks the whole line was plain guidance"
+    " bit for bit, an empty interval guidance off, and a middle one a loop over all rows. No test holds it: {}"
 )
 BY_STEPS = "**By steps only.** The schedulers have no noise levels, so use `guided_steps`: {}"
 # Run once on diffusers 0.42.1, each with components like those of tiny_guided_pipelines.py.

@@ -18,10 +18,8 @@ WEIGHT = 7.0  # of the guider; the calls of the cases have 4
 # These compute c + w (c - u), in which a guider's weight is one less.
 PLUS_ONE = ("z_image", "z_image_controlnet", "kandinsky_3")
 # AceStep's own guidance is adaptive and projected, which no weight makes plain.
-PAIRS = [
-    name for name in CASES if name not in ("ace_step", "stable_diffusion_instruct_pix2pix", "dream_lite_edit", "omnigen")
-]  # fmt: skip
-PAIRS = [name for name in PAIRS if "pag" not in name]
+OTHERS = {"ace_step", "stable_diffusion_instruct_pix2pix", "dream_lite_edit", "omnigen"}
+PAIRS = [name for name in CASES if name not in OTHERS and "pag" not in name]
 GUIDERS = {
     "AdaptiveProjectedGuidance": {"adaptive_projected_guidance_momentum": -0.5},
     "AdaptiveProjectedMixGuidance": {"adaptive_projected_guidance_momentum": -0.5},
@@ -240,7 +238,7 @@ class TestRefused:
 
 
 def test_magnitude_aware_guidance_of_images():
-    """Which fails in diffusers 0.42.1 for more than three dimensions: the weight is 1 + (w - 1) exp(-8 |c - u| / |u|)."""
+    """It fails in diffusers 0.42.1 for more than three dimensions; the weight is 1 + (w - 1) exp(-8 |c - u| / |u|)."""
     generator = torch.Generator().manual_seed(0)
     uncond = torch.randn(2, 3, 4, 4, generator=generator)
     cond = uncond + 0.1 * torch.randn(2, 3, 4, 4, generator=generator)

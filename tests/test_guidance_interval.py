@@ -19,7 +19,6 @@ from conventions import newer_torch
 from tiny_guided_pipelines import BATCH, CASES, STEPS, TWO, Case
 from tiny_pipelines import tiny_stable_diffusion
 
-from diffusers_ext.pipelines.rows import Cut, Rows, spread_rows, take_rows
 from diffusers_ext.pipelines.guidance_interval import (
     GuidanceInterval,
     apply_guidance_interval,
@@ -27,6 +26,7 @@ from diffusers_ext.pipelines.guidance_interval import (
     read_step,
     remove_guidance_interval,
 )
+from diffusers_ext.pipelines.rows import Cut, Rows, spread_rows, take_rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the guidance interval:UserWarning"),
