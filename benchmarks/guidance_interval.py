@@ -3,10 +3,10 @@
     python benchmarks/guidance_interval.py [--rounds 15] [--steps 32]
     python benchmarks/guidance_interval.py --device cuda    # besides, a UNet of SDXL's size, eager and compiled
 
-The overhead is measured on SDXL with a denoiser that does nothing, so that only the pipeline's own work is left, in CPU
-time of the thread, in turns with the stock loop. The time is that of the shipped MNIST model and of a small Stable Diffusion XL with random weights, half of whose
-steps are guided; on a GPU also of a network of SDXL's size with random weights, in bfloat16, at 1024 x 1024. Plain
-guidance and the intervals take turns; medians are compared.
+The overhead is measured on SDXL with a denoiser that does nothing, so that only the pipeline's own work is left, in
+CPU time of the thread, in turns with the stock loop. The time is that of the shipped MNIST model and of a small Stable
+Diffusion XL with random weights, half of whose steps are guided; on a GPU also of a network of SDXL's size with random
+weights, in bfloat16, at 1024 x 1024. Plain guidance and the intervals take turns; medians are compared.
 """
 
 import argparse
@@ -146,9 +146,7 @@ def report_overhead(device: str, steps: int, rounds: int) -> None:
             if number:
                 times[name].append(took / steps)
     stock = statistics.median(times["stock"])
-    print(
-        f"no-op SDXL network, {steps} steps, medians of {rounds}: a stock step takes {1e6 * stock:.0f} us of the thread"
-    )
+    print(f"no-op SDXL network, {steps} steps, medians of {rounds}: a stock step takes {1e6 * stock:.0f} us")
     for name in ("guided", "unguided"):
         added = statistics.median(ours - plain for ours, plain in zip(times[name], times["stock"], strict=True))
         print(f"  the interval adds {1e6 * added:+.0f} us to a step that is {name} ({added / stock:.0%})")

@@ -86,8 +86,8 @@ def weight_of_call(pipe, name: str, arguments: dict[str, Any], plus_one: bool) -
     if not abs(weight - 1) >= CLOSEST:
         raise ValueError(
             f"{type(pipe).__name__} was called with {name}={weight - plus_one:g}, which makes no unconditional"
-            f" prediction or one that counts for next to nothing; call it with {name}={2 - plus_one}, the guider's own weight is"
-            " used in its place"
+            f" prediction or one that counts for next to nothing; call it with {name}={2 - plus_one}, the guider's own"
+            " weight is used in its place"
         )
     return float(weight)
 

@@ -124,8 +124,8 @@ class StepStart:
 class Walk:
     """Follows a sampler through the schedule of its scheduler, which is read from the device once.
 
-    position: index into `scheduler.timesteps` of the evaluation asked for last. next: of the one that is to come, where
-    a call of `scheduler.step` has told; else None. walked: of the last one that the scheduler was stepped from.
+    position: index into `scheduler.timesteps` of the evaluation asked for last. next: of the one that is to come,
+    where a call of `scheduler.step` has told; else None. walked: of the last one that the scheduler was stepped from.
     """
 
     def __init__(self, scheduler: SchedulerMixin):

@@ -31,7 +31,8 @@ HEAD = """# Pipelines that can be guided in an interval, or by a guider
 Written by `python tests/guidance_interval_matrix.py`. Tests hold for each pipeline of the first table, with tiny
 random networks: the whole line equals plain guidance bit for bit, an empty interval equals guidance off and a middle
 one a loop over all rows up to rounding, the networks are run on exactly these rows, and `verify=True` finds the layout
-that the table has. With two parts, a guider `ClassifierFreeGuidance(w)` equals the stock pipeline called with that weight.
+that the table has. With two parts, a guider `ClassifierFreeGuidance(w)` equals the stock pipeline called with that
+weight.
 
 A layout is "uncond, cond" for one batch with these parts, "cond; uncond" for two calls.
 

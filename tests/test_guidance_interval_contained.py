@@ -19,7 +19,7 @@ from diffusers_ext.pipelines import (
     guidance_report,
     remove_guidance_interval,
 )
-from diffusers_ext.pipelines.guidance_interval import _INTERCEPTED
+from diffusers_ext.pipelines.interceptors import _INTERCEPTED
 
 pytestmark = pytest.mark.filterwarnings("ignore:the guidance interval:UserWarning")
 WORDS = {"prompt": ["a cat", "a dog"], "num_inference_steps": STEPS, "guidance_scale": 4.0, "output_type": "latent"}
