@@ -176,7 +176,7 @@ class Proof:
             self._disagree(
                 "steps its scheduler without calling one of its networks before, or without setting its timesteps"
             )
-        if walk.nearest(timestep) != walk.position or walk.walked == walk.position:
+        if not walk.is_at(timestep, walk.position) or walk.walked == walk.position:
             self._disagree(f"does not walk through the schedule that it set: it is at timestep {float(timestep):g}")
         if walk.walked is not None and walk.position != walk.walked + 1:
             self._disagree(

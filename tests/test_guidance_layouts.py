@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 import unlisted_pipelines
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from tiny_guided_pipelines import CASES
 from unlisted_pipelines import STEPS, Base, build
 
@@ -31,7 +31,7 @@ KINDS = {
     for name, cls in vars(unlisted_pipelines).items()
     if isinstance(cls, type) and issubclass(cls, Base) and cls is not Base
 }
-SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}
+SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "flow": FlowMatchEulerDiscreteScheduler}
 INTERVALS = [(1, 2), (0, 1), (), (0, STEPS - 1), (3, 3)]
 ATTACH, CALL = "at attach", "in the call"
 # Nothing can be read, or what is read is not one thing.
