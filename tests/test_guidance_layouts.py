@@ -55,7 +55,7 @@ def sample(pipe, oracle=None, **options) -> torch.Tensor:
 
 
 def bounds(steps: tuple[int, ...]) -> dict:
-    return {"guided_steps": (steps[0], steps[-1])} if steps else {"sigma_lo": 1e6}
+    return {"guided_steps": (steps[0], steps[-1])} if steps else {"sigma_hi": 1e-9}
 
 
 def compare(cls, scheduler, steps: tuple[int, ...], batch: int, **given) -> str:
