@@ -76,37 +76,47 @@ _PLACES = ("_compiled_call_impl", "cache_context")
 
 
 def into_scheduler(scheduler: Any) -> Callable[[], None]:
-    # Instance attributes, since pipelines compare the class.
-    before = {name: scheduler.__dict__[name] for name in ("step", "set_timesteps") if name in scheduler.__dict__}
-    for name in ("step", "set_timesteps"):
-        scheduler.__dict__[name] = _Seen(scheduler, name, getattr(scheduler, name))
+    """Put an interceptor into a scheduler; returns what takes it away. Copies of the scheduler are seen as well."""
+    stock = type(scheduler)
+    if isinstance(stock, _SameType):  # a copy that the run has made
+        stock = stock.__mro__[1]
+    scheduler.__class__ = _seen_class(stock)
 
     def restore():
-        for name in ("step", "set_timesteps"):
-            scheduler.__dict__.pop(name, None)
-        scheduler.__dict__.update(before)
+        scheduler.__class__ = stock
 
     return restore
 
 
-class _Seen:
-    """A method of a scheduler whose calls the run gets to see; a copy of the scheduler has one of its own."""
+class _SameType(type):
+    """The type of a class that is equal to its parent, since a pipeline may compare the type of its scheduler."""
 
-    def __init__(self, scheduler: Any, name: str, method: Callable):
-        self.scheduler, self.name, self.method = scheduler, name, method
-        functools.update_wrapper(self, method)
+    def __eq__(cls, other):
+        return other is cls or other is cls.__mro__[1]
 
-    def __call__(self, *args, **kwargs):
+    def __hash__(cls):
+        return hash(cls.__mro__[1])
+
+
+@functools.cache
+def _seen_class(stock: type) -> type:
+    """A subclass of a scheduler's class, of the same name, whose steps a run gets to see."""
+
+    @functools.wraps(stock.step)
+    def step(self, *args, **kwargs):
         if (run := RUN.get()) is None:
-            return self.method(*args, **kwargs)
-        if self.name == "step":
-            return run.stepped(self.scheduler, self.method, args, kwargs)
-        run.prepared.add(id(self.scheduler))
-        return self.method(*args, **kwargs)
+            return stock.step(self, *args, **kwargs)
+        return run.stepped(self, functools.partial(stock.step, self), args, kwargs)
 
-    def __deepcopy__(self, memo: dict) -> "_Seen":
-        copied = memo.get(id(self.scheduler))
-        return self if copied is None else _Seen(copied, self.name, getattr(type(copied), self.name).__get__(copied))
+    @functools.wraps(stock.set_timesteps)
+    def set_timesteps(self, *args, **kwargs):
+        if (run := RUN.get()) is not None:
+            run.prepared.add(id(self))
+        return stock.set_timesteps(self, *args, **kwargs)
+
+    names = {"step": step, "set_timesteps": set_timesteps, "__doc__": stock.__doc__}
+    names |= {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return _SameType(stock.__name__, (stock,), names)
 
 
 def outside_callback(value: Any) -> Any:
