@@ -21,7 +21,7 @@ BASE = [
     "pyyaml>=6.0.0",
     "click>=8.1.0",
     "rich>=13.0.0",
-    "psutil",  # any that accelerate takes
+    "filelock>=3.32.0",  # the oldest with a hook for the acquired lock; tested apart from the others
 ]
 METRICS = ["scikit-learn>=1.5.0", "scipy>=1.13.0", "faiss-cpu>=1.9.0.post1"]
 PLOTS = ["matplotlib>=3.8.0"]

@@ -16,7 +16,7 @@ from collections import defaultdict
 import torch
 
 from diffusers_ext.evaluation import evaluate_digits
-from diffusers_ext.info import best_device
+from diffusers_ext.machine.versions import best_device
 from diffusers_ext.sampling import sample_images
 from diffusers_ext.shipped import load_pipeline
 

@@ -5,6 +5,7 @@ a fresh process; the workshop (`hub`, `metrics`, `shipped`, `cli`) is imported w
 """
 
 import os as _os
+import sys as _sys
 
 import diffusers as _diffusers
 
@@ -28,7 +29,19 @@ globals().update({name: getattr(pipelines, name) for name in pipelines.__all__ i
 def __getattr__(name: str):
     if name in pipelines.LAZY:
         return getattr(pipelines, name)
+    if name.startswith("AutoPipeline"):
+        _tell_auto_pipelines()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _tell_auto_pipelines() -> None:
+    """AutoPipeline looks pipelines up by the task; to another task it leads to the stock pipelines."""
+    from diffusers.pipelines import auto_pipeline
+
+    name = "stable-diffusion-xl-guidance-interval"
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[name] = pipelines.StableDiffusionXLGuidanceIntervalPipeline
+    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING[name] = _diffusers.StableDiffusionXLImg2ImgPipeline
+    auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING[name] = _diffusers.StableDiffusionXLInpaintPipeline
 
 
 # Saved pipelines and networks name their class alone, which DiffusionPipeline.from_pretrained and AutoModel look up on
@@ -40,3 +53,5 @@ for _module in (pipelines, schedulers, models):
         if isinstance(_value, type) and issubclass(_value, _LOADED) and not hasattr(_diffusers, _name):
             setattr(_diffusers, _name, _value)
 _diffusers.__getattr__ = __getattr__  # PEP 562; diffusers' own lazy names are looked up after it
+if "diffusers.pipelines.auto_pipeline" in _sys.modules:  # which takes seconds to import, so else when it is asked for
+    _tell_auto_pipelines()

@@ -1,6 +1,5 @@
 """The small trained models that ship with the package, and how a model's name becomes something to load."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 from . import models
 from .casting import dtype_option
+from .hub.damage import read_json, refusing
 from .hub.downloads import download_pipeline
+from .hub.folders import check_model, check_model_folder, check_pipeline, check_pipeline_folder
 from .models import ImageClassifier
 from .pipelines import ADMUpsamplerPipeline
 from .pipelines.boost_and_skip import BOOST_AND_SKIP_CLASSES, BoostAndSkipPipeline
@@ -70,8 +71,9 @@ def load_pipeline(
     the .py files that lie in the model's repository. dtype: of the parameters; None leaves it to `from_pretrained`.
     kwargs: further arguments of that.
 
-    Raises ValueError for an unknown pipeline name, a shipped model that is no pipeline, code that is not trusted, and
-    what `download_pipeline` raises ValueError and OSError for.
+    Raises ValueError for an unknown pipeline name, a shipped model that is no pipeline, code that is not trusted, a
+    folder whose files are damaged or do not belong together, and what `download_pipeline` raises ValueError and
+    OSError for.
     """
     if pipeline is not None and pipeline not in PIPELINES:
         raise ValueError(f"pipeline must be one of {sorted(PIPELINES)}, got {pipeline!r}")
@@ -86,8 +88,10 @@ def load_pipeline(
     _check_trust(model, folder, trust_remote_code)
     if trust_remote_code:  # some versions note an argument that they do not know, also where it is False
         kwargs["trust_remote_code"] = True
-    with _no_bars_of_components():
+    check_pipeline_folder(folder, cls)
+    with _no_bars_of_components(), refusing(f"model {model!r} cannot be loaded"):
         pipe = cls.from_pretrained(folder, **kwargs)
+    check_pipeline(pipe, folder, kwargs.get("variant"))
     pipe.register_to_config(_name_or_path=resolve_model(model))
     if pipeline == "boost-and-skip" and type(pipe.scheduler).__name__ in BOOST_AND_SKIP_CLASSES:
         pipe.scheduler = boost_and_skip(pipe.scheduler)
@@ -110,17 +114,24 @@ def _no_bars_of_components() -> Iterator[None]:
 def load_network(model: str, trust_remote_code: bool = False) -> ModelMixin:
     """A shipped network by name, or the one in a folder, such as `ImageClassifier.save_pretrained` or an export wrote.
 
-    Raises ValueError for a folder that holds no network, and for code that must run and is not trusted.
+    Raises ValueError for a folder that holds no network or a damaged one, and for code that must run and is not
+    trusted.
     """
     folder = Path(resolve_model(model))
     name = network_class(model)
     if name is None:
         raise ValueError(f"model {model!r} is no network: {folder} has no config.json that names a class")
-    if name in models.__all__:
-        return getattr(models, name).from_pretrained(folder)
-    _check_trust(model, folder, trust_remote_code)
-    # AutoModel refuses trust where there is no code, and takes no Path.
-    return AutoModel.from_pretrained(str(folder), trust_remote_code=any(folder.rglob("*.py")))
+    if name not in models.__all__:
+        _check_trust(model, folder, trust_remote_code)
+    check_model_folder(folder)
+    with refusing(f"model {model!r} cannot be loaded"):
+        if name in models.__all__:
+            network = getattr(models, name).from_pretrained(folder)
+        else:
+            # AutoModel refuses trust where there is no code, and takes no Path.
+            network = AutoModel.from_pretrained(str(folder), trust_remote_code=any(folder.rglob("*.py")))
+    check_model(network, folder)
+    return network
 
 
 def network_class(model: str) -> str | None:
@@ -129,7 +140,8 @@ def network_class(model: str) -> str | None:
     config = folder / "config.json"
     if (folder / "model_index.json").is_file() or not config.is_file():
         return None
-    return json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+    name = read_json(config).get("_class_name")
+    return name if isinstance(name, str) else None
 
 
 def _check_trust(model: str, folder: Path, trust_remote_code: bool) -> None:

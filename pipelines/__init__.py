@@ -12,8 +12,10 @@ from .guidance_interval import (
     GuidanceInterval,
     GuidanceReport,
     apply_guidance_interval,
+    apply_guider,
     guidance_report,
     remove_guidance_interval,
+    remove_guider,
 )
 from .respacing import respaced_timesteps
 
@@ -29,8 +31,10 @@ __all__ = [
     "GuidanceReport",
     "StableDiffusionXLGuidanceIntervalPipeline",
     "apply_guidance_interval",
+    "apply_guider",
     "guidance_report",
     "remove_guidance_interval",
+    "remove_guider",
     "respaced_timesteps",
 ]
 

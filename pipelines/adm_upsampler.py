@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch.nn import functional as F
 
 from .pixel_space import (
+    FiniteWatch,
     check_call,
     checked_generator,
     checked_labels,
@@ -84,7 +85,7 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: which tensors the callback sees; "latents" is the sample x_t.
 
         Raises ValueError for images of another form, number of channels or range, and for labels or latents that do
-        not fit them.
+        not fit them; NotFiniteError, a ValueError, where NaN or infinity comes up, with the step and the sample.
         """
         check_call(self, output_type, callback_on_step_end_tensor_inputs)
         if isinstance(image, str | Path):
@@ -104,17 +105,21 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
         self._num_timesteps = len(scheduler.timesteps)
+        watch = FiniteWatch(self._num_timesteps)
 
         for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
             model_input = scheduler.scale_model_input(latents, t).to(dtype)
             model_output = self.unet(torch.cat([model_input, low_res], dim=1), t, class_labels=labels).sample
             if not reads_variance(scheduler):
                 model_output = model_output[:, : latents.shape[1]]
+            watch.see("the network's output", model_output, i)
             latents = scheduler.step(model_output, t, latents, **extra).prev_sample
+            watch.see("the image", latents, i)
             if callback_on_step_end is not None:
                 tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                 latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
 
+        watch.finish()
         images = to_images(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

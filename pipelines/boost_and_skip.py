@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNe
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .pixel_space import (
+    FiniteWatch,
     check_call,
     check_count,
     checked_generator,
@@ -127,7 +128,8 @@ class BoostAndSkipPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: which tensors the callback sees; "latents" is the sample x_t.
 
         Raises ValueError for arguments out of range, and for a scheduler that can neither be boosted here nor boosts
-        by itself; the message says what to do.
+        by itself; the message says what to do. NotFiniteError, a ValueError, where NaN or infinity comes up, with the
+        step and the sample.
         """
         self._guidance_scale = guidance_scale
         self._check_inputs(batch_size, class_labels, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
@@ -142,15 +144,19 @@ class BoostAndSkipPipeline(DiffusionPipeline):
             extra = self._step_kwargs(eta, use_clipped_model_output, generator)
             latents = self._initial_sample(batch_size, latents, generator, device) * boost
             self._num_timesteps = len(steps)
+            watch = FiniteWatch(len(steps))
             with self.progress_bar(total=len(steps)) as progress_bar:
                 for i, t in enumerate(steps):
                     model_output = self._model_output(self.scheduler.scale_model_input(latents, t), t, labels)
+                    watch.see("the network's output", model_output, i)
                     latents = self.scheduler.step(model_output, t, latents, **extra).prev_sample
+                    watch.see("the image", latents, i)
                     if callback_on_step_end is not None:
                         tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                         latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
                     progress_bar.update()
 
+        watch.finish()
         images = to_images(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -1,5 +1,6 @@
 """Text, token sequences and images of integer levels by discrete diffusion in continuous time."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
 
-from .pixel_space import as_output, check_callback, check_count, checked_generator
+from .pixel_space import FiniteWatch, as_output, check_callback, check_count, checked_generator, is_integer
 
+LONGEST = 65_536  # tokens, that a config is believed to mean
 IMAGE_TYPES = ("pil", "np", "pt")
 
 
@@ -87,7 +89,8 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end: called as (pipeline, step, timestep, {"tokens": tokens}) after each step; what it returns
             under "tokens" goes on from there.
 
-        Raises ValueError for inputs that contradict each other or the components.
+        Raises ValueError for inputs that contradict each other or the components; NotFiniteError, a ValueError, where
+        the network returns NaN, infinity, or a row without any possible token, with the step and the sample.
         """
         scheduler = self._scheduler(sampler)
         output_type = self._output_type(output_type)
@@ -101,6 +104,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         else:
             scheduler.set_timesteps(timesteps=timesteps, device=device)
         self._num_timesteps = len(scheduler.timesteps)
+        watch = FiniteWatch(self._num_timesteps)
 
         sample = torch.where(given, fixed, scheduler.sample_prior(tuple(fixed.shape), generator, device))
         times, edges = scheduler.timesteps.tolist(), scheduler.edges.tolist()  # all that is read of the schedule
@@ -108,38 +112,57 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
                 clock = clock if scheduler.sampler.counts_tokens else times[i]
-                sample, clock = self._step(scheduler, i, clock, sample, generator)
+                sample, clock = self._step(scheduler, watch, i, clock, sample, generator)
                 sample = torch.where(given, fixed, sample)
                 for time, size in self._corrections(scheduler.config, edges[i : i + 2]):
-                    sample = torch.where(given, fixed, self._correct(scheduler, time, size, sample, generator))
+                    corrected = self._correct(scheduler, watch, i, time, size, sample, generator)
+                    sample = torch.where(given, fixed, corrected)
                 if callback_on_step_end is not None:
                     kwargs = dict.fromkeys(callback_on_step_end_tensor_inputs, sample)
                     replaced = callback_on_step_end(self, i, t, kwargs).get("tokens", sample)
                     sample = torch.where(given, fixed, replaced)
                 progress_bar.update()
 
+        watch.finish()
+        self._check_decoded(scheduler, sample)
         output = self._to_output(sample, output_type)
         self.maybe_free_model_hooks()
         return output if return_dict else (getattr(output, "images" if output_type in IMAGE_TYPES else output_type),)
 
     # One step; the network's output, the largest tensor, lives no longer than these functions
 
-    def _step(self, scheduler, index: int, clock, sample, generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def _step(self, scheduler, watch, index: int, clock, sample, generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens after step `index` and the time that they are at, (batch,), which gillespie keeps for each sample."""
-        output = self._model_output(scheduler, clock, sample)
+        output = self._model_output(scheduler, watch, index, clock, sample)
         options = {}
         if scheduler.sampler.counts_tokens:
             options["num_decode"] = scheduler.num_decode_on_device(sample, index)
         result = scheduler.step(output, clock, sample, generator, **options)
         return result.prev_sample, result.prev_timestep
 
-    def _correct(self, scheduler, time: float, size: float, sample, generator) -> torch.Tensor:
-        output = self._model_output(scheduler, time, sample)
+    def _correct(self, scheduler, watch, index: int, time: float, size: float, sample, generator) -> torch.Tensor:
+        output = self._model_output(scheduler, watch, index, time, sample)
         return scheduler.step_correct(output, time, sample, size, generator).prev_sample
 
-    def _model_output(self, scheduler, time, sample: torch.Tensor) -> torch.Tensor:
+    def _model_output(self, scheduler, watch: FiniteWatch, index: int, time, sample: torch.Tensor) -> torch.Tensor:
         output = self.model(sample, scheduler.model_time(time, len(sample), sample.device))
-        return output if isinstance(output, torch.Tensor) else output[0]
+        output = output if isinstance(output, torch.Tensor) else output[0]
+        # -inf rules a token out, so what must be finite is the largest of a row; NaN and inf come through. The column
+        # of the mask is not read.
+        largest = output[..., : scheduler.kernel.num_real_tokens].amax(dim=-1)
+        if scheduler.config.prediction_type == "probabilities":
+            largest = largest.log()  # a row of zeros is no law
+        watch.see("the network's output", largest, index)
+        return output
+
+    @staticmethod
+    def _check_decoded(scheduler, sample: torch.Tensor) -> None:
+        if scheduler.mask_token_id is not None and (masked := (sample == scheduler.mask_token_id).sum(1)).any():
+            first = int(masked.nonzero()[0])
+            raise ValueError(
+                f"sample {first} of the batch still holds {int(masked[first])} masks after the last step; the network"
+                " gave no tokens for them, or the callback put them there"
+            )
 
     @staticmethod
     def _corrections(config, edges: list[float]) -> list[tuple[float, float]]:
@@ -205,9 +228,14 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
     def _length(self, sequence_length: int | None) -> int:
         if sequence_length is None:
             shape = self._model_config("shape")
-            known = self._model_config("sequence_length") if shape is None else int(torch.tensor(shape).prod())
+            known = self._model_config("sequence_length") if shape is None else math.prod(shape)
             if known is None:
                 raise ValueError("the model's config has no sequence_length; pass sequence_length=")
+            if not is_integer(known) or not 1 <= known <= LONGEST:
+                raise ValueError(
+                    f"the model's config has sequence_length={known!r}, which must be an integer in [1, {LONGEST}];"
+                    " pass sequence_length= if it is meant"
+                )
             return known
         check_count("sequence_length", sequence_length)
         return sequence_length

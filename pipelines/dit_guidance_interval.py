@@ -9,8 +9,13 @@ the schedule that is really used.
 import torch
 from diffusers import DiTPipeline, ImagePipelineOutput
 
-from .denoiser_calls import DenoiserCall  # noqa: F401  diffusers copies only what this file itself imports
-from .guidance_interval import GuidanceInterval, GuidanceReport, interval_bounds
+# diffusers copies only the files that this one itself imports
+from .applied_guiders import GuiderOfCall  # noqa: F401
+from .guidance_interval import GuidanceInterval, GuidanceReport
+from .guidance_layouts import Layout  # noqa: F401
+from .interval import interval_bounds
+from .layout_proof import Fit  # noqa: F401
+from .rows import Rows  # noqa: F401
 
 
 class DiTGuidanceIntervalPipeline(DiTPipeline):

@@ -16,14 +16,15 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .interval import Interval, StepStart, interval_bounds
 from .pixel_space import (
+    FiniteWatch,
     as_output,
     check_call,
     check_count,
     checked_generator,
     checked_labels,
     initial_noise,
-    is_integer,
     label_tensor,
     number_of_images,
 )
@@ -131,6 +132,7 @@ class EDM2Pipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: which tensors the callback sees; "latents" is x, not scaled.
 
         Raises ValueError for arguments out of range or at odds with the networks; the message says what to do.
+        NotFiniteError, a ValueError, where NaN or infinity comes up, with the step and the sample.
         Warns if the interval has no step, or every step.
         """
         self._guidance_scale = guidance_scale
@@ -151,6 +153,7 @@ class EDM2Pipeline(DiffusionPipeline):
         self._num_evaluations = {"unet": 0, "guidance_unet": 0}
 
         x = self._initial_sample(batch_size, latents, generator, device)
+        watch = FiniteWatch(self._num_timesteps)
         with self._constant_weights(), self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, sigma_next in enumerate(edges[1:]):
                 guide = i in self._guided_steps
@@ -158,11 +161,13 @@ class EDM2Pipeline(DiffusionPipeline):
                 x = self.scheduler.step(self._denoise(x, sigma_hat, labels, guide), sigma_hat, x).prev_sample
                 if sigma_next > 0:
                     x = self.scheduler.step(self._denoise(x, sigma_next, labels, guide), sigma_next, x).prev_sample
+                watch.see("the image", x, i)
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
                     x = callback_on_step_end(self, i, self.scheduler.sigmas[i], tensors).pop("latents", x)
                 progress_bar.update()
 
+        watch.finish()
         x = x.to(torch.float32)
         images = x if output_type == "latent" else as_output(self.decode(x, decode_batch_size), output_type)
         self.maybe_free_model_hooks()
@@ -189,26 +194,24 @@ class EDM2Pipeline(DiffusionPipeline):
         self._num_evaluations["guidance_unet"] += 1
         return reference.lerp(denoised, self._guidance_scale)
 
-    def _steps_to_guide(self, edges: list[float], interval, steps) -> range:
+    def _steps_to_guide(self, edges: list[float], guidance_interval, guided_steps) -> range:
         """The steps in which to guide, as consecutive indices; `edges` are the n + 1 noise levels."""
         count = len(edges) - 1
-        if interval is not None and steps is not None:
-            raise ValueError(f"Pass only one of guidance_interval={interval} and guided_steps={steps}.")
-        if interval is not None:
-            lo, hi = _checked_interval(interval)
-            inside = [i for i, sigma in enumerate(edges[:-1]) if lo < sigma <= hi]
-            guided = range(inside[0], inside[-1] + 1) if inside else range(0)
-        elif steps is not None:
-            first, last = _checked_steps(steps, count)
-            guided = range(first, last + 1)
-        else:
-            guided = range(count)
+        if guidance_interval is None and guided_steps is None:
+            return range(count if self._guidance_scale != 1 else 0)
+        bounds = (None, None) if guidance_interval is None else interval_bounds(guidance_interval)
+        interval = Interval(*bounds, guided_steps)
+        name = type(self.scheduler).__name__
+        inside = [i for i, sigma in enumerate(edges[:-1]) if StepStart(i, count, sigma, name) in interval]
+        guided = range(inside[0], inside[-1] + 1) if inside else range(0)
         if self._guidance_scale == 1:
             return range(0)
-        if interval is not None and not guided:
+        if not guided:
             listed = ", ".join(f"{sigma:.4g}" for sigma in edges[:-1])
-            warnings.warn(f"guidance_interval={interval} has none of the noise levels {listed}: no step is guided.")
-        if (interval, steps) != (None, None) and len(guided) == count:
+            warnings.warn(
+                f"guidance_interval={guidance_interval} has none of the noise levels {listed}: no step is guided."
+            )
+        if len(guided) == count:
             warnings.warn(f"The guidance interval has all of the {count} steps: this is guidance without interval.")
         return guided
 
@@ -296,23 +299,3 @@ class EDM2Pipeline(DiffusionPipeline):
 
 def _is_number(value) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _checked_interval(interval) -> tuple[float, float]:
-    pair = tuple(interval) if isinstance(interval, list | tuple) else ()
-    if len(pair) != 2 or not all(map(_is_number, pair)) or not 0 <= pair[0] < pair[1]:
-        raise ValueError(
-            f"guidance_interval must be (sigma_lo, sigma_hi), noise levels with 0 <= sigma_lo < sigma_hi, got"
-            f" {interval!r}; indices of steps go to guided_steps"
-        )
-    return pair
-
-
-def _checked_steps(steps, count: int) -> tuple[int, int]:
-    pair = tuple(steps) if isinstance(steps, list | tuple) else ()
-    if len(pair) != 2 or not all(map(is_integer, pair)) or not 0 <= pair[0] <= pair[1] < count:
-        raise ValueError(
-            f"guided_steps must be (first, last), indices with 0 <= first <= last < {count}, the number of steps, got"
-            f" {steps!r}; noise levels go to guidance_interval"
-        )
-    return pair

@@ -20,6 +20,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .pixel_space import (
+    FiniteWatch,
     as_output,
     check_call,
     checked_generator,
@@ -32,6 +33,7 @@ from .pixel_space import (
 
 SOLVERS = ("scheduler", "dopri5")
 SPACES = ("pixel", "latent")
+MOST_EVALUATIONS = 5000  # of dopri5; flows that were trained take 50 to 500
 TIME_SCALE = 1000  # flow time 1 in the units of a diffusion network's timestep embedding
 
 
@@ -141,6 +143,8 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
 
         Raises ValueError for images of another form, size, number of channels or range, for arguments that are missing
         or out of range, and for a scheduler that is none of the two; ImportError for dopri5 without torchdiffeq.
+        NotFiniteError, a ValueError, where NaN or infinity comes up, with the step (the evaluation, for dopri5) and
+        the sample; ValueError where dopri5 needs more than `MOST_EVALUATIONS`.
         """
         check_call(self, output_type, callback_on_step_end_tensor_inputs)
         self._check_solver(num_inference_steps, strength, solver, rtol, atol, callback_on_step_end)
@@ -231,11 +235,14 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
             scheduler.timesteps = scheduler.sigmas[:-1] * total
         scheduler.set_begin_index(0)
         self._num_timesteps = len(scheduler.timesteps)
+        watch = FiniteWatch(self._num_timesteps)
         for i, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             v = velocity(self.model, x, 1 - timestep / total, labels)
             x = scheduler.step(-v, timestep, x, return_dict=False)[0]
+            watch.see("the image", x, i)
             if callback is not None:
                 x = callback(self, i, timestep, dict.fromkeys(tensor_names, x)).pop("latents", x)
+        watch.finish()
         return x
 
     def _solve_dopri5(self, x, labels, strength: float, rtol: float, atol: float):
@@ -249,14 +256,29 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
         if strength == 0:
             return x
 
+        evaluations, watch = 0, FiniteWatch(None)
+
         def field(t, x_t):
-            return velocity(self.model, x_t.to(x.dtype), t, labels).float()
+            nonlocal evaluations
+            v = velocity(self.model, x_t.to(x.dtype), t, labels).float()
+            watch.see(f"at t = {float(t):.4g} the velocity", v, evaluations)
+            watch.finish()  # the solver waits for the device in every step anyway
+            evaluations += 1
+            if evaluations > MOST_EVALUATIONS:
+                raise ValueError(_too_stiff(float(t), strength, rtol, atol, f"after {MOST_EVALUATIONS} evaluations"))
+            return v
 
         times = torch.tensor([0.0, strength], device=x.device)
         settings = {"rtol": rtol, "atol": atol, "method": "dopri5"}
         if not _has_float64(x.device):  # in which torchdiffeq would keep the time
             settings["options"] = {"dtype": torch.float32}
-        return odeint(field, x.float(), times, **settings)[-1].to(x.dtype)
+        try:
+            final = odeint(field, x.float(), times, **settings)[-1].to(x.dtype)
+        except AssertionError as error:  # torchdiffeq, of a step that is too small for float32
+            raise ValueError(_too_stiff(None, strength, rtol, atol, str(error))) from error
+        watch.see("the image", final, evaluations)
+        watch.finish()
+        return final
 
     def _finish(self, images, start, final, output_type: str):
         """The repaired images; given ones plus their displacement, untouched by rounding to [-1, 1]."""
@@ -365,6 +387,14 @@ def _has_float64(device: torch.device) -> bool:
     except (TypeError, RuntimeError):
         return False
     return True
+
+
+def _too_stiff(t: float | None, strength: float, rtol: float, atol: float, why: str) -> str:
+    at = "" if t is None else f" at t = {t:.4g}"
+    return (
+        f"dopri5 does not get to t = {strength} with rtol={rtol} and atol={atol}, {why}{at}: the velocity is too rough"
+        " for these tolerances; raise them, or use solver='scheduler'"
+    )
 
 
 @contextmanager

@@ -23,6 +23,43 @@ def check_count(name: str, count) -> None:
         raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
 
 
+class NotFiniteError(ValueError):
+    """A sampler met NaN or infinity. sample: the row of the batch; step: the step in which; both from 0."""
+
+    def __init__(self, what: str, sample: int, step: int, num_steps: int | None):
+        of = "" if num_steps is None else f" of {num_steps}"
+        super().__init__(
+            f"{what} of sample {sample} is not finite in step {step}{of} (both counted from 0); use another dtype,"
+            " bfloat16 or float32, or a smaller gamma or guidance scale, and check the weights"
+        )
+        self.what, self.sample, self.step, self.num_steps = what, sample, step, num_steps
+
+    def of_sample(self, sample: int) -> "NotFiniteError":
+        """The same with the number that the sample has among many batches."""
+        return NotFiniteError(self.what, sample, self.step, self.num_steps)
+
+
+class FiniteWatch:
+    """Raises NotFiniteError where values of a sampler are not finite: at once on a CPU, elsewhere in `finish`, so
+    that the host does not wait for them in every step. num_steps: None where nobody knows it."""
+
+    def __init__(self, num_steps: int | None):
+        self.num_steps, self.seen = num_steps, []
+
+    def see(self, what: str, values: torch.Tensor, step: int) -> None:
+        """Look at values (batch, ...); what: they are, for the message."""
+        self.seen.append((what, step, values.isfinite().flatten(1).all(dim=1)))
+        if values.device.type == "cpu":
+            self.finish()
+
+    def finish(self) -> None:
+        """Read what was seen on a device."""
+        seen, self.seen = self.seen, []
+        if seen and not torch.stack([finite.all() for *_, finite in seen]).all():
+            what, step, finite = next(one for one in seen if not one[2].all())
+            raise NotFiniteError(what, int((~finite).nonzero()[0]), step, self.num_steps)
+
+
 def check_call(pipeline: DiffusionPipeline, output_type: str, callback_tensors: list[str]) -> None:
     """Raises ValueError for an unknown output type and for tensors that the pipeline shows to no callback."""
     if output_type not in OUTPUT_TYPES:
@@ -127,7 +164,7 @@ def with_precise_alphas(scheduler: SchedulerMixin) -> SchedulerMixin:
     """
     if not isinstance(scheduler, DDPMScheduler):
         return scheduler
-    scheduler = copy.copy(scheduler)
+    scheduler = copy.deepcopy(scheduler)
     scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), dim=0)
     return scheduler
 

@@ -30,10 +30,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from diffusers_ext.evaluation import evaluate_digits
-from diffusers_ext.info import best_device
-from diffusers_ext.interval_search import GuidedSteps
-from diffusers_ext.interval_tuning import guided_call
-from diffusers_ext.result_rows import ResultRows, summary
+from diffusers_ext.guidance.search import GuidedSteps
+from diffusers_ext.guidance.tuning import guided_call
+from diffusers_ext.machine.versions import best_device
+from diffusers_ext.runs.rows import ResultRows, summary
 from diffusers_ext.sampling import cycled_labels, sample_images
 from diffusers_ext.shipped import load_pipeline
 

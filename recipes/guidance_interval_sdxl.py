@@ -20,10 +20,10 @@ from diffusers import HeunDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
 from diffusers_ext import GuidanceInterval
-from diffusers_ext.demo.guidance_interval import counted_rows
-from diffusers_ext.demo.pictures import side_by_side
-from diffusers_ext.info import best_device
-from diffusers_ext.pipelines.guidance_interval import Interval
+from diffusers_ext.evaluation.pictures import side_by_side
+from diffusers_ext.guidance.rows import counted_rows
+from diffusers_ext.machine.versions import best_device
+from diffusers_ext.pipelines.interval import Interval
 from diffusers_ext.pipelines.stable_diffusion_xl_guidance_interval import edm_sigmas, timesteps_of_sigmas
 from diffusers_ext.shipped import load_pipeline
 

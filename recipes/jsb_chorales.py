@@ -10,10 +10,10 @@ with chorale = [[soprano, alto, tenor, bass], ...] in MIDI pitches, -1 for a res
 and `train_offsets`, where each chorale starts and the last one ends, is read as well.
 
 A sequence is 64 sixteenths (4 bars) of the four voices, step by step, soprano first: 256 of the tokens of
-`diffusers_ext.music`, which turns them back into pitches, MIDI files and pictures. `tokens` are the training chorales
-from every beat on, in every transposition by at most a tritone that stays between the pitches 36 and 81. `valid` are
-the validation chorales as they are, from every fourth bar on, so that no step counts twice; what is left at their ends
-is dropped.
+`diffusers_ext.discrete.music`, which turns them back into pitches, MIDI files and pictures. `tokens` are the training
+chorales from every beat on, in every transposition by at most a tritone that stays between the pitches 36 and 81.
+`valid` are the validation chorales as they are, from every fourth bar on, so that no step counts twice; what is left
+at their ends is dropped.
 """
 
 import json
@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from diffusers_ext.music import HIGHEST_PITCH, LOWEST_PITCH, REST, pitches_to_tokens
+from diffusers_ext.discrete.music import HIGHEST_PITCH, LOWEST_PITCH, REST, pitches_to_tokens
 
 STEPS = 64  # sixteenths in a sequence
 BEAT = 4

@@ -24,14 +24,15 @@ import click
 import torch
 from rich.progress import Progress
 
-from diffusers_ext.info import best_device, package_versions
 from diffusers_ext.jump_your_steps import Cost, RateStatistics
 from diffusers_ext.jump_your_steps.costs import Grid, cheapest_schedules
 from diffusers_ext.jump_your_steps.golden import best_hierarchy
 from diffusers_ext.jump_your_steps.statistics import accumulate
+from diffusers_ext.machine.versions import best_device, package_versions
 from diffusers_ext.metrics import countdown_errors, countdown_errors_original, countdown_sequences, unigram_entropy
-from diffusers_ext.processes import Processes
-from diffusers_ext.shards import replacing
+from diffusers_ext.runs.files import write_json
+from diffusers_ext.runs.kept import Kept
+from diffusers_ext.runs.processes import Processes
 from diffusers_ext.shipped import load_pipeline
 
 KLUB = Cost("klub", held="rates")
@@ -45,16 +46,11 @@ def optimise(pipe, output: Path, samples: int, grid_size: int, alphas: list[floa
     costs = (KLUB, Cost(), *(Cost("alpha", a) for a in alphas), *(Cost("alpha", a, "rates") for a in alphas[:1]))
     statistics = RateStatistics(pipe.model, pipe.scheduler, data, costs, grid_size=grid_size)
     settings = {"samples": samples, "grid_size": grid_size, "batch_size": batch_size, "costs": list(map(str, costs))}
+    kept = Kept(output / "statistics.safetensors", settings, statistics.is_sum)
     with Progress() as progress:
         bar = progress.add_task("one pass over the grid", total=samples)
-        path = output / "statistics.safetensors"
-        means = accumulate(
-            statistics,
-            batch_size,
-            Processes(None),
-            settings,
-            path,
-            lambda done, _: progress.update(bar, completed=done),
+        means, _ = accumulate(
+            statistics, batch_size, Processes(None), kept, lambda done, _: progress.update(bar, completed=done)
         )
     return tables_of(means, statistics.grid, steps)
 
@@ -139,8 +135,7 @@ def markdown(results: dict, length: int) -> str:
 
 
 def save(results: dict, output: Path, length: int) -> None:
-    with replacing(output / "results.json") as file:
-        file.write(json.dumps(results, indent=1).encode())
+    write_json(output / "results.json", results)
     (output / "results.md").write_text(markdown(results, length))
 
 

@@ -39,7 +39,6 @@ Piano (2205.14987): test.npy of tauLDR, continued after 32 tokens, 1000 steps, w
         --corrector-steps 2 --corrector-size 0.1 --corrector-entry-time 0.9
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,9 +46,9 @@ import click
 import numpy as np
 import torch
 
+from diffusers_ext.discrete.losses import likelihood_bound
 from diffusers_ext.evaluation import evaluate_images
-from diffusers_ext.info import best_device
-from diffusers_ext.losses import likelihood_bound
+from diffusers_ext.machine.versions import best_device
 from diffusers_ext.metrics import (
     countdown_errors,
     countdown_errors_original,
@@ -57,7 +56,8 @@ from diffusers_ext.metrics import (
     histogram_distance,
     unigram_entropy,
 )
-from diffusers_ext.processes import end_processes, start_processes
+from diffusers_ext.runs.processes import end_processes, start_processes
+from diffusers_ext.runs.rows import ResultRows
 from diffusers_ext.sampling import sample_to_folder
 from diffusers_ext.shipped import load_pipeline
 
@@ -125,14 +125,9 @@ def run(
         )  # fmt: skip
         if is_main:
             row = {"samples": samples, **measure(done.result)}
-            save(output / "results.json", f"{steps}", row)
+            ResultRows(output / "results.json").put(f"{steps}", row)
             click.echo(f"{steps} steps: " + ", ".join(f"{name} {value:.6g}" for name, value in row.items()))
     end_processes(accelerator)
-
-
-def save(path: Path, key: str, row: dict) -> None:
-    rows = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**rows, key: row}, indent=2) + "\n")
 
 
 def summary(name: str, values: torch.Tensor) -> dict[str, float]:

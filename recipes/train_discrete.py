@@ -18,10 +18,8 @@ uniform in [1e-3, 1]. SEDD small on text: AdamW 3e-4, warm-up 2500, batch 512, 1
 Metric reached: diffusers_ext/assets/countdown-sedd/README.md and diffusers_ext/assets/jsb-sedd/README.md.
 """
 
-import json
 from copy import deepcopy
 from pathlib import Path
-from shutil import rmtree
 
 import click
 import numpy as np
@@ -32,9 +30,11 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, SEDDTransformer
-from diffusers_ext.losses import likelihood_bound, score_entropy_loss, x0_cross_entropy
+from diffusers_ext.discrete.losses import likelihood_bound, score_entropy_loss, x0_cross_entropy
 from diffusers_ext.metrics import countdown_errors, countdown_errors_original, countdown_sequences
-from diffusers_ext.processes import end_processes
+from diffusers_ext.runs.checkpoints import Checkpoints
+from diffusers_ext.runs.processes import end_processes
+from diffusers_ext.runs.provenance import hash_of
 
 FIRST_TIME = 1e-3  # training times are uniform in [FIRST_TIME, 1]
 
@@ -90,18 +90,6 @@ def save_pipeline(model: SEDDTransformer, ema: EMAModel, scheduler: CTMCSchedule
     ema.copy_to(averaged.parameters())
     DiscreteDiffusionPipeline(averaged.half(), scheduler).save_pretrained(output)
     return DiscreteDiffusionPipeline(averaged.float().eval(), scheduler)
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Save the training state beside the old one, then put it in its place."""
-    fresh = folder.with_name(folder.name + ".new")
-    accelerator.save_state(str(fresh))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (fresh / "step.json").write_text(json.dumps({"step": step}))
-        rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
-    accelerator.wait_for_everyone()
 
 
 def report_countdown(pipe: DiscreteDiffusionPipeline, samples: int, steps: int) -> str:
@@ -176,10 +164,14 @@ def main(
     model, optimizer = accelerator.prepare(model, optimizer)
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
-    checkpoint, first = output / "checkpoint", 0
-    if checkpoint.exists():
-        accelerator.load_state(str(checkpoint))
-        first = json.loads((checkpoint / "step.json").read_text())["step"]
+    settings = {
+        "data": hash_of(tokens), "kernel": kernel, "objective": objective, "weighting": weighting,
+        "num_tokens": num_tokens, "length": length, "hidden_size": hidden_size, "num_blocks": num_blocks,
+        "num_heads": num_heads, "num_streams": num_streams, "batch_size": batch_size, "lr": lr, "warmup": warmup,
+        "ema_decay": ema_decay, "mixed_precision": mixed_precision, "seed": seed,
+    }  # fmt: skip
+    checkpoints = Checkpoints(accelerator, output, settings)
+    first, _ = checkpoints.load(steps)
 
     running = None
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not accelerator.is_main_process)
@@ -199,7 +191,7 @@ def main(
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
         bar.set_postfix(loss=f"{running:.4f}", refresh=False)
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-            save_checkpoint(accelerator, checkpoint, step + 1)
+            checkpoints.save(step + 1)
     if accelerator.is_main_process:
         pipe = save_pipeline(accelerator.unwrap_model(model), ema, scheduler, output).to(accelerator.device)
         if valid is not None:

@@ -15,11 +15,9 @@ mean square, for which the preconditioning's input and target have magnitude 1. 
 (60000, 28, 28) uint8 and `y_train`. An interrupted run goes on from its last checkpoint.
 """
 
-import json
 import math
 import time
 from pathlib import Path
-from shutil import rmtree
 
 import click
 import numpy as np
@@ -30,7 +28,9 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from diffusers_ext import EDM2Pipeline, EDM2UNet2DModel, EDMHeunScheduler
-from diffusers_ext.processes import end_processes
+from diffusers_ext.runs.checkpoints import Checkpoints
+from diffusers_ext.runs.processes import end_processes
+from diffusers_ext.runs.provenance import hash_of
 
 # 28x28, 14x14 and 7x7 pixels; attention at 7x7, once. Activations of so small a network need no limit.
 SHARED = {
@@ -89,18 +89,6 @@ def loss_of(unet, sigma_data: float, images: torch.Tensor, labels, p_mean: float
     return (weight / logvar.exp() * error + logvar).mean()
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Save the training state beside the old one, then put it in its place."""
-    fresh = folder.with_name(folder.name + ".new")
-    accelerator.save_state(str(fresh))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (fresh / "step.json").write_text(json.dumps({"step": step}))
-        rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
-    accelerator.wait_for_everyone()
-
-
 @click.group()
 def main():
     """Train small EDM2 networks on MNIST and join them in a pipeline."""
@@ -136,10 +124,13 @@ def train(
     unet, optimizer = accelerator.prepare(unet, optimizer)
     accelerator.register_for_checkpointing(averaged)
 
-    checkpoint, first = output / "checkpoint", 0
-    if checkpoint.exists():
-        accelerator.load_state(str(checkpoint))
-        first = json.loads((checkpoint / "step.json").read_text())["step"]
+    settings = {
+        "data": hash_of(images, labels), "unconditional": unconditional, "batch_size": batch_size, "lr": lr,
+        "lr_reference": lr_reference, "p_mean": p_mean, "p_std": p_std, "ema_std": ema_std,
+        "mixed_precision": mixed_precision, "seed": seed,
+    }  # fmt: skip
+    checkpoints = Checkpoints(accelerator, output, settings)
+    first, _ = checkpoints.load(steps)
 
     started, running = time.monotonic(), None
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not accelerator.is_main_process)
@@ -157,7 +148,7 @@ def train(
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
         bar.set_postfix(loss=f"{running:.4f}", refresh=False)
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-            save_checkpoint(accelerator, checkpoint, step + 1)
+            checkpoints.save(step + 1)
     if accelerator.is_main_process:
         averaged.module.to(memory_format=torch.contiguous_format).eval().save_pretrained(output / "unet")
     accelerator.print(f"{steps - first} steps in {time.monotonic() - started:.0f} s, running loss {running}")

@@ -10,13 +10,11 @@ Keras and many mirrors distribute it. An interrupted run goes on from its last c
 Metric reached by the shipped run: see diffusers_ext/assets/mnist-unet/README.md.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from shutil import rmtree
 
 import click
 import numpy as np
@@ -30,7 +28,9 @@ from tqdm import tqdm
 
 from diffusers_ext import BoostAndSkipPipeline
 from diffusers_ext.flow.features import as_unit
-from diffusers_ext.processes import end_processes
+from diffusers_ext.runs.checkpoints import Checkpoints
+from diffusers_ext.runs.processes import end_processes
+from diffusers_ext.runs.provenance import hash_of
 
 NULL_CLASS = 10
 
@@ -84,18 +84,6 @@ def save_pipeline(unet: UNet2DModel, ema: EMAModel, scheduler: DDPMScheduler, ou
     BoostAndSkipPipeline(averaged.half(), scheduler, null_class=NULL_CLASS).save_pretrained(output)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Save the training state beside the old one, then put it in its place."""
-    fresh = folder.with_name(folder.name + ".new")
-    accelerator.save_state(str(fresh))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (fresh / "step.json").write_text(json.dumps({"step": step}))
-        rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
-    accelerator.wait_for_everyone()
-
-
 def train(
     build: Callable[[], UNet2DModel], images: torch.Tensor, labels: torch.Tensor, output: Path, *, steps: int,
     batch_size: int, lr: float, label_dropout: float, ema_decay: float, mixed_precision: str, seed: int,
@@ -116,10 +104,12 @@ def train(
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
 
-    checkpoint, first = output / "checkpoint", 0
-    if checkpoint.exists():
-        accelerator.load_state(str(checkpoint))
-        first = json.loads((checkpoint / "step.json").read_text())["step"]
+    settings = {
+        "data": hash_of(images, labels), "batch_size": batch_size, "lr": lr, "label_dropout": label_dropout,
+        "ema_decay": ema_decay, "mixed_precision": mixed_precision, "seed": seed,
+    }  # fmt: skip
+    checkpoints = Checkpoints(accelerator, output, settings)
+    first, _ = checkpoints.load(steps)
 
     started, running = time.monotonic(), None
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not accelerator.is_main_process)
@@ -137,7 +127,7 @@ def train(
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
         bar.set_postfix(loss=f"{running:.4f}", refresh=False)
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-            save_checkpoint(accelerator, checkpoint, step + 1)
+            checkpoints.save(step + 1)
     if accelerator.is_main_process:
         save_pipeline(accelerator.unwrap_model(unet), ema, scheduler, output)
     accelerator.print(f"{steps - first} steps in {time.monotonic() - started:.0f} s, running loss {running}")

@@ -39,6 +39,9 @@ def check_config(config) -> None:
         raise ValueError(f"time_exponential must be > 1, got {config.time_exponential}")
     if refusal := _refusal(config):
         raise ValueError(refusal)
+    for name in ("timestep_tables", "timestep_table_info"):
+        if not isinstance(config[name], dict | None):
+            raise ValueError(f"{name} must be a dictionary by number of steps or None, got {config[name]!r:.200}")
     for name, table in (config.timestep_tables or {}).items():
         check_edges(table, f"timestep_tables[{name!r}]", steps=name)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+LARGEST_LOG_SCORE = 40.0  # e^40 = 2e17
+
 
 @dataclass(frozen=True)
 class ReverseChain:
@@ -32,6 +34,19 @@ class ReverseChain:
     def sigma(self, time: float) -> float:
         """Noise rate at a time, in float64."""
         return float(self.noise.sigma(torch.tensor(time, dtype=torch.float64)))
+
+    def bounded(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log scores (n, vocab) whose exponentials neither overflow nor vanish; what was taken from each row, (n, 1).
+
+        Only a row whose largest score lies outside of +-LARGEST_LOG_SCORE changes. Beyond, a jump is certain in a step
+        of any length, or never comes, and its target depends on ratios alone. Other predictions come back as they are.
+        """
+        largest = output[:, : self.kernel.num_real_tokens].amax(dim=1, keepdim=True)
+        if self.prediction_type != "log_score":
+            return output, torch.zeros_like(largest)
+        excess = largest - largest.clamp(-LARGEST_LOG_SCORE, LARGEST_LOG_SCORE)
+        excess = excess.masked_fill(largest.isinf(), 0)
+        return output.sub_(excess).clamp_(max=LARGEST_LOG_SCORE), excess
 
     def score(self, output: torch.Tensor, x: torch.Tensor, time: float) -> torch.Tensor:
         """p_t(y) / p_t(x)."""

@@ -99,9 +99,10 @@ class GillespieSampler:
         most decoded, vocab - 1) of the tokens in the order in which they are decoded.
         """
         masked = sample == self.chain.kernel.mask
-        totals, drawn = self._totals_and_tokens(output, sample, masked, generator, noise is None)
+        log_totals, drawn = self._totals_and_tokens(output, sample, masked, generator, noise is None)
         rings = clocks(sample.shape, generator, sample.device) if noise is None else -noise[0].to(sample.device).log()
-        holding = rings / (totals * self.chain.decoding_rates(start).unsqueeze(1))
+        # log tau: rates may be too large or too small for their exponentials
+        holding = rings.log() - log_totals - self.chain.decoding_rates(start).log().unsqueeze(1)
         # a recorded 0 rings never, but before positions that are no masks
         longest = torch.finfo(holding.dtype).max
         holding = holding.nan_to_num(nan=longest, posinf=longest).masked_fill(~masked, math.inf)
@@ -112,23 +113,25 @@ class GillespieSampler:
             if (most := int(chosen.sum(dim=1).max())) > noise[1].shape[1]:
                 raise ValueError(f"noise records {noise[1].shape[1]} tokens a sample, the step decodes {most}")
             drawn = self._replayed(output, sample, order, noise[1].to(sample.device))
-        elapsed = holding.masked_fill(~chosen, 0).amax(dim=1)
+        elapsed = holding.masked_fill(~chosen, -math.inf).amax(dim=1).exp()
         return torch.where(chosen, drawn, sample), elapsed, (chosen == masked).all(dim=1)
 
-    def _weights(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def _weights(self, output: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the tokens (n, vocab - 1), and the logarithm of what they are to be multiplied with, (n, 1)."""
         # their ratios and the law of the token do not depend on the time
-        return self.chain.clean_weights(output.float(), x, 1.0)[:, : self.chain.kernel.num_real_tokens]
+        output, excess = self.chain.bounded(output.float())
+        return self.chain.clean_weights(output, x, 1.0)[:, : self.chain.kernel.num_real_tokens], excess
 
     def _totals_and_tokens(self, output, sample, masked, generator, draw: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of the weights of each mask, 1 elsewhere, and a token drawn for it, (batch, length)."""
-        totals, real = torch.ones(sample.shape, device=sample.device), output.shape[-1] - 1
+        """The log of the sum of the weights of each mask, 0 elsewhere, and a token drawn for it, (batch, length)."""
+        totals, real = torch.zeros(sample.shape, device=sample.device), output.shape[-1] - 1
         tokens = sample.clone(memory_format=torch.contiguous_format)
         for rows, _ in groups([None] * len(sample), rows_at_once(sample, real)):
             x, flat, sums, drawn = (one[rows].flatten(0, 1) for one in (sample, output, totals, tokens))
             ticks = clocks_for_tokens(sample[rows].shape, real, of_rows(generator, rows), x.device) if draw else None
             for chosen in chunks(masked[rows].flatten().nonzero().squeeze(1), CHUNK // output.shape[-1]):
-                weights = self._weights(flat[chosen], x[chosen])
-                sums[chosen] = weights.sum(dim=1)  # views of the whole
+                weights, excess = self._weights(flat[chosen], x[chosen])
+                sums[chosen] = weights.sum(dim=1).log() + excess.squeeze(1)  # views of the whole
                 if draw:
                     drawn[chosen] = draw_tokens(weights, ticks.flatten(0, 1)[chosen])
         return totals, tokens
@@ -140,7 +143,7 @@ class GillespieSampler:
         for place in range(min(recorded.shape[1], sample.shape[1])):
             at = order[:, place : place + 1]
             rows = output.take_along_dim(at.unsqueeze(-1), dim=1).squeeze(1)
-            weights = self._weights(rows, sample.gather(1, at).squeeze(1))
+            weights, _ = self._weights(rows, sample.gather(1, at).squeeze(1))
             drawn.scatter_(1, at, replay_tokens(weights, recorded[:, place]).unsqueeze(1))
         return drawn
 
@@ -188,7 +191,9 @@ def move(
         new = x.clone()
         for chosen in chunks(all_of(x) if everywhere else movable(chain, x), CHUNK // output.shape[-1]):
             # no name for the weights, so that those of one chunk are gone before the next
-            new[chosen] = draw(weights(flat[chosen].float(), x[chosen], time, next_time)[:, :columns], draws[chosen])
+            out = chain.bounded(flat[chosen].float())[0]
+            new[chosen] = draw(weights(out, x[chosen], time, next_time)[:, :columns], draws[chosen])
+            del out
         result[rows] = new.view_as(sample[rows])
     return result
 
@@ -215,7 +220,7 @@ def leap(
         new = x.clone()
         for chosen in chunks(all_of(x), CHUNK // output.shape[-1]):
             if noise is None:
-                mean = means(flat[chosen].float(), x[chosen], time, next_time)
+                mean = means(chain.bounded(flat[chosen].float())[0], x[chosen], time, next_time)
                 counts = poisson_counts(mean, rings[chosen], ticks[chosen], one)
             else:
                 counts = noise[rows].flatten(0, 1)[chosen].to(x.device).float()

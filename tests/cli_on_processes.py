@@ -21,7 +21,8 @@ def run_on_two(notes: Path, *arguments) -> str:
 
 
 def main() -> None:
-    from diffusers_ext import cli, processes
+    from diffusers_ext import cli
+    from diffusers_ext.runs import processes
 
     start = processes.start_processes
 

@@ -1,62 +1,77 @@
-"""Write docs/guidance_interval_support.md: what the table-driven test found, and how the rest of diffusers calls.
+"""Write docs/guidance_interval_support.md: the table of layouts, what was tried, and which guiders there are.
 
 python tests/guidance_interval_matrix.py
+python tests/guidance_interval_matrix.py --fingerprints    # of the code that the table describes, for the tests
 """
 
+import hashlib
 import importlib
 import inspect
+import json
 import pkgutil
 import re
+import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from tiny_guided_pipelines import CASES, ONE_BY_ONE, STEPS, TWO, Case
+from diffusers.guiders import BaseGuidance
+from tiny_guided_pipelines import CASES, ONE_BY_ONE, STEPS, Case
 
-from diffusers_ext.pipelines import GuidanceInterval, denoiser_calls
+from diffusers_ext.pipelines import GuidanceInterval
+from diffusers_ext.pipelines.applied_guiders import check_guider
+from diffusers_ext.pipelines.guidance_layouts import COMBINED, LAYOUTS, REFUSED, REFUSED_CALLS, _methods
 
 PAGE = Path(__file__).parent.parent / "docs" / "guidance_interval_support.md"
-HEAD = """# Pipelines that were tried with a guidance interval
+FINGERPRINTS = Path(__file__).parent / "goldens" / "guidance_fingerprints.json"
+HEAD = """# Pipelines that can be guided in an interval, or by a guider
 
-Written by `python tests/guidance_interval_matrix.py` from the cases of `tests/test_guidance_interval.py`, which holds
-for each of them, with tiny random networks: the whole line equals plain guidance bit for bit, an empty interval equals
-guidance off and a middle one a loop over all rows up to rounding, and the networks are run on exactly these rows.
-Other pipelines that are written like these work as well; one that is not understood raises an error.
+Written by `python tests/guidance_interval_matrix.py`. Tests hold for each pipeline of the first table, with tiny
+random networks: the whole line equals plain guidance bit for bit, an empty interval equals guidance off and a middle
+one a loop over all rows up to rounding, the networks are run on exactly these rows, and `verify=True` finds the layout
+that the table has. With two parts, a guider `ClassifierFreeGuidance(w)` equals the stock pipeline called with that
+weight.
 
-| Pipeline | How it guides | Rows a prompt, guided | Rows a prompt, else |
-| --- | --- | --- | --- |
+A layout is "uncond, cond" for one batch with these parts, "cond; uncond" for two calls.
+
+| Pipeline | Layout | Guiders | Rows a prompt, guided | Rows a prompt, else |
+| --- | --- | --- | --- | --- |
 """
 REST = """
 ## All pipelines of diffusers {version} that guide
 
-{count} pipelines have a guidance scale or a guider, those included that diffusers has deprecated.
+{count} pipelines have a guidance scale or a guider, those included that diffusers has deprecated. {listed} of them are
+in the table of `pipelines/guidance_layouts.py`; a test compares the code of all of them with the code that it was made
+for.
+
+| Layout | Guiders | Pipelines |
+| --- | --- | --- |
+{layouts}
+
+Combined pipelines, whose parts are guided each: {combined}
 
 {tested}
 
 {tried}
 
-{read}
-
 {steps}
 
-**Refused,** with an error that says so; what is in brackets was not run:
+**Refused,** with an error that says so, as it is applied:
 
 | Pipelines | Why |
 | --- | --- |
 {refused}
+
+## Guiders
+
+Of diffusers {version}: **can be applied** {can}. **Refused**, since they need other calls of the network: {cannot}
 """
-TESTED = "**Tested:** {}, those of the table and, for what does not fit in it (caches, chunks, stages), {}"
+TESTED = "**Tested:** {}, those of the first table and, for what does not fit in it (caches, chunks, stages), {}"
 ONCE = (
-    "**Tried once:** {}. With tiny random networks the whole line was plain guidance bit for bit, an empty interval"
-    " guidance off, where the pipeline runs without guidance at all, and a middle one a loop over all rows, where"
-    " there is one network to loop over; the rows were as they should be. No test holds it: {}"
-)
-READ = (
-    "**Read only.** The statement that calls the network is written like those of the others; not run, or with nothing"
-    " that could tell (EasyAnimateControl fails in diffusers 0.42.1 itself): {}"
+    "**Tried once,** before the layouts were declared: {}. With tiny random networks the whole line was plain guidance"
+    " bit for bit, an empty interval guidance off, and a middle one a loop over all rows. No test holds it: {}"
 )
 BY_STEPS = "**By steps only.** The schedulers have no noise levels, so use `guided_steps`: {}"
 # Run once on diffusers 0.42.1, each with components like those of tiny_guided_pipelines.py.
@@ -107,28 +122,6 @@ TRIED = """
     ZImageImg2ImgPipeline ZImageInpaintPipeline ZImageOmniPipeline
 """
 WITHOUT_NOISE_LEVELS = {"AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline", "VQDiffusionPipeline"}
-REFUSED = {
-    "the scale is an input of a distilled network": """
-        Flux2Pipeline FluxControlImg2ImgPipeline FluxControlPipeline FluxFillPipeline LatentConsistencyModelPipeline
-        SanaSprintPipeline DreamLiteMobilePipeline (FluxControlInpaintPipeline) (FluxControlNetImg2ImgPipeline)
-        (FluxControlNetInpaintPipeline) LatentConsistencyModelImg2ImgPipeline (SanaSprintImg2ImgPipeline)
-        (VisualClozeGenerationPipeline) (VisualClozePipeline)
-    """,
-    "self-attention guidance starts from the unconditional prediction (without it, `sag_scale=0`, it works)": """
-        StableDiffusionSAGPipeline
-    """,
-    "edits are guided one by one": """
-        SemanticStableDiffusionPipeline LEditsPPPipelineStableDiffusionXL (LEditsPPPipelineStableDiffusion)
-    """,
-    "safety guidance is a prediction of its own": "StableDiffusionPipelineSafe",
-    "the two predictions are halves of different batches": "StableDiffusionGLIGENTextImagePipeline",
-    "takes the gradient of the doubled batch": "StableDiffusionPix2PixZeroPipeline",
-    "several steps in one batch": "(StableDiffusionParadigmsPipeline)",
-    "networks in ONNX, which are no torch modules": """
-        (OnnxStableDiffusionImg2ImgPipeline) (OnnxStableDiffusionInpaintPipeline) (OnnxStableDiffusionPipeline)
-        (OnnxStableDiffusionInpaintPipelineLegacy) (OnnxStableDiffusionUpscalePipeline) (StableDiffusionOnnxPipeline)
-    """,
-}
 
 
 def rows_of(case: Case, **interval) -> float:
@@ -139,11 +132,9 @@ def rows_of(case: Case, **interval) -> float:
 
 
 def line(name: str, case: Case) -> str:
-    style = "two calls" if case.order == TWO else f"one batch: {case.order}"
-    control = ", with ControlNet" if "control" in name else ""
-    guess = " in guess mode" if "guess" in name else ""
+    guides = "yes" if len(re.split(", |; ", case.order)) == 2 else "no"
     guided, other = rows_of(case, sigma_lo=0.0), rows_of(case, sigma_hi=1e-9)
-    return f"| {type(case.pipe).__name__} ({name}) | {style}{control}{guess} | {guided:g} | {other:g} |"
+    return f"| {type(case.pipe).__name__} ({name}) | {case.order} | {guides} | {guided:g} | {other:g} |"
 
 
 def pipelines_that_guide() -> dict[str, type]:
@@ -163,26 +154,10 @@ def pipelines_that_guide() -> dict[str, type]:
     return dict(sorted(found.items()))
 
 
-def calls_of_networks(cls: type) -> Iterator[denoiser_calls.CallSite]:
-    """What the statements of a pipeline say that call one of its networks, without running it."""
-    owner = object.__new__(cls)
-    parts = {f"self.{name}" for name in inspect.signature(cls.__init__).parameters} | {"current_model"}  # Wan 2.2's
-    methods = {name: method for base in reversed(cls.__mro__) for name, method in vars(base).items()}
-    for method in map(inspect.unwrap, filter(inspect.isfunction, methods.values())):
-        function = denoiser_calls._function(method.__code__)
-        for statement in function.statements if function else ():
-            if not statement.value:
-                continue
-            for call in sorted(denoiser_calls._calls(statement.value) & parts):
-                yield denoiser_calls._read(function, statement, call, owner)
-
-
-def is_read(cls: type) -> bool:
-    """Whether guidance shows in a call of one of the pipeline's networks, or in one of the pipelines inside of it."""
-    return any(
-        any(split.run for split in site.splits) or site.unconditional or (site.context and site.timestep)
-        for site in calls_of_networks(cls)
-    ) or bool(re.search(r"self\.(prior|decoder)_pipe\(", inspect.getsource(cls)))
+def fingerprint(cls: type) -> str:
+    """Of `__call__` and the methods that it uses."""
+    sources = [f"{name}:{inspect.getsource(method)}" for name, method in sorted(_methods(cls).items())]
+    return hashlib.sha256(re.sub(r"\s+", "", "".join(sources)).encode()).hexdigest()[:16]
 
 
 def listed(names) -> str:
@@ -190,26 +165,61 @@ def listed(names) -> str:
     return ", ".join(sorted(short, key=lambda name: name.strip("("))) + "."
 
 
+def by_layout(names: list[str]) -> str:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(str(LAYOUTS[name]), []).append(name)
+    lines = []
+    for text, group in sorted(groups.items(), key=lambda item: -len(item[1])):
+        optional = {LAYOUTS[name].optional and LAYOUTS[name].optional[0] for name in group} - {None}
+        parts = len(re.split(", |; | \\| ", text))
+        guides = "yes" if parts == 2 else f"without {optional.pop()}" if optional else "no"
+        written = text.replace("|", "\\|")
+        lines.append(f"| {written} | {guides} | {listed(group)} |")
+    return "\n".join(lines)
+
+
+def guiders() -> tuple[list[str], list[str]]:
+    """Names of the guiders of diffusers: that can be applied, and that cannot."""
+    can, cannot = [], []
+    for cls in vars(diffusers.guiders).values():
+        if not (isinstance(cls, type) and issubclass(cls, BaseGuidance) and cls is not BaseGuidance):
+            continue
+        try:
+            check_guider(object.__new__(cls))
+            can.append(cls.__name__)
+        except ValueError:
+            cannot.append(cls.__name__)
+    return sorted(can), sorted(cannot)
+
+
 def page(everything: dict[str, type]) -> str:
-    """The page, for all pipelines that guide, by name. Raises SystemExit if one is neither read nor accounted for."""
+    """The page, for all pipelines that guide, by name. Raises SystemExit if one is not in the table."""
     cases = {name: build() for name, build in CASES.items()}
     one_by_one = {type(build().pipe).__name__ for build in ONE_BY_ONE}
     tested = {type(case.pipe).__name__ for case in cases.values()} | one_by_one
-    tried, refused = set(TRIED.split()), {name.strip("()") for names in REFUSED.values() for name in names.split()}
-    rest = everything.keys() - tested - tried - WITHOUT_NOISE_LEVELS - refused
-    if unclear := sorted(name for name in rest if not is_read(everything[name])):
-        raise SystemExit(f"neither read nor known to be refused: {unclear}")
-    if wrong := sorted((tried | refused | WITHOUT_NOISE_LEVELS) - everything.keys() | (tried & tested)):
+    tried = set(TRIED.split())
+    if missing := sorted(everything.keys() - LAYOUTS.keys() - COMBINED - REFUSED.keys()):
+        raise SystemExit(f"not in the table: {missing}")
+    if wrong := sorted((tried | WITHOUT_NOISE_LEVELS) - everything.keys() | (tried & tested)):
         raise SystemExit(f"no longer in diffusers, or tested by now: {wrong}")
     table = "\n".join(line(name, case) for name, case in cases.items())
+    reasons: dict[str, list[str]] = {}
+    for name, reason in {**REFUSED, **{name: reason for name, (reason, _) in REFUSED_CALLS.items()}}.items():
+        reasons.setdefault(reason, []).append(name)
+    can, cannot = guiders()
     return f"{HEAD}{table}\n" + REST.format(
         version=diffusers.__version__,
         count=len(everything),
+        listed=len(everything.keys() & (LAYOUTS.keys() | COMBINED)),
+        layouts=by_layout(sorted(everything.keys() & LAYOUTS.keys())),
+        combined=listed(COMBINED),
         tested=paragraph(TESTED, len(tested & everything.keys()), listed(one_by_one)),
         tried=paragraph(ONCE, len(tried), listed(tried)),
-        read=paragraph(READ, listed(rest)),
         steps=paragraph(BY_STEPS, listed(WITHOUT_NOISE_LEVELS)),
-        refused="\n".join(f"| {listed(names.split())} | {reason} |" for reason, names in REFUSED.items()),
+        refused="\n".join(f"| {listed(names)} | {reason} |" for reason, names in reasons.items()),
+        can=", ".join(can),
+        cannot=", ".join(cannot) + ".",
     )
 
 
@@ -217,5 +227,13 @@ def paragraph(text: str, *values) -> str:
     return textwrap.fill(text.format(*values), width=119, break_long_words=False, break_on_hyphens=False)
 
 
+def write_fingerprints(everything: dict[str, type]) -> None:
+    found = {"diffusers": diffusers.__version__, "pipelines": {n: fingerprint(c) for n, c in everything.items()}}
+    FINGERPRINTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(pipelines_that_guide()), encoding="utf-8")
+    if "--fingerprints" in sys.argv:
+        write_fingerprints(pipelines_that_guide())
+    else:
+        PAGE.write_text(page(pipelines_that_guide()), encoding="utf-8")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from test_timestep_search import countdown_tables
 
-from diffusers_ext.processes import start_processes
+from diffusers_ext.runs.processes import start_processes
 
 accelerator = start_processes("cpu")
 for method in ("exact", "golden"):

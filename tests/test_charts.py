@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from diffusers_ext.charts import Axis, Line, axis_chart, legend, line_chart, tick_chart
+from diffusers_ext.evaluation.charts import Axis, Line, axis_chart, legend, line_chart, tick_chart
 
 
 def points(svg: str) -> list[list[tuple[float, float]]]:

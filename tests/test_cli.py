@@ -1,6 +1,11 @@
 """The diffusers-ext command."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +16,7 @@ from PIL import Image
 
 import diffusers_ext
 from diffusers_ext import cli, demo, sampling
-from diffusers_ext.info import attention_backends, package_versions
+from diffusers_ext.machine.versions import attention_backends, package_versions
 from diffusers_ext.sampling import cycled_labels, sample_images
 from diffusers_ext.shipped import load_pipeline
 
@@ -93,6 +98,11 @@ def test_sample_goes_on_and_refuses_to_mix(tmp_path):
     assert f"wrote 2 images to {path}, 2 of them drawn by this start" in first.output
     again = invoke(*common, *options)
     assert again.exit_code == 0 and f"{path} was finished before: 2 images, nothing to do" in again.output
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    damaged = invoke(*common, *options)
+    assert damaged.exit_code == 1 and f"1 of its files are damaged, such as {path.name}" in damaged.output
+    path.write_bytes(whole)
     other = invoke(*common, *options, "--seed", 1)
     assert other.exit_code == 1 and "seed: 0 before, 1 now" in other.output
     (tmp_path / "full").mkdir()
@@ -125,6 +135,8 @@ def test_sample_reads_prompts_steps_and_labels(tmp_path, monkeypatch):
         (("--class-labels", "1", "--random-labels"), "not both"),
         (("--class-labels", "1;2"), "'1;2' is not integers between commas"),
         (("--num-inference-steps", "0"), "0 is not >= 1"),
+        (("--num-inference-steps", "foo"), "neither a number of steps nor a respacing"),
+        (("--num-inference-steps", "10,"), "neither a number of steps nor a respacing"),
     ):
         result = invoke(*common, *wrong)
         assert result.exit_code == 2 and message in result.output
@@ -165,3 +177,95 @@ def test_images_depend_on_seed_and_position_alone():
     torch.testing.assert_close(whole[1:], later, atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match="batch_size"):
         sample_images(pipe, torch.arange(3), batch_size=0)
+
+
+def test_a_first_sample_that_fails_does_not_block_the_corrected_one(tmp_path):
+    common = ("sample", "mnist-unet", "--num-samples", 2, "--num-inference-steps", 5, "--device", "cpu")
+    for name, wrong, message in (
+        ("labels", ("--class-labels", 12), "class labels must be in [0, 10]"),
+        ("skip", ("--pipeline", "boost-and-skip", "--skip-steps", 5), "skip_steps"),
+    ):
+        output = ("--output", tmp_path / name)
+        failed = invoke(*common, *wrong, *output)
+        assert failed.exit_code == 1 and message in failed.output.replace("\n", " "), failed.output
+        assert not (tmp_path / name).exists()
+        corrected = [*wrong]
+        corrected[-1] = 1
+        assert invoke(*common, *corrected, *output).exit_code == 0
+
+
+def test_a_folder_without_finished_work_is_begun_anew(tmp_path):
+    """Whatever its settings and versions, as the version before left it after a sample that failed."""
+    (tmp_path / "manifest.json").write_text('{"settings": {"seed": 7}, "versions": {}, "result": null, "shards": []}')
+    common = ("sample", "mnist-unet", "--num-samples", 2, "--num-inference-steps", 1, "--device", "cpu")
+    result = invoke(*common, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "manifest.json").read_text())["settings"]["seed"] == 0
+
+
+def test_an_export_again_changes_nothing(tmp_path):
+    assert invoke("export", "mnist-classifier", tmp_path / "out").exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = invoke("export", "mnist-classifier", tmp_path / "out")
+    assert again.exit_code == 0 and "out was finished before, nothing to do" in again.output.replace("\n", "")
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    weights = next((tmp_path / "out").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    damaged = invoke("export", "mnist-classifier", tmp_path / "out")
+    assert damaged.exit_code == 1 and "is not empty" in damaged.output and weights.stat().st_size == 1000
+
+
+def test_numbers_are_not_written_over_somebody_s_file(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "mine.json").write_text('{"notes": 1}')
+    for target, message in (
+        (tmp_path / "mine.json", "was not written by this command"),
+        ("/dev/null/a.json", "/dev/null"),
+    ):
+        result = invoke("evaluate", tmp_path / "images", "--reference", tmp_path / "images", "--json", target)
+        assert result.exit_code == 1 and message in result.output.replace("\n", ""), result.output
+    assert (tmp_path / "mine.json").read_text() == '{"notes": 1}'
+    (tmp_path / "report.html").write_text("mine")
+    result = invoke("demo", "--output", tmp_path, "--device", "cpu")
+    assert (
+        result.exit_code == 1 and "is not empty" in result.output and (tmp_path / "report.html").read_text() == "mine"
+    )
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ImportError("half imported"), RuntimeError("by a library")])
+def test_ctrl_c_is_one_word_and_130(monkeypatch, error):
+    """Also where a library made another error of it, and in the middle of imports."""
+
+    def interrupted(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise error from None
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("diffusers_ext.machine.versions.print_info", interrupted)
+    result = invoke("info")
+    assert (result.exit_code, result.output) == (130, "Aborted!\n")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+def test_a_terminated_export_leaves_nothing(tmp_path):
+    """SIGTERM; and after SIGKILL the next start tidies up."""
+    script = (
+        "import time, sys\nfrom diffusers_ext import cli\nfrom diffusers_ext.hub import export\n"
+        "write = export.model_card\n"
+        "export.model_card = lambda *given: print('staged', flush=True) or time.sleep(100)\n"
+        "cli.main(['export', 'mnist-classifier', sys.argv[1]])"
+    )
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        running = subprocess.Popen([sys.executable, "-c", script, tmp_path / "out"], stdout=subprocess.PIPE)
+        assert running.stdout.readline() == b"staged\n"
+        running.send_signal(number)
+        code = running.wait()
+        assert code == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+        if number != signal.SIGKILL:
+            assert not list(tmp_path.iterdir())
+    assert invoke("export", "mnist-classifier", tmp_path / "out").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

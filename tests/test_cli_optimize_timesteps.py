@@ -53,6 +53,68 @@ def test_a_copy_of_the_model_has_the_tables(model, tmp_path):
     assert DiscreteDiffusionPipeline.from_pretrained(model).scheduler.config.timestep_tables is None
     assert not list(tmp_path.glob("*.unfinished")) and "nats a sequence" in result.output
 
+    command = (model, "--data", "countdown", "--num-inference-steps", 2, 4, 5, "--output", tmp_path / "out", *SMALL)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    again = invoke(*command)
+    assert again.exit_code == 0 and "out was finished before, nothing to do" in again.output.replace("\n", "")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    other = invoke(*command, "--seed", 3)
+    assert other.exit_code == 1 and "seed: 0 before, 3 now" in other.output
+    weights = tmp_path / "out/model/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    damaged = invoke(*command)
+    assert damaged.exit_code == 1 and "model.safetensors is gone or damaged" in damaged.output.replace("\n", " ")
+
+
+def test_only_what_belongs_to_a_model_is_copied(model, tmp_path):
+    """The weights as they are, card, licence and code that the index names; no secrets, notes and history."""
+    pipe = DiscreteDiffusionPipeline.from_pretrained(model)
+    pipe.model.half().save_pretrained(model / "model")
+    for name in (".env", ".git/config", "notes.txt", "model/.secret", "model/notes.txt", "helper.py", "LICENSE"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("mine")
+    result = invoke(
+        model,
+        "--data",
+        "countdown",
+        "--num-inference-steps",
+        2,
+        "--output",
+        tmp_path / "out",
+        *SMALL,
+        "--trust-remote-code",
+    )
+    assert result.exit_code == 0, result.output
+    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
+    assert written == {
+        "LICENSE", "README.md", "model", "model/config.json", "model/diffusion_pytorch_model.safetensors",
+        "model_index.json", "scheduler", "scheduler/scheduler_config.json", "timestep_tables.json",
+        "timestep_tables.png",
+    }  # fmt: skip
+    name = "model/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "out").rglob("*.json"))
+
+
+def test_code_of_a_model_is_copied(model, tmp_path):
+    """The pipeline's file and its sibling, which model_index.json and the file name."""
+    index = json.loads((model / "model_index.json").read_text())
+    index["_class_name"] = ["own", "Own"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    (model / "own.py").write_text(
+        "from diffusers_ext.pipelines import DiscreteDiffusionPipeline\nfrom .part import NAME\n\n\n"
+        "class Own(DiscreteDiffusionPipeline):\n    name = NAME\n"
+    )
+    (model / "part.py").write_text("NAME = 1\n")
+    (model / "other.py").write_text("mine")
+    result = invoke(
+        model, "--data", "countdown", "--num-inference-steps", 2, "--output", tmp_path / "out", *SMALL,
+        "--trust-remote-code",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "out").glob("*.py")} == {"own.py", "part.py"}
+    assert json.loads((tmp_path / "out/model_index.json").read_text())["_class_name"] == ["own", "Own"]
+
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(model, tmp_path):

@@ -24,8 +24,8 @@ from diffusers_ext.demo.discrete import DiscreteSettings, run_discrete
 from diffusers_ext.demo.flow_postprocessing import FlowPostprocessingSettings, run_flow_postprocessing
 from diffusers_ext.demo.guidance_interval import GuidanceIntervalSettings, run_guidance_interval
 from diffusers_ext.demo.jump_your_steps import JumpYourStepsSettings, run_jump_your_steps
-from diffusers_ext.demo.pictures import grid, places_stacked, sequences_picture, stacked
-from diffusers_ext.music import NUM_TOKENS
+from diffusers_ext.discrete.music import NUM_TOKENS
+from diffusers_ext.evaluation.pictures import grid, places_stacked, sequences_picture, stacked
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_quick_sections_are_the_same_with_less_to_do(monkeypatch, tmp_path):
 
 def test_demo_without_extras_leaves_out_what_needs_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(boost_and_skip, "find_spec", lambda name: None)
-    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluation.evaluate, "find_spec", lambda name: None)
     settings = BoostAndSkipSettings(gammas=(2.0,), num_inference_steps=4, num_samples=10)
     result = run_boost_and_skip(tmp_path, "cpu", Console(), settings)
     assert "lof" not in result["rows"][0]

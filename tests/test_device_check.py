@@ -7,9 +7,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from diffusers_ext import device_check
 from diffusers_ext.cli import main
-from diffusers_ext.device_check import CHECKS, Outcome, attempt, check_devices
+from diffusers_ext.machine import check as device_check
+from diffusers_ext.machine.check import CHECKS, Outcome, attempt, check_devices
 
 # Ends as told by the first name that it gets, after one good line.
 WORKER = """

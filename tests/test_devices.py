@@ -48,10 +48,9 @@ from diffusers_ext import (
     NoiseAwareClassifier,
     boost_and_skip,
 )
-from diffusers_ext.evaluation import evaluate_digits
-from diffusers_ext.features import load_extractor
+from diffusers_ext.discrete.losses import likelihood_bound
+from diffusers_ext.evaluation import evaluate_digits, load_extractor
 from diffusers_ext.jump_your_steps import optimize_timesteps
-from diffusers_ext.losses import likelihood_bound
 from diffusers_ext.metrics import (
     average_knn_distance,
     countdown_errors,

@@ -61,6 +61,10 @@ def sdxl(folder: Path) -> dict:
     return {}
 
 
+def classic(folder: Path) -> dict:
+    return {"pipe": tiny_sdxl()}
+
+
 def modular(folder: Path) -> dict:
     return {"pipe": MODULAR_CASES["stable_diffusion_3"]().pipe}
 
@@ -161,7 +165,7 @@ RUN = {
          "num_classes=10": "num_classes=3"},
         {0: training_data, 1: classifier},
     ),
-    "guidance_interval": Page({"stabilityai/stable-diffusion-xl-base-1.0": "sdxl"}, {0: sdxl, 1: modular}),
+    "guidance_interval": Page({"stabilityai/stable-diffusion-xl-base-1.0": "sdxl"}, {0: sdxl, 2: modular, 3: classic}),
     "guided_diffusion": Page(
         {**CUDA, 'preset="imagenet64"': 'image_size=16, use_new_attention_order=True, noise_schedule="cosine"',
          'preset="imagenet64_256_upsampler"': "large_size=32, small_size=16, num_heads=4", '"250"': '"4"'},

@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
-from diffusers_ext import cli, evaluation
-from diffusers_ext.evaluation import METRICS, NEIGHBOURS, PUBLISHED, evaluate_digits, evaluate_images
-from diffusers_ext.features import FeatureExtractor
-from diffusers_ext.interval_tuning import reference_statistics
+from diffusers_ext import cli
+from diffusers_ext.evaluation import METRICS, NEIGHBOURS, PUBLISHED, FeatureExtractor, evaluate_digits, evaluate_images
+from diffusers_ext.evaluation import evaluate as evaluation
+from diffusers_ext.guidance.tuning import reference_statistics
 from diffusers_ext.metrics import (
     average_knn_distance,
     frechet_distance,

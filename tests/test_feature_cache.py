@@ -1,10 +1,12 @@
 """Features on disk: found again whole or not at all."""
 
+import os
+
 import numpy as np
 import pytest
 
-from diffusers_ext import feature_cache
-from diffusers_ext.feature_cache import cache_path, default_cache, load_features, save_features
+from diffusers_ext.evaluation import cache
+from diffusers_ext.evaluation.cache import cache_path, default_cache, load_features, save_features
 
 FEATURES = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
 
@@ -38,12 +40,10 @@ def test_a_damaged_file_is_none(tmp_path):
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    def fail(tensors, path, metadata):
-        with open(path, "w") as file:
-            file.write("half")
+    def fail(descriptor):
         raise OSError("disk full")
 
-    monkeypatch.setattr(feature_cache, "save_file", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.warns(UserWarning, match="features are not kept in .*: disk full"):
         save_features(tmp_path / "features.safetensors", FEATURES)
     assert list(tmp_path.iterdir()) == []
@@ -56,7 +56,7 @@ def test_the_key_is_of_images_extractor_weights_and_version(tmp_path, monkeypatc
     paths = [
         cache_path(tmp_path, *key) for key in (("a", "b", "c"), ("x", "b", "c"), ("a", "x", "c"), ("a", "b", "x"))
     ]
-    monkeypatch.setattr(feature_cache, "FEATURES_VERSION", feature_cache.FEATURES_VERSION + 1)
+    monkeypatch.setattr(cache, "FEATURES_VERSION", cache.FEATURES_VERSION + 1)
     paths += [cache_path(tmp_path, "a", "b", "c"), cache_path(tmp_path, "a", "bc", "")]
     assert len(set(paths)) == 6
 

@@ -18,7 +18,7 @@ from transformers import (
     Dinov2WithRegistersModel,
 )
 
-from diffusers_ext.features import FeatureExtractor, callable_extractor, load_extractor, weights_identity
+from diffusers_ext.evaluation.extractors import FeatureExtractor, callable_extractor, load_extractor, weights_identity
 from diffusers_ext.shipped import load_shipped_classifier
 
 RNG = np.random.default_rng(0)
@@ -195,7 +195,7 @@ def test_inception_says_what_to_install(monkeypatch):
 def test_nothing_optional_is_imported_with_the_modules():
     code = (
         "import sys; sys.modules.update(torch_fidelity=None, torchvision=None, sklearn=None, faiss=None);"
-        "import diffusers_ext.cli, diffusers_ext.evaluation, diffusers_ext.features, diffusers_ext.image_sets"
+        "import diffusers_ext.cli, diffusers_ext.evaluation"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

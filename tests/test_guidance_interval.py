@@ -19,7 +19,6 @@ from conventions import newer_torch
 from tiny_guided_pipelines import BATCH, CASES, STEPS, TWO, Case
 from tiny_pipelines import tiny_stable_diffusion
 
-from diffusers_ext.pipelines.denoiser_calls import Rows, Split, spread_rows, take_rows
 from diffusers_ext.pipelines.guidance_interval import (
     GuidanceInterval,
     apply_guidance_interval,
@@ -27,6 +26,7 @@ from diffusers_ext.pipelines.guidance_interval import (
     read_step,
     remove_guidance_interval,
 )
+from diffusers_ext.pipelines.rows import Cut, Rows, spread_rows, take_rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the guidance interval:UserWarning"),
@@ -702,7 +702,7 @@ def custom(cls):
 
 
 class TestUnlistedPipelines:
-    @pytest.mark.parametrize("cls", [_Helpers, _TwoCalls, _TupleOfOutputs])
+    @pytest.mark.parametrize("cls", [_Helpers, _TwoCalls, _TupleOfOutputs, _Reassigned])
     def test_understood(self, cls):
         pipe = custom(cls)
         plain, off = sample(pipe, {}), sample(pipe, {"guidance_scale": 1.0})
@@ -710,28 +710,43 @@ class TestUnlistedPipelines:
             assert torch.equal(sample(pipe, {}), plain)
         with GuidanceInterval(pipe, sigma_lo=100) as interval:
             assert_same(sample(pipe, {}), off)
-        assert interval.report.rows == 2 * STEPS
+        # to prove the layout, all rows are run in the first step, and of a batch the fewer ones besides
+        first = 6 if cls in (_Helpers, _Reassigned) else 4
+        assert [step.rows for step in interval.report.steps] == [first, 2, 2, 2]
         with GuidanceInterval(pipe, guided_steps=MIDDLE) as interval:
             sample(pipe, {})
-        assert [step.rows for step in interval.report.steps] == [2, 4, 4, 2]
+        assert [step.rows for step in interval.report.steps] == [first, 4, 4, 2]
 
     @pytest.mark.parametrize(
         ("cls", "message"),
         [
-            (_UnconditionalFirst, "without the condition before it calls it with"),
-            (_Anonymous, "guidance_scale=4.0, but no unconditional prediction was seen"),
-            (_Again, "calls its network again with the unconditional part of what it predicted"),
-            (_Halves, "splits its prediction in 2 unclear parts"),
-            (_Gradient, "takes the gradient of a batch of 2 parts"),
-            (_Cached, r"keeps .'keys'. of all rows from call to call"),
-            (_Reassigned, "decides on guidance only after the network was called .name 'large' is not defined"),
+            (_UnconditionalFirst, "calls the network without the condition before it calls it with"),
+            (_Anonymous, r"in unclear parts: .a, b = self.unet\("),
+            (_Again, "calls the network once more without the condition: .degraded = self.unet"),
+            (_Halves, "splits a prediction in unclear parts: ._, noise_text"),
         ],
     )
     def test_refused(self, cls, message):
+        """Before it is called, and with what to do."""
+        pipe = custom(cls)
+        with pytest.raises(ValueError, match=message) as error:
+            apply_guidance_interval(pipe, guided_steps=MIDDLE)
+        assert 'layout="uncond, cond"' in str(error.value)
+        assert type(pipe) is cls
+
+    @pytest.mark.parametrize(
+        ("cls", "message"),
+        [
+            (_Gradient, "takes the gradient of a batch of 2 parts"),
+            (_Cached, r"keeps .'keys'. of all rows from call to call"),
+        ],
+    )
+    def test_refused_in_the_first_step(self, cls, message):
         pipe = custom(cls)
         pipe.unet = _Reads() if cls is _Cached else pipe.unet
-        with GuidanceInterval(pipe, guided_steps=MIDDLE), pytest.raises(ValueError, match=message):
+        with GuidanceInterval(pipe, guided_steps=MIDDLE) as interval, pytest.raises(ValueError, match=message):
             sample(pipe, {})
+        assert len(interval.report.steps) == 1
         assert "_compiled_call_impl" not in vars(pipe.unet)
 
     def test_what_a_row_is_must_be_clear(self):
@@ -742,20 +757,25 @@ class TestUnlistedPipelines:
                 super().__init__()
                 self.depends = depends
 
-            def forward(self, sample, timestep, table):
-                return sample * 0.1 + (table[0, : len(sample)].view(-1, 1, 1, 1) if self.depends else 0.0)
+            def forward(self, sample, timestep, table, text):
+                condition = text.mean(dim=(1, 2)).view(-1, 1, 1, 1)
+                return sample * condition + (table[0, : len(sample)].view(-1, 1, 1, 1) if self.depends else 0.0)
 
         for depends in (False, True):
 
             class Pipeline(_Custom):
                 def predict(self, latents, t, text, negative):
-                    noise = self.unet(torch.cat([latents] * 2), t, torch.arange(12.0).view(3, 4))
+                    noise = self.unet(
+                        torch.cat([latents] * 2), t, torch.arange(12.0).view(3, 4), torch.cat([negative, text])
+                    )
                     noise_uncond, noise_text = noise.chunk(2)
                     return noise_uncond + self.guidance_scale_ * (noise_text - noise_uncond)
 
             pipe = custom(Pipeline)
             pipe.unet = Conditioned(depends)
-            refused = pytest.raises(ValueError, match=r"table.*unclear what belongs")
+            refused = pytest.raises(
+                ValueError, match="gives its conditional rows another prediction without the others"
+            )
             with GuidanceInterval(pipe, guided_steps=(1, 1)) as interval, refused if depends else nullcontext():
                 sample(pipe, {})
             if not depends:
@@ -1027,7 +1047,7 @@ class TestTheRestOfDiffusers:
         pipe, _ = fresh
         interval = apply_guidance_interval(pipe, guided_steps=MIDDLE)
         sample(pipe, WORDS)
-        assert set(vars(interval)) == {"interval", "pipe", "report"}
+        assert set(vars(interval)) == {"guider", "interval", "layout", "outer", "pipe", "plans", "report", "verify"}
 
 
 def _cross_attentions(unet):
@@ -1043,7 +1063,7 @@ def test_the_support_matrix_lists_every_case():
 class TestRows:
     """Which parts of an argument are run, here of a batch of two, the conditional half second."""
 
-    split = Split(2, (1,), (0, 0), False, False, ())
+    split = Cut(2, (1,), (0, 0))
     rows = Rows(4, False)
     tensor = torch.arange(12.0).view(4, 3)
 
@@ -1072,13 +1092,13 @@ class TestRows:
         assert take({"scale": 0.5, "image_embeds": [self.tensor]})["image_embeds"][0].shape == (2, 3)
 
     def test_rows_that_take_turns(self):
-        turns = self.split._replace(interleaved=True)
+        turns = self.split._replace(turns=True)
         half = take_rows("hidden_states", self.tensor, self.rows, turns)
         assert torch.equal(half, self.tensor[1::2])
         assert torch.equal(spread_rows(half, Rows(2, False), turns), half.repeat_interleave(2, dim=0))
 
     def test_three_parts(self):
-        perturbed = Split(3, (1, 2), (0, 0, 1), True, False, ())
+        perturbed = Cut(3, (1, 2), (0, 0, 1))
         batch = torch.arange(6.0)[:, None]
         kept = take_rows("hidden_states", batch, Rows(6, False), perturbed)
         assert kept.flatten().tolist() == [2, 3, 4, 5]

@@ -9,8 +9,8 @@ from diffusers_ext.pipelines import GuidanceInterval
 DIM = 8  # of an image embedding
 
 
-def with_ip_adapter(pipe):
-    """Load random weights of an adapter of four image tokens; returns a list that gets the rows of each UNet call."""
+def with_ip_adapter(pipe, count: int = 1):
+    """Load random weights of adapters of four image tokens; returns a list that gets the rows of each UNet call."""
     unet, width = pipe.unet, pipe.unet.config.cross_attention_dim
     width = width if isinstance(width, int) else width[0]
     modules, generator = dict(unet.named_modules()), torch.Generator().manual_seed(0)
@@ -27,7 +27,7 @@ def with_ip_adapter(pipe):
         "norm.weight": torch.ones(width),
         "norm.bias": torch.zeros(width),
     }
-    unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": adapter}])
+    unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": adapter}] * count)
     rows = []
     unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     return rows

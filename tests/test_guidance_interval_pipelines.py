@@ -18,7 +18,7 @@ from diffusers_ext.pipelines import (
     GuidanceInterval,
     StableDiffusionXLGuidanceIntervalPipeline,
 )
-from diffusers_ext.pipelines.guidance_interval import read_step
+from diffusers_ext.pipelines.interval import read_step
 from diffusers_ext.pipelines.stable_diffusion_xl_guidance_interval import edm_sigmas, timesteps_of_sigmas
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"

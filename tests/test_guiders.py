@@ -7,7 +7,7 @@ from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
 from tiny_guided_pipelines import CASES
 from tiny_pipelines import tiny_sdxl
 
-from diffusers_ext.guiders import IntervalGuidance, limit_to_interval
+from diffusers_ext.guidance.guiders import IntervalGuidance, limit_to_interval
 from diffusers_ext.pipelines import GuidanceInterval
 
 pytestmark = pytest.mark.filterwarnings("ignore:the guidance interval")

@@ -9,7 +9,7 @@ from diffusers import ClassifierFreeGuidance
 from tiny_guided_pipelines import CASES, STEPS
 from tiny_modular_pipelines import MODULAR_CASES, ModularCase, helios_pyramid
 
-from diffusers_ext.guiders import IntervalGuidance, limit_to_interval
+from diffusers_ext.guidance.guiders import IntervalGuidance, limit_to_interval
 from diffusers_ext.pipelines import GuidanceInterval
 
 pytestmark = pytest.mark.filterwarnings("ignore:the guidance interval")

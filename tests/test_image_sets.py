@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_ext.image_sets import open_images
+from diffusers_ext.evaluation import open_images
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (7, 6, 5), dtype=np.uint8)
@@ -75,7 +75,7 @@ def test_npz_is_read_in_pieces(tmp_path, monkeypatch):
         return plain(self, n)
 
     monkeypatch.setattr(zipfile.ZipExtFile, "read", counted)
-    monkeypatch.setattr("diffusers_ext.image_sets.CHUNK", 64)
+    monkeypatch.setattr("diffusers_ext.evaluation.images.CHUNK", 64)
     read(tmp_path / "images.npz", batch_size=2)
     open_images(tmp_path / "images.npz").content_hash()
     assert min(sizes) >= 0 and max(sizes) <= 2 * 6 * 5 * 3

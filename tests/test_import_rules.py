@@ -128,6 +128,24 @@ def direction_errors(source: str, package: str):
     return errors
 
 
+LEAVES = ("app", "cli", "demo")  # of the workshop; cli starts the other two
+
+
+def leaf_errors(source: str, package: str):
+    """Imports of a leaf from outside of it. package: the file's own, dotted, or ''."""
+    errors, own = [], package.split(".")[1:2]
+    for one in imports(ast.parse(source)):
+        parents = package.split(".")[: len(package.split(".")) - one.level + 1] if one.level else []
+        module = ".".join([*parents, *filter(None, [one.module])])
+        for target in [module, *(f"{module}.{name}" for name in one.names)]:
+            root, *rest = target.split(".")
+            taken = root == "diffusers_ext" and rest[:1] and rest[0] in LEAVES
+            if taken and own != rest[:1] and (own != ["cli"] or rest[0] == "cli"):
+                errors.append(f"{one}: {rest[0]} is a leaf, which nothing imports")
+                break
+    return errors
+
+
 def private_errors(source: str):
     """Underscored modules and names that are taken from diffusers_ext."""
     taken = (one for one in imports(ast.parse(source)) if one.library == "diffusers_ext" or one.level)
@@ -200,6 +218,11 @@ def test_file_names_are_unique():
 @named([*GROUND_FILES, *PIPELINE_FILES, *OTHER_FILES])
 def test_nothing_imports_upward(path):
     assert direction_errors(read(path), package(path)) == []
+
+
+@named(path for path in OTHER_FILES if path.relative_to(ROOT).parts[0] != "tests")
+def test_leaves_are_imported_by_nothing(path):
+    assert leaf_errors(read(path), package(path)) == []
 
 
 @named(USERS)
@@ -335,6 +358,26 @@ def test_direction_rule_refuses(snippet, package, message):
 )
 def test_direction_rule_passes(snippet, package):
     assert direction_errors(snippet, package) == []
+
+
+@pytest.mark.parametrize(
+    ("snippet", "package", "leaf"),
+    [
+        ("from diffusers_ext.cli.options import Steps", "", "cli"),
+        ("from diffusers_ext import demo", "", "demo"),
+        ("from ..demo.pictures import grid", "diffusers_ext.app", "demo"),
+        ("def f():\n    from ..cli import main", "diffusers_ext.demo", "cli"),
+        ("from .app import serve", "diffusers_ext", "app"),
+    ],
+)
+def test_leaf_rule_refuses(snippet, package, leaf):
+    (error,) = leaf_errors(snippet, package)
+    assert f"{leaf} is a leaf" in error
+
+
+def test_leaf_rule_passes():
+    assert leaf_errors("from ..demo import run_demo\nfrom .options import Steps", "diffusers_ext.cli") == []
+    assert leaf_errors("from .pictures import grid\nfrom ..sampling import sample_images", "diffusers_ext.demo") == []
 
 
 def test_private_rule():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_ext.interval_search import (
+from diffusers_ext.guidance.search import (
     DistanceTable,
     GuidedSteps,
     as_rows,
@@ -80,7 +80,7 @@ def test_a_second_start_computes_nothing_twice(tmp_path):
         DistanceTable(tmp_path / "d.json", {"model": "n"}, compute)
     for content in ("", "[", "[1]", '{"settings": {}}', '{"settings": {}, "distances": {"a": "far"}}'):
         (tmp_path / "d.json").write_text(content)
-        with pytest.raises(ValueError, match=r"d.json' holds no distances of a search; choose another folder"):
+        with pytest.raises(ValueError, match=r"d.json was not written by this command; choose another output folder"):
             DistanceTable(tmp_path / "d.json", {"model": "m"}, compute)
 
 

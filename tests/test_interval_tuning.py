@@ -2,6 +2,7 @@
 
 import json
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -9,9 +10,9 @@ from click.testing import CliRunner
 
 from diffusers_ext import GuidanceInterval
 from diffusers_ext.cli import main
-from diffusers_ext.features import FeatureExtractor, load_extractor
-from diffusers_ext.interval_search import GuidedSteps
-from diffusers_ext.interval_tuning import Objective, reference_statistics, step_sigmas, tune_interval
+from diffusers_ext.evaluation import FeatureExtractor, load_extractor
+from diffusers_ext.guidance.search import GuidedSteps
+from diffusers_ext.guidance.tuning import Objective, reference_statistics, step_sigmas, tune_interval
 from diffusers_ext.metrics import feature_statistics, frechet_distance
 from diffusers_ext.sampling import sample_batches
 from diffusers_ext.shipped import load_pipeline, load_shipped_classifier
@@ -105,6 +106,8 @@ def test_the_command(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "best interval" in done.output and "best without" in done.output
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"distances.json", "interval.json", "interval.png"}
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 0 and "was finished before, nothing to do" in again.output.replace("\n", " ")
     (tmp_path / "out/interval.png").unlink()
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
@@ -114,3 +117,23 @@ def test_the_command(tmp_path, monkeypatch):
     assert refused.exit_code == 1 and "seed: 0 before, 1 now" in refused.output
     wrong = CliRunner().invoke(main, [*arguments[:-4], "--guidance-scales", "1,2", "--device", "cpu"])
     assert wrong.exit_code == 1 and "guidance_scales must be numbers > 1" in wrong.output
+
+
+@pytest.mark.parametrize("name", ["interval.json", "interval.png", "notes.txt"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_foreign_files_stay(pipe, tmp_path, name, begun):
+    """In a folder of somebody's, and beside the distances that a search has kept."""
+    if begun:
+        if name == "notes.txt":
+            pytest.skip("is not written")
+        (tmp_path / "distances.json").write_text('{"settings": {}, "distances": {}}')
+    (tmp_path / name).write_text('{"mine": 1}')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    arguments = ["tune-interval", "mnist-unet", "--output", str(tmp_path), "--device", "cpu"]
+    for refused in (
+        lambda: tune_interval(pipe, EXTRACTOR, REFERENCE, [2.0], LABELS, tmp_path, STEPS),
+        lambda: CliRunner().invoke(main, arguments, standalone_mode=False, catch_exceptions=False),
+    ):
+        with pytest.raises((ValueError, click.ClickException), match=r"is not empty|damaged or of something else"):
+            refused()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -5,7 +5,7 @@ import torch
 from discrete_goldens import golden
 
 from diffusers_ext import CTMCScheduler
-from diffusers_ext.losses import likelihood_bound, score_entropy, score_entropy_loss, x0_cross_entropy
+from diffusers_ext.discrete.losses import likelihood_bound, score_entropy, score_entropy_loss, x0_cross_entropy
 
 SEDD = {
     "absorb": {"kernel": "absorbing", "vocab_size": 18},

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffusers_ext.music import (
+from diffusers_ext.discrete.music import (
     COLOURS,
     HIGHEST_PITCH,
     LOWEST_PITCH,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from diffusers_ext import EDM2Pipeline, EDM2UNet2DModel, EDMHeunScheduler
 from diffusers_ext.checkpoints import load_edm2
 from diffusers_ext.cli import main
-from diffusers_ext.image_sets import read_images
+from diffusers_ext.evaluation import read_images
 from diffusers_ext.models.edm2_unet import MPLayer
 from diffusers_ext.pipelines import edm2 as module
 from diffusers_ext.sampling import cycled_labels, sample_to_folder
@@ -348,12 +348,15 @@ def test_offload(method):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance_scale": 2.0, "guidance_interval": (0, 1), "guided_steps": (0, 1)}, "Pass only one of"),
+        (
+            {"guidance_scale": 2.0, "guidance_interval": (0, 1), "guided_steps": (0, 1)},
+            "give either sigma_lo and sigma_hi, or guided_steps",
+        ),
         ({"guidance_interval": (2, 1)}, "0 <= sigma_lo < sigma_hi"),
         ({"guidance_interval": 3}, "guidance_interval must be"),
-        ({"guidance_interval": (float("nan"), 1)}, "guidance_interval must be"),
-        ({"guided_steps": (2, 6)}, "0 <= first <= last < 6, the number of steps"),
-        ({"guided_steps": (0.5, 2)}, "noise levels go to guidance_interval"),
+        ({"guidance_interval": (float("nan"), 1)}, "need 0 <= sigma_lo < sigma_hi"),
+        ({"guided_steps": (2, 6)}, "reaches beyond the schedule, whose 6 steps"),
+        ({"guided_steps": (0.5, 2)}, "guided_steps must be"),
         ({"guided_steps": (3, 2)}, "guided_steps must be"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
         ({"guidance_scale": "2"}, "guidance_scale must be a finite number"),

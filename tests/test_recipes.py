@@ -16,8 +16,8 @@ from tiny_discrete import build
 from diffusers_ext import BoostAndSkipPipeline, DiscreteDiffusionPipeline, ImageClassifier
 from diffusers_ext.checkpoints import PRESETS
 from diffusers_ext.cli import main
+from diffusers_ext.discrete.music import tokens_to_pitches
 from diffusers_ext.metrics import countdown_errors, histogram_distance
-from diffusers_ext.music import tokens_to_pitches
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -52,7 +52,7 @@ def test_unet_recipe_resumes_and_saves_a_pipeline(tmp_path, data):
     options = ("--data", data, "--output", tmp_path / "out", "--batch-size", 2, "--checkpoint-every", 2)
     run(module, *options, "--steps", 2)
     assert "1 steps in" in run(module, *options, "--steps", 3)
-    assert json.loads((tmp_path / "out/checkpoint/step.json").read_text()) == {"step": 3}
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint*")] == ["checkpoint-3"]
     pipe = BoostAndSkipPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
     assert pipe(class_labels=[1], num_inference_steps=2, output_type="pt").images.shape == (1, 1, 28, 28)
@@ -68,8 +68,8 @@ def test_unet_recipe_interrupted_equals_uninterrupted(tmp_path, data):
             # the learning rate depends on the planned end, so the interruption is played by a smaller `steps`
             # inside the warm-up, where it does not
             run(module, "--data", data, "--output", tmp_path / name, "--steps", stop, *schedule)
-    once = load_file(tmp_path / "once/checkpoint/model.safetensors")
-    twice = load_file(tmp_path / "twice/checkpoint/model.safetensors")
+    once = load_file(tmp_path / "once/checkpoint-4/model.safetensors")
+    twice = load_file(tmp_path / "twice/checkpoint-4/model.safetensors")
     for key in once:
         torch.testing.assert_close(once[key], twice[key], atol=1e-6, rtol=1e-5)
 

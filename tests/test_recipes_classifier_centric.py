@@ -145,7 +145,7 @@ def test_fractal_run_goes_on_and_guards_its_folder(tmp_path):
         assert (tmp_path / name).stat().st_size > 10_000
     run(FRACTAL, *options)
     assert json.loads((tmp_path / "numbers.json").read_text())["rows"] == first["rows"]
-    assert "choose another folder" in run(FRACTAL, *options[:4], "--steps", 5, exit_code=1)
+    assert "steps: 4 before, 5 now" in run(FRACTAL, *options[:4], "--steps", 5, exit_code=1)
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from diffusers_ext import EDM2Pipeline, EDM2UNet2DModel, EDMHeunScheduler
 from diffusers_ext.cli import main
-from diffusers_ext.features import FeatureExtractor
-from diffusers_ext.interval_search import GuidedSteps
-from diffusers_ext.interval_tuning import Objective, guided_call, step_sigmas
+from diffusers_ext.evaluation import FeatureExtractor
+from diffusers_ext.guidance.search import GuidedSteps
+from diffusers_ext.guidance.tuning import Objective, guided_call, step_sigmas
 from diffusers_ext.metrics import feature_statistics, frechet_distance
 from diffusers_ext.models.edm2_unet import normalize
 from diffusers_ext.shipped import load_pipeline

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,11 +26,10 @@ from diffusers_ext import (
     FlowPostprocessingPipeline,
     GuidanceInterval,
     boost_and_skip,
-    processes,
-    sampling,
-    shards,
 )
-from diffusers_ext.sampling import cycled_labels, random_labels, sample_to_folder
+from diffusers_ext.runs import kept, processes, shards
+from diffusers_ext.sampling import cycled_labels, random_labels, sample_images, sample_to_folder
+from diffusers_ext.sampling import folder as sampling
 from diffusers_ext.shipped import load_pipeline
 
 STEPS = 2
@@ -90,7 +88,7 @@ def pixels(folder) -> np.ndarray:
 
 def interrupt(monkeypatch, after: int, error: BaseException | None = None):
     """Fail at the batch after so many."""
-    draw_batch, calls = sampling._draw, []
+    draw_batch, calls = sampling.draw, []
 
     def failing(*arguments):
         calls.append(arguments)
@@ -98,7 +96,7 @@ def interrupt(monkeypatch, after: int, error: BaseException | None = None):
             raise error or KeyboardInterrupt
         return draw_batch(*arguments)
 
-    monkeypatch.setattr(sampling, "_draw", failing)
+    monkeypatch.setattr(sampling, "draw", failing)
 
 
 def command(folder, *options) -> list[str]:
@@ -181,14 +179,14 @@ def test_a_damaged_batch_is_drawn_anew(tmp_path, plain, monkeypatch):
 
 
 def test_damage_after_the_check_stops_the_writing(tmp_path, plain, monkeypatch):
-    assembled = sampling._assembled
+    finish = sampling._Run.finish
 
-    def after_damage(pipe, folder, manifest):
-        next((folder / "shards").glob("000001.*")).write_bytes(b"")
-        return assembled(pipe, folder, manifest)
+    def after_damage(run, pipe):
+        next(run.shards.folder.glob("000001.*")).write_bytes(b"")
+        return finish(run, pipe)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "_assembled", after_damage)
+        patch.setattr(sampling._Run, "finish", after_damage)
         with pytest.raises(ValueError, match=r"batch 1 .* is missing or damaged; start again"):
             draw(plain, tmp_path / "out")
     assert draw(plain, tmp_path / "out").drawn == 2
@@ -200,7 +198,7 @@ def test_a_full_disk_loses_no_finished_batch(tmp_path, plain, monkeypatch):
     def full(self, number, images):
         with monkeypatch.context() as patch:
             if number == 2:
-                patch.setattr(shards.os, "fsync", fail)
+                patch.setattr(os, "fsync", fail)
             write(self, number, images)
 
     def fail(_):
@@ -277,10 +275,10 @@ def test_settings_of_a_pipeline_are_told_apart():
     scales = ([1.0, 2.0], [1.0, 3.0])
     described = [sampling.describe_pipeline(EDM2Pipeline(unet, scheduler, latent_scale=scale)) for scale in scales]
     assert set(described[0]["components"]) == {"unet", "scheduler", "latent_scale", "latent_bias"}
-    (changed,) = shards.differences(*described)
+    (changed,) = kept.differences(*described)
     assert changed == "components.latent_scale[1]: 2.0 before, 3.0 now"
     flows = [FlowPostprocessingPipeline(unet, scheduler, base=tiny_ddpm(seed)) for seed in (0, 1)]
-    (changed,) = shards.differences(*map(sampling.describe_pipeline, flows))
+    (changed,) = kept.differences(*map(sampling.describe_pipeline, flows))
     assert changed.startswith("components.base.components.unet.sha256: ")
 
 
@@ -308,61 +306,6 @@ def test_a_finished_folder_that_lost_files_is_refused(tmp_path, plain):
     (tmp_path / "000004.png").unlink()
     with pytest.raises(ValueError, match=r"1 of its files are gone, such as 000004.png"):
         draw(plain, tmp_path)
-
-
-def test_one_start_at_a_time(tmp_path, plain):
-    with (
-        shards.lock(tmp_path),
-        pytest.raises(ValueError, match=f"in use by process {os.getpid()} on {socket.gethostname()}"),
-    ):
-        draw(plain, tmp_path)
-    assert not list(tmp_path.iterdir())
-    parent = psutil.Process(os.getppid())
-    owner = {"pid": parent.pid, "host": socket.gethostname(), "started": parent.create_time()}
-    for change in ({}, {"pid": 1, "host": "elsewhere"}):  # alive; cannot be known
-        (tmp_path / "lock.json").write_text(json.dumps({**owner, **change}))
-        with pytest.raises(ValueError, match="in use by process"):
-            draw(plain, tmp_path)
-    (tmp_path / "lock.json").write_text("")  # another process is writing it
-    with pytest.raises(ValueError, match="in use by process unknown"):
-        draw(plain, tmp_path)
-    assert set(contents(tmp_path)) == {"lock.json"}
-
-
-def test_a_lock_that_cannot_be_written_leaves_nothing(tmp_path, plain, monkeypatch):
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shards.json, "dump", fail)
-        with pytest.raises(OSError, match="No space left"):
-            draw(plain, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, plain):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for pid in (dead.pid, os.getppid()):  # the second number has been given to another process since
-        folder = tmp_path / str(pid)
-        folder.mkdir()
-        owner = {"pid": pid, "host": socket.gethostname(), "started": 1.0}
-        (folder / "lock.json").write_text(json.dumps(owner))
-        assert draw(plain, folder).drawn == 6
-        assert len(contents(folder)) == 6
-
-
-def test_a_lock_taken_meanwhile_is_put_back(tmp_path, monkeypatch):
-    """Two starts find the same dead owner; the second to move the lock away moves a live one."""
-    dead = {"pid": 2**22 + 1, "host": socket.gethostname(), "started": 1.0}
-    live = {"pid": os.getppid(), "host": socket.gethostname(), "started": 2.0}
-    (tmp_path / "lock.json").write_text(json.dumps(live))
-    read = shards._read_lock
-    answers = [dead]
-    monkeypatch.setattr(shards, "_read_lock", lambda path: answers.pop() if answers else read(path))
-    with pytest.raises(ValueError, match="in use"), shards.lock(tmp_path):
-        pass
-    assert json.loads((tmp_path / "lock.json").read_text()) == live and len(list(tmp_path.iterdir())) == 1
 
 
 def test_formats_hold_the_same_images(tmp_path, digits):
@@ -398,7 +341,7 @@ def test_archives_do_not_depend_on_the_day(tmp_path, plain, monkeypatch):
 def test_png_refuses_channels_that_it_has_not(tmp_path):
     with pytest.raises(ValueError, match=r"PNG holds 1, 3 or 4 channels, the images have 2; use the format npz"):
         draw(tiny_ddpm(channels=2), tmp_path / "png")
-    assert not list((tmp_path / "png/shards").iterdir())  # refused at the first batch
+    assert not (tmp_path / "png").exists()  # refused at the first batch
     assert np.load(draw(tiny_ddpm(channels=2), tmp_path / "npz", format="npz").result)["arr_0"].shape == (6, 8, 8, 2)
 
 
@@ -523,7 +466,7 @@ def test_images_that_are_not_finite_are_refused(tmp_path, plain):
 
 @pytest.mark.parametrize("images", [torch.zeros(3, 1, 4, 4), torch.zeros(2, 4, 4), ["a", "b"]])
 def test_what_are_not_the_images_asked_for_is_refused(tmp_path, plain, monkeypatch, images):
-    monkeypatch.setattr(sampling, "_draw", lambda *arguments: images)
+    monkeypatch.setattr(sampling, "draw", lambda *arguments: images)
     with pytest.raises(ValueError, match=r"must give 2 images \(batch, channels, height, width\), got"):
         draw(plain, tmp_path)
 
@@ -537,7 +480,7 @@ def test_sampled_images_are_tensors_whatever_the_pipeline_gives():
             def __call__(self, class_labels, generator, output_type, form=form):
                 return SimpleNamespace(images=form[: len(class_labels)])
 
-        images = sampling.sample_images(Labelled(_execution_device=torch.device("cpu")), labels, batch_size=2)
+        images = sample_images(Labelled(_execution_device=torch.device("cpu")), labels, batch_size=2)
         assert images.shape == (3, 3, 4, 5) and images.dtype == torch.float32
 
 
@@ -550,13 +493,13 @@ def test_grey_levels_are_rounded_from_tensors_and_arrays():
 
 
 def test_threads_are_as_before(tmp_path, plain, monkeypatch):
-    used, draw_batch = [], sampling._draw
+    used, draw_batch = [], sampling.draw
 
     def noting(*arguments):
         used.append(torch.get_num_threads())
         return draw_batch(*arguments)
 
-    monkeypatch.setattr(sampling, "_draw", noting)
+    monkeypatch.setattr(sampling, "draw", noting)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -7,10 +7,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
 
 from diffusers_ext import BoostAndSkipDDIMScheduler, BoostAndSkipPipeline
+from diffusers_ext.discrete.music import tokens_to_pitches
 from diffusers_ext.evaluation import evaluate_digits
 from diffusers_ext.hub import export_pipeline
 from diffusers_ext.metrics import countdown_errors, frechet_distance
-from diffusers_ext.music import tokens_to_pitches
 from diffusers_ext.shipped import (
     load_network,
     load_pipeline,

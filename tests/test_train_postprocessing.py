@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from cli_on_processes import run_on_two
 from click.testing import CliRunner
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 
 from diffusers_ext.cli import main
-from diffusers_ext.cli.options import INTEGERS, NUMBERS, ListsCommand
 from diffusers_ext.flow import draw_base_samples, velocity_network
+from diffusers_ext.runs.lists import INTEGERS, NUMBERS, ListsCommand
 from diffusers_ext.shipped import load_pipeline
 
 SMALL = [
@@ -48,11 +49,50 @@ def test_trains_a_pipeline_and_goes_on_after_an_interruption(real, tmp_path):
     repaired = pipe(images, class_labels=[1, 2], num_inference_steps=1, output_type="pt").images
     assert repaired.shape == images.shape and not torch.equal(repaired, images)
 
+    again = invoke(*common)
+    assert again.exit_code == 0 and "pipeline was finished before, after 3 steps, nothing to do" in again.output
+    for option, value, message in (
+        ("--steps", "2", "steps: 3 before, 2 now"),
+        ("--batch-size", "5", "batch_size: 4 before, 5 now"),
+        ("--mixed-precision", "bf16", "mixed_precision: None before, 'bf16' now"),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        changed = invoke(*common, option, value)
+        assert changed.exit_code == 1 and message in changed.output.replace("\n", " "), changed.output
+    AcceleratorState._reset_state(reset_partial_state=True)
     longer = [*common]
     longer[longer.index("--steps") + 1] = "5"
     assert invoke(*longer).exit_code == 0
     history = json.loads((tmp_path / "out/training/history.json").read_text())
     assert [row["step"] for row in history] == [3, 5]
+
+    weights = tmp_path / "out/pipeline/model/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    damaged = invoke(*longer)
+    assert damaged.exit_code == 1 and "model.safetensors is gone or not as it was written" in damaged.output
+
+
+def test_foreign_files_stay(real, tmp_path):
+    """A folder of somebody's, wherever the command would write."""
+    for name in ("training/checkpoint-best/weights", "pipeline/notes.txt", "samples/guidance-1/000000.png"):
+        mine = tmp_path / name.split("/")[0] / name
+        mine.parent.mkdir(parents=True)
+        mine.write_text("mine")
+        result = invoke("--real", real, "--features", "pixel", *SMALL, "--output", tmp_path / name.split("/")[0])
+        assert result.exit_code == 1 and "is not empty" in result.output, result.output
+        assert mine.read_text() == "mine"
+
+
+def test_a_kill_in_the_last_save_changes_nothing(real, tmp_path):
+    """The checkpoint is there, history.json and loss.png are not yet."""
+    common = ("--real", real, "--features", "pixel", *SMALL, "--output", tmp_path / "out")
+    assert invoke(*common).exit_code == 0
+    training = tmp_path / "out/training"
+    whole = {name: (training / name).read_bytes() for name in ("history.json", "loss.png")}
+    (training / "history.json").write_text("[]")
+    (training / "loss.png").unlink()
+    assert invoke(*common).exit_code == 0
+    assert {name: (training / name).read_bytes() for name in whole} == whole
 
 
 def test_kept_scales_are_marked_in_the_order_of_the_samples(real, tmp_path, monkeypatch):
@@ -105,8 +145,15 @@ def test_what_does_not_fit_is_refused(real, tmp_path):
     np.savez(tmp_path / "small.npz", arr_0=np.zeros((40, 14, 14, 1), np.uint8))
     result = invoke("--real", tmp_path / "small.npz", "--features", "pixel", *SMALL, "--output", tmp_path / "b")
     assert result.exit_code == 1 and "one shape" in result.output
-    result = invoke("--real", real, "--features", "pixel", *SMALL, "--k", 41, "--output", tmp_path / "b")
-    assert result.exit_code == 1 and "got k=41" in result.output
+    for options, message in (
+        (("--k", 41), "got k=41"),
+        (("--k", 5, "--within-class"), "number of real images of class 0"),
+        (("--block-out-channels", "8,8,8,8"), "multiple of 8"),
+        (("--num-inference-steps", "foo"), "neither a number of steps nor a respacing"),
+    ):
+        result = invoke("--real", real, "--features", "pixel", *SMALL, *options, "--output", tmp_path / "b")
+        assert result.exit_code in (1, 2) and message in result.output.replace("\n", " "), result.output
+    assert not (tmp_path / "b").exists()  # before any sample was drawn
     with pytest.raises(ValueError, match="different numbers"):
         draw_base_samples(load_pipeline("mnist-unet"), tmp_path / "c", [2, 2.0], 4)
     for shape, channels, message in (((1, 1, 28, 24), (8,), "square"), ((1, 1, 6, 6), (8, 8, 8), "multiple of 4"),

@@ -10,7 +10,7 @@ from PIL import Image
 from test_pipeline_adm_upsampler import LABELS, SMALL, pipeline
 
 from diffusers_ext.cli import main
-from diffusers_ext.image_sets import read_images
+from diffusers_ext.evaluation import read_images
 from diffusers_ext.sampling import sample_to_folder
 
 

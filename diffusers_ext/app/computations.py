@@ -10,15 +10,15 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ..charts import axis_chart, tick_chart
-from ..demo.pictures import sequences_picture, stacked
-from ..discrete_sampling import draws_sequences, is_discrete
+from ..discrete.music import piano_roll, tokens_to_pitches
+from ..evaluation.charts import axis_chart, tick_chart
+from ..evaluation.pictures import sequences_picture, stacked
 from ..jump_your_steps import optimize_timesteps
 from ..metrics import countdown_errors, countdown_wrong
-from ..music import piano_roll, tokens_to_pitches
 from ..pipelines import BoostAndSkipPipeline, FlowPostprocessingPipeline, GuidanceInterval
-from ..pipelines.guidance_interval import GuidedStep, read_step
-from ..sampling import cycled_labels, sample_batches
+from ..pipelines.guidance_interval import GuidedStep
+from ..pipelines.interval import Interval, read_step
+from ..sampling import cycled_labels, draws_sequences, is_discrete, sample_batches
 from ..schedulers import boost_and_skip
 from .models import Models
 
@@ -121,9 +121,10 @@ def planned_steps(models: Models, model: str, num_inference_steps: int, sigma_lo
     try:
         scheduler.set_timesteps(num_inference_steps)
         starts = [read_step(scheduler, t) for t in scheduler.timesteps]
+        interval = Interval(sigma_lo, sigma_hi)
+        steps = [GuidedStep(start.index, start.sigma, start in interval) for start in starts]
     except (ValueError, TypeError):  # schedulers that need more than a number, such as the size of the image
         return ""
-    steps = [GuidedStep(start.index, start.sigma, _within(start.sigma, sigma_lo, sigma_hi)) for start in starts]
     return sigma_chart(steps, sigma_lo, sigma_hi)
 
 
@@ -267,10 +268,6 @@ def _labels(pipe: DiffusionPipeline, drawn: Drawn) -> torch.Tensor | None:
 
 def _takes(pipe: DiffusionPipeline, name: str) -> bool:
     return name in inspect.signature(pipe.__call__).parameters
-
-
-def _within(sigma: float | None, sigma_lo: float, sigma_hi: float) -> bool:
-    return sigma is not None and sigma_lo < sigma <= sigma_hi
 
 
 @contextmanager

@@ -5,15 +5,15 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
-from ..casting import cast
-from ..hub import new_folder, staged_folder
 from ..models import EDM2UNet2DModel
 from ..pipelines import ADMUpsamplerPipeline, BoostAndSkipPipeline, EDM2Pipeline
+from ..runs.files import new_folder, staged_folder
 from ..schedulers import EDMHeunScheduler
 from .edm2 import read_edm2
 from .edm2_check import EDM2SourceNetwork, sampling_error
 from .guided_diffusion import read_network
 from .guided_diffusion_check import SourceNetwork, conversion_error
+from .tensor_files import checked_cast
 
 
 def convert_guided_diffusion(
@@ -52,8 +52,9 @@ def convert_guided_diffusion(
         pipeline = DDPMPipeline(unet, scheduler)
     else:
         pipeline = BoostAndSkipPipeline(unet, scheduler)
+    checked_cast(unet, dtype)
     with staged_folder(folder) as (_, staged):
-        cast(pipeline, dtype).save_pretrained(staged)
+        pipeline.save_pretrained(staged)
     return pipeline, error
 
 

@@ -6,12 +6,13 @@ import torch
 from diffusers import ModelMixin
 from transformers import AutoTokenizer
 
-from ..casting import cast, dtype_option
-from ..hub import new_folder, staged_folder
+from ..casting import dtype_option
 from ..pipelines import DiscreteDiffusionPipeline
+from ..runs.files import new_folder, staged_folder
 from ..schedulers import CTMCScheduler
 from .sedd import load_countdown, load_sedd, sedd_scheduler
 from .tauldr import load_tauldr, tauldr_scheduler
+from .tensor_files import check_finite, checked_cast
 
 
 def convert_sedd(
@@ -78,7 +79,7 @@ def convert_tauldr(
 def _written(model: ModelMixin, scheduler: CTMCScheduler, tokenizer, folder: Path, dtype: torch.dtype):
     """Save beside the folder, load, compare, and only then put it in its place."""
     expected = _outputs(model, scheduler)
-    pipeline = cast(DiscreteDiffusionPipeline(model, scheduler, tokenizer), dtype)
+    pipeline = DiscreteDiffusionPipeline(checked_cast(model, dtype), scheduler, tokenizer)
     rounded = expected if dtype == torch.float32 else _outputs(model, scheduler)
     with staged_folder(folder) as (_, staged):
         pipeline.save_pretrained(staged)
@@ -101,4 +102,6 @@ def _outputs(model: ModelMixin, scheduler: CTMCScheduler) -> torch.Tensor:
     clean = torch.randint(scheduler.config.vocab_size - 1, (1, length or 64), generator=generator).expand(2, -1)
     times = torch.tensor([0.2, 0.8])
     tokens = scheduler.add_noise(clean.contiguous(), generator, times)
-    return model(tokens, scheduler.model_time(times, 2)).sample.float()
+    output = model(tokens, scheduler.model_time(times, 2)).sample.float()
+    check_finite({"output": output}, f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')}")
+    return output

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..casting import cast
 from ..models.edm2_unet import EDM2UNet2DModel
-from .safe_pickle import PickledObject, safe_load
+from .safe_pickle import PickledObject, as_numbers, safe_load
+from .tensor_files import check_finite, check_size, checked_cast
 
 _LARGEST = 64  # blocks of a resolution, resolutions, taps; the published networks have 3, 4 and 2
+_MOST_TENSORS = 100_000
 _CONFIG_NAMES = frozenset(inspect.signature(EDM2UNet2DModel.__init__).parameters) - {"self"}
 _CONFIG_ATTRIBUTES = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_data")
 
@@ -44,7 +45,7 @@ def load_edm2(path: str | Path, torch_dtype: torch.dtype | None = None) -> EDM2U
     """
     checkpoint = read_edm2(path)
     model = EDM2UNet2DModel.from_edm2_state_dict(checkpoint.state_dict, **checkpoint.config)
-    return model if torch_dtype is None else cast(model, torch_dtype)
+    return model if torch_dtype is None else checked_cast(model, torch_dtype)
 
 
 def read_edm2(path: str | Path) -> EDM2Checkpoint:
@@ -63,7 +64,10 @@ def read_edm2(path: str | Path) -> EDM2Checkpoint:
         scale, bias = _latent_statistics(data.get("encoder"), config.get("img_channels"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return EDM2Checkpoint(module_state_dict(network), config, scale, bias)
+    state = module_state_dict(network)
+    check_size(state, path)
+    check_finite(state, str(path))
+    return EDM2Checkpoint(state, config, scale, bias)
 
 
 def _latent_statistics(encoder, channels) -> tuple[list[float] | None, list[float] | None]:
@@ -72,7 +76,7 @@ def _latent_statistics(encoder, channels) -> tuple[list[float] | None, list[floa
         return None, None
     found = []
     for name in ("scale", "bias"):
-        value = np.asarray(encoder.state.get(name))
+        value = as_numbers(encoder.state.get(name))
         if value.dtype.kind != "f" or value.shape != (channels,) or not np.isfinite(value).all():
             raise ValueError(f"{name} of the encoder must be a finite number for each of the {channels} channels.")
         found.append(value.tolist())
@@ -106,6 +110,8 @@ def module_state_dict(module: PickledObject) -> dict[str, torch.Tensor]:
             for name, tensor in _plain_dict(current.state.get(group, {})).items():
                 if isinstance(tensor, torch.Tensor) and not (group == "_buffers" and name in not_kept):
                     found[f"{prefix}{name}"] = tensor
+                if len(found) > _MOST_TENSORS:
+                    raise ValueError(f"a network of more than {_MOST_TENSORS} tensors.")
         children = _plain_dict(current.state.get("_modules", {}))
         waiting.extend((f"{prefix}{name}.", child) for name, child in children.items() if child is not None)
     return found

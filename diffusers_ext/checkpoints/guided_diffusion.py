@@ -15,7 +15,7 @@ from diffusers.utils import logging
 
 from ..models.adm_unet import ADMUNet2DModel
 from ..pipelines.respacing import respaced_timesteps
-from .tensor_files import read_tensors
+from .tensor_files import check_names, checked_cast, read_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -163,8 +163,8 @@ def load_guided_diffusion(
     that suffices, an `ADMUNet2DModel` where not. The scheduler is a `DDPMScheduler` with the original's betas, spaced
     like its respacing; respacing chooses timesteps and leaves the betas alone.
 
-    path: the `.pt` file, plain, of parameters, of views of flat tensors, zipped or in the old format. It is read with
-        `weights_only=True`.
+    path: the `.pt` file, plain, of parameters, of views of flat tensors, zipped or in the old format. It is read as
+        plain data; nothing in it is executed.
     preset: a name of `PRESETS`, the published checkpoints.
     flags: names and values of the original command lines, see `FLAGS`; they take precedence over the preset. What the
         tensors determine may be left out. What they do not (`image_size`, `num_heads` or `num_head_channels`,
@@ -173,10 +173,11 @@ def load_guided_diffusion(
         `num_inference_steps`. `use_fp16` returns the network in float16.
 
     Raises ValueError for a file that is no such checkpoint or is cut off, an unknown preset or flag, and a flag that
-    contradicts the tensors, with the tensor's name.
+    contradicts the tensors, with the tensor's name; and for weights that are not finite, in the file or in the dtype
+    of the network.
     """
     _, _, settings, unet, scheduler = read_network(path, preset, flags)
-    return (unet.half() if settings["use_fp16"] else unet), scheduler
+    return (checked_cast(unet, torch.float16) if settings["use_fp16"] else unet), scheduler
 
 
 def read_network(
@@ -222,7 +223,9 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by name, on the CPU. Raises ValueError for other files and cut-off ones."""
     if not Path(path).is_file():
         raise ValueError(f"checkpoint {str(path)!r} is no file")
-    return read_tensors(path)
+    state = read_tensors(path)
+    check_names(state, path)
+    return state
 
 
 def _shape(state: Mapping[str, torch.Tensor], name: str, dims: int) -> torch.Size:
@@ -427,7 +430,7 @@ def build_unet(state: Mapping[str, torch.Tensor], layout: ADMLayout, settings: d
                 f" {expected.get(name)}"
             )
     unet.load_state_dict({name: value for name, (_, value) in tensors.items()}, strict=True, assign=True)
-    return unet.eval()
+    return checked_cast(unet.eval(), torch.float32)  # float64 of the file may leave its range
 
 
 def unet_config(layout: ADMLayout, settings: dict) -> tuple[type[UNet2DModel], dict]:

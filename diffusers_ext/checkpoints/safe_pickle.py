@@ -3,23 +3,21 @@
 A pickle is a program for a small stack machine, and Python's own machine calls whatever the program names. The machine
 here has the same stack but no calls: a name is only a name, must be on the allow-list (`READERS`), and stands for a
 function of this file that checks what it is given and returns plain data. Storages of tensors, which are files of
-their own, are checked byte by byte and then read with `torch.load(weights_only=True)`.
+their own, are read by the same machine. `torch_files` reads whole torch files with it.
 
     OrderedDict, EasyDict    -> dict
     numpy arrays, scalars    -> the same (real numbers only)
     torch tensors, parameters -> torch.Tensor on the CPU
     torch modules, and objects that carry their own source code (torch_utils.persistence) -> `PickledObject`
 
-Everything else is refused with the name of what was wanted. Time and memory are linear in the size of the file.
+Everything else is refused with the name of what was wanted. Time and memory are linear in the size of the file: what
+is kept once and used often (a memoised argument) counts at every use, see `WORK`.
 """
 
-import io
 import math
 import mmap
-import pickle
 import pickletools
 import re
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..hub.damage import HEAD, other_kind
+
 MAX_OPCODES = 1_000_000  # some twenty times what the largest EDM2 network takes
 MAX_LINE = 4_096  # bytes of an argument of the old text protocol, whose conversion is quadratic
+MAX_KEY = 4_096  # characters of a key; equal ones are compared at every use
+MAX_NUMBERS = 4_096  # in a list that stands for an array
+WORK = 4  # bytes that functions may be given in all, for each byte of the file; real files take 1 to 2
+FREE_WORK = 100_000
 
 
 class UnsafePickleError(ValueError):
@@ -48,22 +52,40 @@ def safe_load(path: str | Path) -> Any:
     """Read a pickle file as plain data; see the module for what comes out.
 
     Raises:
-        UnsafePickleError: (a ValueError) with the name of the first thing that is not allowed, or the place where the
-            file is malformed.
+        UnsafePickleError: (a ValueError) with the name of the first thing that is not allowed, the place where the
+            file is malformed, or what else the file is.
     """
     with open(path, "rb") as file:
         if file.seek(0, 2) == 0:
             raise UnsafePickleError(f"{path}: the file is empty.")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _Machine(data, READERS).run()
+                if other := other_kind(data[:HEAD]):
+                    raise UnsafePickleError(f"it is {other}, no pickle.")
+                return Machine(data, READERS).run()
             except UnsafePickleError as error:
                 raise UnsafePickleError(f"{path}: {error}") from error
 
 
 def safe_loads(data: bytes) -> Any:
     """Read a pickle from bytes; as `safe_load`."""
-    return _Machine(data, READERS).run()
+    return Machine(data, READERS).run()
+
+
+def as_numbers(value: Any) -> np.ndarray:
+    """An array, a scalar, or a short flat list of numbers out of a pickle, as an array.
+
+    Anything else is an array of the object dtype, which no check takes for numbers: NumPy itself would walk through
+    nested lists of a few bytes for ever.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.numpy(force=True) if value.dtype != torch.bfloat16 else value.float().numpy(force=True)
+    plain = isinstance(value, list | tuple) and len(value) <= MAX_NUMBERS
+    if plain and all(isinstance(number, int | float | np.number) and _is_short(number) for number in value):
+        return np.asarray(value)
+    if isinstance(value, np.ndarray | np.number | float) or (isinstance(value, int) and _is_short(value)):
+        return np.asarray(value)
+    return np.array(None)
 
 
 @dataclass(frozen=True)
@@ -75,11 +97,6 @@ class _Name:
 
     def __str__(self):
         return f"{self.module}.{self.name}"
-
-
-@dataclass(frozen=True)
-class _PersistentId:
-    value: Any
 
 
 @dataclass(eq=False)
@@ -110,10 +127,8 @@ class _Source:
         return self.read(end + 1 - self.position)
 
 
-# What odd data raises on its way through the functions of this file and through torch.load.
-_MALFORMED = (
-    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, EOFError, pickle.UnpicklingError
-)  # fmt: skip
+# What odd data raises on its way through the functions of this file.
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, EOFError)
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
@@ -124,12 +139,16 @@ _ARGUMENTS = frozenset((*_NUMBERS, *_TEXTS, *_BYTES))
 _SCALARS = (str, int, float, bytes, type(None))
 
 
-class _Machine:
-    """The stack machine of pickle, on inert data. readers: see `READERS`. persistent: one persistent id is allowed."""
+class Machine:
+    """The stack machine of pickle, on inert data.
 
-    def __init__(self, data: bytes | mmap.mmap, readers: dict, position: int = 0, persistent: bool = False):
+    readers: see `READERS`. persistent: what stands for a persistent id, None where none is allowed.
+    """
+
+    def __init__(self, data: bytes | mmap.mmap, readers: dict, position: int = 0, persistent: Callable | None = None):
         self.source, self.readers, self.persistent = _Source(data, position), readers, persistent
         self.stack, self.marks, self.memo = [], [], {}
+        self.work_left = WORK * len(data) + FREE_WORK
         self.unbuilt: dict[int, Any] = {}  # arrays that wait for their contents, by identity
 
     def run(self) -> Any:
@@ -163,8 +182,9 @@ class _Machine:
             self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.stack[-1]
         elif name in ("PROTO", "FRAME"):
             pass
-        elif instruction := getattr(self, f"do_{name.lower()}", None):
-            instruction() if argument is None else instruction(argument)
+        elif name in _INSTRUCTIONS:
+            instruction = _INSTRUCTIONS[name]
+            instruction(self) if argument is None else instruction(self, argument)
         else:
             raise UnsafePickleError(f"the pickle uses the instruction {name}, which no EDM2 file needs.")
 
@@ -223,7 +243,7 @@ class _Machine:
 
     def do_frozenset(self):
         items = self.to_mark()
-        self.stack.append(frozenset(_hashable(items)))
+        self.stack.append(frozenset(hashable(items)))
 
     def top(self, kind: type) -> Any:
         if type(self.stack[-1]) is not kind:
@@ -240,7 +260,7 @@ class _Machine:
 
     def do_additems(self):
         items = self.to_mark()
-        self.top(set).update(_hashable(items))
+        self.top(set).update(hashable(items))
 
     def do_setitem(self):
         self.set_items(self.take(2))
@@ -249,7 +269,7 @@ class _Machine:
         self.set_items(self.to_mark())
 
     def set_items(self, items: list):
-        self.top(dict).update(zip(_hashable(items[::2]), items[1::2], strict=True))
+        self.top(dict).update(zip(hashable(items[::2]), items[1::2], strict=True))
 
     # Names, and what would be calls
 
@@ -300,13 +320,23 @@ class _Machine:
         reader = self.readers[name.module, name.name]
         if reader is None or type(arguments) is not tuple:
             raise UnsafePickleError(f"the pickle wants to call {name} in a way that is not allowed.")
+        self.count_work(arguments)
         value = reader(*arguments)
         if isinstance(value, np.ndarray) and value.dtype == _UNBUILT.dtype:
             self.unbuilt[id(value)] = value
         self.stack.append(value)
 
+    def count_work(self, arguments: Any) -> None:
+        """Before a function is given something: its length and that of what is in it. Raises UnsafePickleError."""
+        self.work_left -= _work(arguments)
+        if self.work_left > 0 and type(arguments) is tuple:
+            self.work_left -= sum(map(_work, arguments))
+        if self.work_left < 0:
+            raise UnsafePickleError("the pickle uses the same data over and over; no EDM2 or torch file does.")
+
     def do_build(self):
         (state,) = self.take(1)
+        self.count_work(state)
         target = self.stack[-1]
         if type(target) is _Dtype:
             target.dtype = _ordered_dtype(target.dtype, state)
@@ -322,25 +352,45 @@ class _Machine:
         self.do_persid(*self.take(1))
 
     def do_persid(self, value: Any):
-        if not self.persistent:
+        if self.persistent is None:
             raise UnsafePickleError("the pickle refers to something outside of itself (a persistent id).")
-        self.persistent = False  # only one, because torch makes a storage for each, also if it is thrown away
-        self.stack.append(_PersistentId(value))
+        self.stack.append(self.persistent(value))
+
+
+_INSTRUCTIONS = {
+    name.removeprefix("do_").upper(): method for name, method in vars(Machine).items() if name.startswith("do_")
+}
 
 
 def _wanted(name: str) -> UnsafePickleError:
     return UnsafePickleError(
-        f"the pickle wants {name[:200]}, which is not on the allow-list of EDM2 files; nothing was executed. Do not"
+        f"the pickle wants {name[:200]}, which is not on the allow-list of plain data; nothing was executed. Do not"
         " unpickle this file unless you trust it."
     )
 
 
-def _hashable(items: Iterable) -> list:
-    """The items, if they are scalars: hashing nested tuples takes exponential time."""
+def hashable(items: Iterable) -> list:
+    """The items, if they are short scalars: hashing nested tuples takes exponential time."""
     items = list(items)
     if wrong := [type(item).__name__ for item in items if not isinstance(item, _SCALARS)]:
         raise ValueError(f"a {wrong[0]} as a key or as a member of a set")
+    if not all(map(_is_short, items)):
+        raise ValueError(f"a key, or a member of a set, that is longer than {MAX_KEY}")
     return items
+
+
+def _is_short(value: Any) -> bool:
+    return value.bit_length() <= 64 if isinstance(value, int) else _length(value) <= MAX_KEY
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str | bytes | bytearray) else 1
+
+
+def _work(value: Any) -> int:
+    """Bytes that stand for what a function does with a value: four for each entry of a container."""
+    containers = list | tuple | dict | set | frozenset
+    return 4 * len(value) if isinstance(value, containers) else _length(value)
 
 
 def _is_size(value: Any) -> bool:
@@ -359,7 +409,7 @@ def _checked_shape(shape: Any) -> tuple[int, ...]:
 def _ordered_dict(pairs: Any = ()) -> dict:
     if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) for pair in pairs):
         raise ValueError("an OrderedDict of something else than pairs")
-    return dict(zip(_hashable(key for key, _ in pairs), (value for _, value in pairs), strict=True))
+    return dict(zip(hashable(key for key, _ in pairs), (value for _, value in pairs), strict=True))
 
 
 def _persistent_object(meta: Any) -> PickledObject:
@@ -424,55 +474,121 @@ def _scalar(dtype: Any, contents: Any) -> np.generic:
     return array[()]
 
 
-STORAGE_BYTES = {
-    "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "LongStorage": 8, "IntStorage": 4,
-    "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1,
+# Storages: the elements of tensors
+
+DTYPES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
 }  # fmt: skip
-_STORAGE_NAMES = {("torch", name): None for name in STORAGE_BYTES}
+STORAGE_NAMES = {("torch", name): None for name in DTYPES}
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
-def _load_from_bytes(data: Any) -> torch.TypedStorage:
-    """A storage in the format of torch.save before 1.6: five pickles, then the number of elements and the elements."""
-    if not isinstance(data, bytes | bytearray):
-        raise ValueError("a storage that is no bytes")
-    data, position, parts = bytes(data), 0, []
-    if not data.startswith(b"\x80"):  # torch would take a zip archive for another format
-        raise ValueError("bytes that are not one storage as torch.save writes it")
+class Storage:
+    """Elements of one dtype, in memory that may be filled later."""
+
+    def __init__(self, dtype: torch.dtype, memory: bytearray):
+        self.memory, self.count = memory, len(memory) // dtype.itemsize
+        self.elements = torch.frombuffer(memory, dtype=dtype) if memory else torch.empty(0, dtype=dtype)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def check(self) -> None:
+        """Raises ValueError for truth values that are neither: arithmetic on them is undefined."""
+        if self.elements.dtype == torch.bool and self.count and self.elements.view(torch.uint8).max() > 1:
+            raise ValueError("a storage of truth values that are neither 0 nor 1")
+
+
+def storage_of(identity: Any, length: int) -> tuple[torch.dtype, str, int]:
+    """(dtype, key, number of elements) of a persistent id of torch, a tuple of `length`. Raises ValueError for others.
+
+    After the word "storage" come type, key, location (of no interest: all is read to the CPU) and number of elements;
+    in old files also a view, which torch has not written for years.
+    """
+    if type(identity) is not tuple or len(identity) != length:
+        raise ValueError("a persistent id that is not one storage as torch.save writes it")
+    word, kind, key, _, count, *view = identity
+    known = isinstance(kind, _Name) and kind.module == "torch" and kind.name in DTYPES
+    if word != "storage" or not known or type(key) is not str or not _is_size(count) or view not in ([], [None]):
+        raise ValueError("a persistent id that is not one storage as torch.save writes it")
+    return DTYPES[kind.name], key, count
+
+
+def load_legacy(data: bytes | mmap.mmap, readers: dict, single: bool = False) -> Any:
+    """The content of a file of torch.save before 1.6.
+
+    Five pickles (a magic number, a version, the machine's word sizes, the content, and the keys of its storages), then
+    for each key the number of elements (8 bytes) and the elements. single: of one storage, mentioned once. Raises
+    UnsafePickleError or ValueError.
+    """
+    storages: dict[str, Storage] = {}
+    free = len(data)  # a storage is no longer than the file
+
+    def storage(identity: Any) -> Storage:
+        nonlocal free
+        if single and storages:
+            raise ValueError("a second persistent id in one storage")
+        dtype, key, count = storage_of(identity, 6)
+        if key not in storages:
+            free -= count * dtype.itemsize
+            if free < 0:
+                raise ValueError(f"a storage of {count} elements in a file of {len(data)} bytes")
+            storages[key] = Storage(dtype, bytearray(count * dtype.itemsize))
+        if (storages[key].elements.dtype, storages[key].count) != (dtype, count):
+            raise ValueError("a storage that is said to be of two kinds")
+        return storages[key]
+
+    position, parts = 0, []
     for part in range(5):
-        machine = _Machine(data, _STORAGE_NAMES, position, persistent=part == 3)
+        machine = Machine(data, readers if part == 3 else {}, position, storage if part == 3 else None)
         parts.append(machine.run())
         position = machine.source.position
-    magic, version, _, identity, keys = parts
-    if magic != _MAGIC or version != _VERSION or type(identity) is not _PersistentId:
+        if part == 1 and parts != [_MAGIC, _VERSION]:
+            raise ValueError("bytes that are no file of torch.save")
+    if type(parts[2]) is not dict or parts[2].get("little_endian") is not True:
+        raise ValueError("a torch file whose byte order is not little-endian")
+    keys = parts[4]
+    if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(storages):
+        raise ValueError("a list of storages that is not that of the content")
+    for key in keys:
+        position = _fill(storages[key], data, position)
+    if position != len(data):
+        raise ValueError(f"{len(data) - position} bytes after the end")
+    return parts[3]
+
+
+def _fill(storage: Storage, data: bytes | mmap.mmap, position: int) -> int:
+    """Copy the elements of a storage from their place; returns where they end."""
+    start, end = position + 8, position + 8 + len(storage.memory)
+    if int.from_bytes(data[position:start], "little") != storage.count or end > len(data):
+        raise ValueError(f"a storage of {storage.count} elements in {len(data) - position - 8} bytes")
+    storage.memory[:] = data[start:end]
+    storage.check()
+    return end
+
+
+def _load_from_bytes(data: Any) -> Storage:
+    """A storage in a pickle, as a file of its own."""
+    if not isinstance(data, bytes | bytearray):
+        raise ValueError("a storage that is no bytes")
+    storage = load_legacy(bytes(data), STORAGE_NAMES, single=True)
+    if not isinstance(storage, Storage):
         raise ValueError("bytes that are not one storage as torch.save writes it")
-    word, kind, key, _, count, view = identity.value
-    known = word == "storage" and type(kind) is _Name and type(key) is str and view is None and _is_size(count)
-    if not known or keys != [key]:
-        raise ValueError("bytes that are not one storage as torch.save writes it")
-    if len(data) - position != 8 + count * STORAGE_BYTES[kind.name]:
-        raise ValueError(f"a storage of {count} elements in {len(data) - position - 8} bytes")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "TypedStorage is deprecated")
-        storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(storage, torch.TypedStorage):
-        raise ValueError("bytes that are not one storage")
     return storage
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Tensor:
     """A view of a storage, no larger than the storage. What follows (gradients, hooks) is dropped."""
-    if not isinstance(storage, torch.TypedStorage) or not _is_size(offset):
+    if not isinstance(storage, Storage) or not _is_size(offset):
         raise ValueError("a tensor of something else than a storage")
     size, stride = _checked_shape(size), _checked_shape(stride)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "TypedStorage is deprecated")
-        dtype, untyped = storage.dtype, storage.untyped()
-    elements, wanted = untyped.nbytes() // dtype.itemsize, math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if wanted > elements or (wanted > 0 and last >= elements):
-        raise ValueError(f"a tensor that reaches beyond its storage of {elements} elements")
-    return torch.empty(0, dtype=dtype).set_(untyped, offset, size, stride)
+    wanted = math.prod(size)
+    if wanted > storage.count or (wanted > 0 and last >= storage.count):
+        raise ValueError(f"a tensor that reaches beyond its storage of {storage.count} elements")
+    return storage.elements.as_strided(size, stride, offset if wanted else 0)
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> torch.Tensor:

@@ -9,7 +9,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..models import SEDDTransformer
 from ..schedulers import CTMCScheduler
-from .tensor_files import read_json, read_tensors, refusing
+from .tensor_files import check_names, checked_cast, read_json, read_tensors, refusing
 
 # The authors' parameter names, and ours.
 RENAMED = (
@@ -36,6 +36,7 @@ def load_sedd(path: str | Path, revision: str | None = None) -> SEDDTransformer:
     settings = config["model"]
     absorbing = _is_absorbing(config)
     state = _read_weights(path, revision)
+    check_names(state, path)
     with refusing(f"config.json of {str(path)!r} is not SEDD's"):
         sizes = {
             "vocab_size": config["tokens"] + absorbing,
@@ -77,7 +78,7 @@ def sedd_scheduler(path: str | Path, revision: str | None = None, **overrides) -
 def load_countdown(path: str | Path, num_heads: int | None = None) -> SEDDTransformer:
     """A network of Jump Your Steps' CountDown experiment, in float32 and evaluation mode.
 
-    path: its state dict, as .safetensors or as a torch file (read with weights_only). The sizes are read off the
+    path: its state dict, as .safetensors or as a torch file (read as plain data). The sizes are read off the
         tensors. num_heads: needed only where the file lacks the buffer of rotary frequencies.
 
     Raises ValueError if the tensors are not of such a network.
@@ -165,4 +166,4 @@ def _filled(model: SEDDTransformer, state: dict[str, torch.Tensor], path) -> SED
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"the weights of {str(path)!r} do not fit its configuration: {error}") from None
-    return model.eval()
+    return checked_cast(model.eval(), torch.float32)

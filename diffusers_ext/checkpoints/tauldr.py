@@ -8,7 +8,7 @@ import yaml
 
 from ..models import CTMCSequenceTransformer, CTMCUNet
 from ..schedulers import CTMCScheduler
-from .tensor_files import read_torch_file, refusing
+from .tensor_files import check_finite, check_size, read_torch_file, refusing
 
 # The authors' names inside a layer, and ours. NiN matrices map from the left and are transposed.
 LAYER = {
@@ -48,7 +48,7 @@ def load_tauldr(
 ) -> CTMCUNet | CTMCSequenceTransformer:
     """A network of tauLDR, in float32 and evaluation mode; `model(tokens, t).sample` are logits of the clean tokens.
 
-    checkpoint: the torch file, read with weights_only, so that nothing in it is executed. config: its config.yaml.
+    checkpoint: the torch file, read as plain data: nothing in it is executed. config: its config.yaml.
     weights: "ema", the averaged ones, or "raw". integer_time: of the sequence network only; True is how the authors
         trained: the network sees the time cut to an integer. False for networks trained on the time itself.
 
@@ -181,7 +181,10 @@ def _state(content, weights: str, path: str) -> dict[str, torch.Tensor]:
         if not tensors or [v.shape for v in values] != [v.shape for v in raw.values()]:
             raise ValueError(f"{path!r}: the averaged weights do not match the raw ones in number or shape")
     names = [re.sub(r"^net\.(module\.)?", "", name) for name in raw]
-    return {name: value.float() for name, value in zip(names, values, strict=True)}
+    state = {name: value.float() for name, value in zip(names, values, strict=True)}
+    check_size(state, path)
+    check_finite(state, f"checkpoint {path!r}")
+    return state
 
 
 def _sequence_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,55 +1,105 @@
 """Files of tensors and their configurations, read as data; a damaged one is a ValueError that names it."""
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from safetensors.torch import load_file
 
+from ..casting import cast
+from ..hub.damage import HEAD, SAFETENSORS, other_kind, read_json, refusing
+from .torch_files import load_torch_file
 
-@contextmanager
-def refusing(problem: str) -> Iterator[None]:
-    """Make a ValueError that begins with `problem` of whatever damaged content raises in the block.
+__all__ = [
+    "check_finite", "check_names", "check_size", "checked_cast", "read_json", "read_tensors", "read_torch_file",
+    "refusing",
+]  # fmt: skip
 
-    Only a file that is not there stays an OSError. Bytes mean anything once they are damaged, so that there is no list
-    of what can be raised.
-    """
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        first_line = (str(error) or type(error).__name__).split("\n", 1)[0]
-        raise ValueError(f"{problem}: {first_line[:300]}") from error
+MOST_SHOWN = 8  # bytes of tensors for each byte of the file; shared and tied weights show the same ones twice
+PART = 1 << 24  # elements that are looked at at a time
 
 
 def read_torch_file(path: str | Path):
-    """The content of a torch file, on the CPU, read with weights_only. Raises ValueError for one that is damaged or
+    """The content of a torch file, on the CPU; see `load_torch_file`. Raises ValueError for one that is damaged or
     holds more than data, OSError for one that is not there."""
     with refusing(f"checkpoint {str(path)!r} cannot be read; is it whole, and a torch file of plain data?"):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_torch_file(path)
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors or torch file by name, on the CPU. Raises as `read_torch_file`, and ValueError for
-    a torch file of something else."""
+    a torch file of something else and for numbers that are not finite."""
     if Path(path).suffix == ".safetensors":
         with refusing(f"checkpoint {str(path)!r} cannot be read; is it whole?"):
-            return load_file(path)
-    state = read_torch_file(path)
+            state = _read_safetensors(path)
+    else:
+        state = read_torch_file(path)
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
-        raise ValueError(f"checkpoint {str(path)!r} holds a {type(state).__name__}, not tensors by name")
-    return {name: value.detach() for name, value in state.items()}
+        raise ValueError(f"checkpoint {str(path)!r} holds {_content(state)}")
+    state = {name: value.detach() for name, value in state.items()}
+    check_size(state, path)
+    check_finite(state, f"checkpoint {str(path)!r}")
+    return state
 
 
-def read_json(path: str | Path) -> dict:
-    """A JSON object. Raises ValueError for anything else, OSError for a file that is not there."""
-    with refusing(f"{str(path)!r} is no JSON object"):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise TypeError(f"it holds a {type(content).__name__}")
-        return content
+def _read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+    with open(path, "rb") as file:
+        if other := other_kind(file.read(HEAD), wanted=SAFETENSORS):
+            raise ValueError(f"it is {other}")
+    return load_file(path)
+
+
+def _content(state) -> str:
+    """What a file holds in place of tensors by name, and where those may be."""
+    if not isinstance(state, Mapping):
+        return f"a {type(state).__name__}, not tensors by name"
+    nested = [
+        name
+        for name, value in state.items()
+        if isinstance(value, Mapping) and value and all(isinstance(one, torch.Tensor) for one in value.values())
+    ]
+    found = f"a dictionary with {', '.join(repr(name)[:60] for name in list(state)[:6]) or 'nothing'}"
+    if not nested:
+        return f"{found}, not tensors by name"
+    return f"{found}; the tensors by name lie under {nested[0]!r}: write that one alone to a file of its own"
+
+
+def check_size(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Raise ValueError where tensors show the same elements so often that copies of them would fill the memory."""
+    size, shown = Path(path).stat().st_size, sum(value.nbytes for value in state.values())
+    if shown > MOST_SHOWN * size:
+        raise ValueError(f"checkpoint {str(path)!r} of {size} bytes shows {shown} bytes of tensors")
+
+
+def check_names(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Raise ValueError, saying so, where every name has the prefix of a data-parallel wrapper."""
+    if state and all(name.startswith("module.") for name in state):
+        raise ValueError(
+            f"checkpoint {str(path)!r} was saved from a data-parallel wrapper: its names begin with 'module.'; write"
+            " the same tensors to a file under their names without it"
+        )
+
+
+def check_finite(state: Mapping[str, torch.Tensor], owner: str) -> None:
+    """Raise ValueError naming the first tensor that holds NaN or infinity, and how many do."""
+    broken = [name for name, value in state.items() if value.is_floating_point() and not _is_finite(value)]
+    if broken:
+        raise ValueError(
+            f"{owner}: tensor {broken[0]} holds numbers that are not finite, NaN or infinity"
+            + (f", and so do {len(broken) - 1} others" if len(broken) > 1 else "")
+        )
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    return all(torch.isfinite(part).all() for part in value.flatten().split(PART))
+
+
+def checked_cast(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
+    """The model in another dtype. Raises ValueError naming a tensor that is no longer finite there."""
+    model = model if model.dtype == dtype else cast(model, dtype)
+    name = str(dtype).removeprefix("torch.")
+    check_finite(model.state_dict(), f"{type(model).__name__} in {name}, so use another dtype")
+    return model

@@ -14,7 +14,7 @@ def app(port, device, trust_remote_code):
     """
     from ..app.interface import import_gradio, serve
     from ..app.models import Models
-    from ..info import best_device
+    from ..machine.versions import best_device
 
     import_gradio()  # before anything is loaded
     serve(Models(device or best_device(), trust_remote_code), port)

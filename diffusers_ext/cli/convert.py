@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .convert_discrete import convert_countdown_command, convert_sedd_command, convert_tauldr_command
+from .convert_discrete import convert_countdown_command, convert_sedd_command, convert_tauldr_command, report
 
 
 @click.group()
@@ -40,12 +40,16 @@ def convert_guided_diffusion_command(checkpoint, output, flags, preset, dtype, c
 
     from ..checkpoints import convert_guided_diffusion
     from ..checkpoints.guided_diffusion import parse_flags
+    from ..runs.files import write_once
 
     weights = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    pipeline, error = convert_guided_diffusion(checkpoint, output, preset, weights, check_steps, **parse_flags(flags))
+    flags = parse_flags(flags)
+    (pipeline, error), finished = write_once(
+        output, lambda folder: convert_guided_diffusion(checkpoint, folder, preset, weights, check_steps, **flags)
+    )
     if error is not None:
         click.echo(f"largest difference to the checkpoint over {check_steps} steps in float32: {error:.1e}")
-    click.echo(f"wrote {type(pipeline).__name__} with {type(pipeline.unet).__name__} to {output}")
+    report(output, finished, f"{type(pipeline).__name__} with {type(pipeline.unet).__name__}")
 
 
 @convert.command("edm2")
@@ -69,8 +73,11 @@ def convert_edm2_command(checkpoint, output, uncond, vae, check_steps):
     Nothing in the pickle is executed. The weights keep their dtype, float16 in published files.
     """
     from ..checkpoints import convert_edm2
+    from ..runs.files import write_once
 
-    pipeline, error = convert_edm2(checkpoint, output, uncond, vae, check_steps)
+    (pipeline, error), finished = write_once(
+        output, lambda folder: convert_edm2(checkpoint, folder, uncond, vae, check_steps)
+    )
     if error is not None:
         click.echo(f"largest difference to the checkpoint after {check_steps} steps: {error:.1e}")
-    click.echo(f"wrote {type(pipeline).__name__} in {str(pipeline.unet.dtype).removeprefix('torch.')} to {output}")
+    report(output, finished, f"{type(pipeline).__name__} in {str(pipeline.unet.dtype).removeprefix('torch.')}")

@@ -1,5 +1,6 @@
 """`diffusers-ext convert sedd | countdown | tauldr`: original checkpoints of discrete diffusion."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -21,7 +22,7 @@ def convert_sedd_command(source, output, tokenizer, revision, dtype):
     """Write SOURCE, a SEDD folder or Hub id such as louaaron/sedd-small, to the new folder OUTPUT."""
     from ..checkpoints import convert_sedd
 
-    _report(*convert_sedd(source, output, tokenizer, _torch_dtype(dtype), revision), output)
+    _convert(output, lambda folder: convert_sedd(source, folder, tokenizer, _torch_dtype(dtype), revision))
 
 
 @click.command("countdown")
@@ -34,7 +35,7 @@ def convert_countdown_command(checkpoint, output, length, num_heads, dtype):
     """Write CHECKPOINT, a CountDown network of Jump Your Steps, to the new folder OUTPUT."""
     from ..checkpoints import convert_countdown
 
-    _report(*convert_countdown(checkpoint, output, length, num_heads, _torch_dtype(dtype)), output)
+    _convert(output, lambda folder: convert_countdown(checkpoint, folder, length, num_heads, _torch_dtype(dtype)))
 
 
 @click.command("tauldr")
@@ -52,7 +53,10 @@ def convert_tauldr_command(checkpoint, config, output, weights, real_time, dtype
     """Write CHECKPOINT, a tauLDR .pt file, with its CONFIG, a .yaml file, to the new folder OUTPUT."""
     from ..checkpoints import convert_tauldr
 
-    _report(*convert_tauldr(checkpoint, config, output, weights, not real_time, _torch_dtype(dtype)), output)
+    def write(folder: Path):
+        return convert_tauldr(checkpoint, config, folder, weights, not real_time, _torch_dtype(dtype))
+
+    _convert(output, write)
 
 
 def _torch_dtype(name: str):
@@ -61,6 +65,14 @@ def _torch_dtype(name: str):
     return getattr(torch, DTYPES[name])
 
 
-def _report(pipeline, error: float, output: Path) -> None:
+def _convert(output: Path, write: Callable) -> None:
+    from ..runs.files import write_once
+
+    (pipeline, error), finished = write_once(output, write)
     click.echo(f"largest difference of outputs to the checkpoint in float32: {error:.1e}")
-    click.echo(f"wrote {type(pipeline).__name__} with {type(pipeline.model).__name__} to {output}")
+    report(output, finished, f"{type(pipeline).__name__} with {type(pipeline.model).__name__}")
+
+
+def report(output: Path, finished: bool, what: str) -> None:
+    """Say what was written, or that it was there already."""
+    click.echo(f"{output} was finished before: {what}, nothing to do" if finished else f"wrote {what} to {output}")

@@ -48,19 +48,18 @@ def evaluate(
 
     GENERATED and the reference are each a folder of images, a zip of images or an .npz with arr_0.
     """
-    import json
-
     from rich.console import Console
     from rich.progress import Progress
 
     from ..evaluation import evaluate_images, print_evaluation
-    from ..feature_cache import default_cache
-    from ..info import package_versions
+    from ..evaluation.cache import default_cache
+    from ..machine.versions import package_versions
+    from ..runs.files import check_file, write_json
 
     if no_cache and cache is not None:
         raise click.UsageError("--cache and --no-cache exclude each other")
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)  # before the networks run
+        check_file(json_file, {"metrics", "features", "generated"})  # before the networks run
     console = Console()
     with Progress(console=console, transient=True) as progress:
         tasks = {}
@@ -76,7 +75,7 @@ def evaluate(
         )  # fmt: skip
     print_evaluation(result, console)
     if json_file is not None:
-        json_file.write_text(json.dumps({**result, "versions": package_versions()}, indent=2) + "\n")
+        write_json(json_file, {**result, "versions": package_versions()})
         click.echo(f"wrote {json_file}")
 
 

@@ -24,14 +24,15 @@ def export(model, output, pipeline, license, repo_id, private, trust_remote_code
     """
     from huggingface_hub.utils import validate_repo_id
 
-    from ..hub import new_folder, push_folder
+    from ..hub import push_folder
+    from ..runs.files import write_once
 
     if private and repo_id is None:
         raise click.UsageError("--private is for --push-to-hub")
-    new_folder(output)  # before a large model is loaded
     if repo_id is not None:
         validate_repo_id(repo_id)
-    click.echo(f"wrote {_export(model, output, pipeline, license, repo_id, trust_remote_code)}")
+    written = write_once(output, lambda folder: _export(model, folder, pipeline, license, repo_id, trust_remote_code))
+    click.echo(f"{output} was finished before, nothing to do" if written[1] else f"wrote {written[0]}")
     if repo_id is not None:
         click.echo(f"pushed {push_folder(output, repo_id, private or None)}")
 

@@ -10,7 +10,7 @@ import click
 @click.option("--device", default=None, help="torch device of --check; by default the fastest one here.")
 def info(check, device):
     """Versions, devices, usable attention backends and shipped models of this machine."""
-    from ..info import best_device, print_checks, print_info
+    from ..machine.versions import best_device, print_checks, print_info
 
     if device is not None and not check:
         raise click.UsageError("--device is for --check; give both or none")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import INTEGERS, ListsCommand
+from ..runs.lists import INTEGERS, ListsCommand
 
 
 @click.command("optimize-timesteps", cls=ListsCommand)
@@ -65,16 +65,25 @@ def optimize_timesteps(
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..hub import new_folder
-    from ..info import best_device
     from ..jump_your_steps import optimize_timesteps as optimize
-    from ..jump_your_steps.model_folder import check_discrete, read_sequences, write_model
+    from ..jump_your_steps.model_folder import (
+        TABLES,
+        check_data,
+        check_discrete,
+        finished_tables,
+        read_sequences,
+        write_model,
+    )  # fmt: skip
     from ..jump_your_steps.report import print_tables
-    from ..processes import end_processes, start_processes
+    from ..machine.versions import best_device
+    from ..runs.files import check_folder
+    from ..runs.processes import end_processes, start_processes
+    from ..runs.provenance import describe_component, drawing_versions, hash_of
     from ..shipped import resolve_model
     from .loading import load_on_processes
 
-    output = new_folder(output)  # before a large model is loaded
+    output = check_folder(output, TABLES)  # before a large model is loaded
+    check_data(data)
     device = device or best_device()
     accelerator = start_processes(device)
     main = accelerator is None or accelerator.is_main_process
@@ -84,17 +93,30 @@ def optimize_timesteps(
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, sampler=sampler)
     sequences = read_sequences(data, pipe, num_samples, seed)
     given = torch.arange(sequences.shape[1]) < given_prefix if given_prefix else None
+    options = {
+        "num_inference_steps": num_inference_steps, "method": method, "objective": objective, "alpha": alpha,
+        "held": held, "last_edge": last_edge, "batch_size": batch_size, "grid_size": grid_size, "seed": seed,
+    }  # fmt: skip
+    settings = {
+        **options, "num_positions": num_positions, "given_prefix": given_prefix, "data": hash_of(sequences),
+        "model": describe_component(pipe.model), "scheduler": describe_component(pipe.scheduler),
+        "versions": drawing_versions(),
+    }  # fmt: skip
+    if (tables := finished_tables(output, settings)) is not None:
+        if main:
+            print_tables(tables, Console())
+            click.echo(f"{output} was finished before, nothing to do")
+        return end_processes(accelerator)
     unfinished = output.with_name(f"{output.name}.unfinished")
     with Progress(disable=not main) as progress:
         bar = progress.add_task("network" if method != "golden" else "intervals", total=None)
         tables = optimize(
-            pipe.model, pipe.scheduler, sequences, num_inference_steps, method, objective=objective, alpha=alpha,
-            held=held, last_edge=last_edge, batch_size=batch_size, grid_size=grid_size, num_positions=num_positions,
-            given=given, seed=seed, resume=unfinished, accelerator=accelerator,
+            pipe.model, pipe.scheduler, sequences, **options, num_positions=num_positions, given=given,
+            resume=unfinished, accelerator=accelerator,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )  # fmt: skip
     if main:
-        write_model(pipe, resolve_model(model), tables, output)
+        write_model(pipe, resolve_model(model), tables, output, settings)
         unfinished.unlink(missing_ok=True)
         print_tables(tables, Console())
         click.echo(f"wrote {output}")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from .options import INTEGERS, NUMBERS, ListsCommand, Schedule, Steps
+from ..runs.lists import INTEGERS, NUMBERS, ListsCommand
+from .options import Schedule, Steps
 
 
 def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
@@ -133,13 +134,13 @@ def sample_model(
 
     spacing: how the steps of discrete diffusion are spaced, and their number.
     """
-    from ..info import best_device
-    from ..processes import end_processes, start_processes
-    from ..sampling import sample_to_folder
-    from ..shards import check_folder
+    from ..machine.versions import best_device
+    from ..runs.files import check_folder
+    from ..runs.processes import end_processes, start_processes
+    from ..sampling import MANIFEST, sample_to_folder
     from .loading import load_on_processes
 
-    check_folder(output)  # before a large model is loaded
+    check_folder(output, MANIFEST)  # before a large model is loaded
     device = device or best_device()
     accelerator = start_processes(device)
     pipe = load_on_processes(model, pipeline, device, dtype, trust_remote_code, accelerator)

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import click
 
-from .options import INTEGERS, NUMBERS, ListsCommand, Steps
+from ..runs.lists import INTEGERS, NUMBERS, ListsCommand
+from .options import Steps
 from .sample import prompts_of_file
-
-CLASSIFIER_WEIGHT = 3.0  # of its squared distance beside that of pixels; docs/flow_postprocessing.md has the search
 
 
 @click.command("train-postprocessing", cls=ListsCommand)
@@ -92,22 +91,39 @@ def train_postprocessing(
     """
     import torch
 
-    from ..flow import channels_first, draw_base_samples, train_postprocessing_flow, velocity_network
-    from ..image_sets import read_images
-    from ..info import best_device
-    from ..processes import end_processes, start_accelerator
+    from ..evaluation import read_images
+    from ..flow import (
+        channels_first,
+        check_base,
+        check_flow_folder,
+        check_output,
+        draw_base_samples,
+        train_postprocessing_flow,
+        velocity_network,
+        write_flow,
+    )  # fmt: skip
+    from ..machine.versions import best_device
+    from ..runs.processes import end_processes, start_accelerator
     from .loading import load_on_processes
 
     if not set(keep_scales) < set(guidance_scales):
         raise click.UsageError(f"--keep-scales must be some of --guidance-scales {guidance_scales}, got {keep_scales}")
+    training, result, record = output / "training", output / "pipeline", output / "training" / "pipeline.json"
+    check_output(training)  # before anything is loaded
+    check_flow_folder(result, record, begun=(training / "settings.json").exists())
     accelerator = start_accelerator(device or best_device(), mixed_precision)
     device = accelerator.device
     images, real_labels = read_images(real)
     if within_class and real_labels is None:
         raise click.UsageError(f"--within-class needs the classes of the real images; {real} has none (arr_1)")
     extractor = _neighbour_features(features, features_model, device, images)
+    images = channels_first(images)
+    real_labels = torch.from_numpy(real_labels) if within_class else None
 
     pipe = load_on_processes(base, pipeline, device, dtype, trust_remote_code, accelerator)
+    check_base(
+        pipe, images, k, real_labels, prompts, num_inference_steps, guidance_scales[0], extractor, block_out_channels
+    )
     samples, labels = draw_base_samples(
         pipe, output / "samples", guidance_scales, num_samples, prompts, num_inference_steps, seed, sample_batch_size,
         accelerator,
@@ -117,25 +133,16 @@ def train_postprocessing(
     torch.manual_seed(seed)
     network = velocity_network(samples, None if labels is None else int(labels.max()) + 1, block_out_channels)
     trained = train_postprocessing_flow(
-        samples, channels_first(images), k, model=network, steps=steps, output=output / "training",
-        sample_labels=labels, real_labels=torch.from_numpy(real_labels) if within_class else None,
+        samples, images, k, model=network, steps=steps, output=training, sample_labels=labels, real_labels=real_labels,
         features=extractor, balance=balance, keep=keep if keep_scales else None, batch_size=batch_size,
         learning_rate=learning_rate, ema_decay=ema_decay,
         checkpoint_every=checkpoint_every, seed=seed,
     )  # fmt: skip
     if accelerator.is_main_process:
-        save_flow(trained.model, output / "pipeline")
-        click.echo(f"wrote {output / 'pipeline'}; the loss is in {output / 'training' / 'loss.png'}")
+        finished = write_flow(trained.model, result, record)
+        said = f"{result} was finished before, after {steps} steps, nothing to do" if finished else f"wrote {result}"
+        click.echo(f"{said}; the loss is in {training / 'loss.png'}")
     end_processes(accelerator)
-
-
-def save_flow(model, folder: Path) -> None:
-    """A FlowPostprocessingPipeline in fp16, solved by Euler steps."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    from ..pipelines import FlowPostprocessingPipeline
-
-    FlowPostprocessingPipeline(model.half(), FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
 
 
 def _neighbour_features(name: str, model: str, device, real):
@@ -144,6 +151,7 @@ def _neighbour_features(name: str, model: str, device, real):
     real: uint8 (count, height, width, channels), whose variance sets the scales of pixels and classifier together.
     """
     from ..flow import DINOv2Features, channels_first, classifier_features, combined_features, pixel_features
+    from ..flow.features import CLASSIFIER_WEIGHT
 
     if name == "pixel":
         return name

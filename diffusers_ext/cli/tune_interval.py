@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import NUMBERS, ListsCommand
+from ..runs.lists import NUMBERS, ListsCommand
 
 
 @click.command("tune-interval", cls=ListsCommand)
@@ -45,13 +45,15 @@ def tune_interval(
     import torch
     from rich.progress import Progress
 
-    from ..features import load_extractor
-    from ..info import best_device
-    from ..interval_tuning import plot_search, print_search, reference_statistics
-    from ..interval_tuning import tune_interval as tune
+    from ..evaluation import load_extractor
+    from ..guidance.tuning import RESULT, check_output, plot_search, print_search, reference_statistics
+    from ..guidance.tuning import tune_interval as tune
+    from ..machine.versions import best_device
     from ..sampling import cycled_labels
     from ..shipped import load_pipeline
 
+    output = check_output(output, guidance_scales, num_inference_steps)  # before anything is loaded
+    finished = (output / RESULT).exists()
     device = device or best_device()
     extractor = load_extractor(features, features_model, device)
     real = reference_statistics(reference, extractor, batch_size)
@@ -71,5 +73,7 @@ def tune_interval(
             pipe, extractor, real, guidance_scales, labels, output, num_inference_steps, seed, batch_size, note
         )
     print_search(found, output)
+    if finished and not tasks:
+        click.echo(f"{output / RESULT} was finished before, nothing to do")
     if find_spec("matplotlib") is not None:
         plot_search(found, output / "interval.png")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from .options import INTEGERS, ListsCommand, Steps
+from ..runs.lists import INTEGERS, ListsCommand
+from .options import Steps
 from .sample import sample_model
 
 
@@ -42,7 +43,7 @@ def upsample(
     MODEL is a folder or a Hub id, as `convert guided-diffusion` writes it; IMAGES an .npz, a folder or a zip, as
     `sample` writes them. The same command goes on after an interruption, and runs on many processes as `sample` does.
     """
-    from ..image_sets import read_images
+    from ..evaluation import read_images
 
     small, labels = read_images(images)
     sample_model(

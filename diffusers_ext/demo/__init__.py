@@ -1,6 +1,5 @@
 """`diffusers-ext demo`: each method on the models that ship; pictures, numbers, a report. One file a section."""
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +9,8 @@ import torch
 from rich.console import Console
 
 from .. import __version__
-from ..info import best_device
+from ..machine.versions import best_device
+from ..runs.files import check_folder, write_json
 from . import boost_and_skip, discrete, flow_postprocessing, guidance_interval, jump_your_steps
 from .boost_and_skip import run_boost_and_skip
 from .discrete import run_discrete
@@ -46,9 +46,12 @@ def run_demo(
     settings, the numbers, a table in words and the names of the files. quick: `QUICK_SECTIONS` instead, which take
     few samples and steps, and the report says so. demo.json, with what they returned and the seconds of each, and
     report.html are written after each section; so an interrupted demo leaves both. Returns what demo.json holds.
+
+    Raises ValueError for a folder of something else.
     """
     device = device or best_device()
     console = Console()
+    output = check_folder(output, "demo.json")
     output.mkdir(parents=True, exist_ok=True)
     result = {"version": __version__, "device": device, "torch_threads": torch.get_num_threads(), "quick": quick}
     if sections is None:
@@ -58,7 +61,7 @@ def run_demo(
         started = time.perf_counter()
         result[name] = run(output, device, console)
         result[name]["seconds_in_all"] = time.perf_counter() - started
-        (output / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(output / "demo.json", result)
         write_report(output)
         console.print("wrote " + ", ".join(str(output / file) for file in result[name]["files"]))
     console.print(f"wrote {report}: open it in a browser")

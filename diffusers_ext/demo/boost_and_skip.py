@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..evaluation import NEIGHBOURS, evaluate_digits
+from ..evaluation.pictures import grid, places_beside, side_by_side
 from ..sampling import sample_images
 from ..shipped import load_pipeline
-from .pictures import grid, places_beside, side_by_side
 from .tables import print_table, words_table
 
 CLASSES = 10

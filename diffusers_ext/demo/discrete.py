@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from ..discrete.music import REST, piano_roll, tokens_to_pitches, write_midi
+from ..evaluation.pictures import Box, places_stacked, sequences_picture, stacked
 from ..metrics import countdown_errors, countdown_errors_original, countdown_wrong
-from ..music import REST, piano_roll, tokens_to_pitches, write_midi
 from ..sampling import sample_batches
 from ..shipped import load_pipeline
-from .pictures import Box, places_stacked, sequences_picture, stacked
 from .tables import print_table, words_table
 
 SHOWN = 16  # CountDown sequences in each panel of the picture

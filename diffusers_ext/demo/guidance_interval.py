@@ -1,21 +1,21 @@
 """Guidance interval: the shipped MNIST model without guidance, with it in every step, and in an interval."""
 
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.progress import Progress
 
 from ..evaluation import NEIGHBOURS, evaluate_digits
+from ..evaluation.pictures import grid, places_beside, side_by_side
+from ..guidance.rows import counted_rows
 from ..pipelines import GuidanceInterval
 from ..sampling import sample_images
 from ..shipped import load_pipeline
-from .pictures import grid, places_beside, side_by_side
 from .tables import print_table, words_table
 
 CLASSES = 10
@@ -98,17 +98,6 @@ def run_guidance_interval(
     print_table(console, table)
     result = {"settings": asdict(settings), "rows": rows, "table": table}
     return {**result, "files": ["guidance_interval.png"], "pictures": {"guidance_interval.png": places_beside(panels)}}
-
-
-@contextmanager
-def counted_rows(pipe: DiffusionPipeline):
-    """A list to which every call of the UNet adds the rows of its batch."""
-    counts: list[int] = []
-    handle = pipe.unet.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
-    try:
-        yield counts
-    finally:
-        handle.remove()
 
 
 def in_words(rows: list[dict], settings: GuidanceIntervalSettings) -> dict:

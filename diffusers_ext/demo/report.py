@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..charts import Line, legend, line_chart, tick_chart
+from ..evaluation.charts import Line, legend, line_chart, tick_chart
+from ..evaluation.pictures import Box
 from .boost_and_skip import COLUMNS
-from .pictures import Box
 
 STYLE = Path(__file__).parent / "report.css"
 # Nothing is fetched, whatever the page says: pictures are in it, and so is the style.

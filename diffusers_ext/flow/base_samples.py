@@ -1,6 +1,6 @@
 """What a flow for one base pipeline starts from: samples of the base at several guidance scales, and a network."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +8,10 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DModel
 
-from ..image_sets import read_images
-from ..sampling import sample_to_folder
+from ..evaluation import read_images
+from ..metrics.features import check_k
+from ..sampling import cycled_labels, sample_batches, sample_to_folder, to_uint8
+from .features import extract_features
 
 
 def draw_base_samples(
@@ -47,6 +49,49 @@ def draw_base_samples(
     images = channels_first(np.concatenate([images for images, _ in sets]))
     labels = None if sets[0][1] is None else torch.from_numpy(np.concatenate([labels for _, labels in sets]))
     return images, labels
+
+
+def check_base(
+    base: DiffusionPipeline,
+    real: torch.Tensor,
+    k: int,
+    real_labels: torch.Tensor | None = None,
+    prompts: Sequence[str] | None = None,
+    num_inference_steps: int | str = 50,
+    guidance_scale: float = 1.0,
+    features: str | Callable[[torch.Tensor], torch.Tensor] = "pixel",
+    block_out_channels: Sequence[int] = (24, 64, 96),
+) -> None:
+    """Try on one sample what thousands are drawn for: see `draw_base_samples` and `train_postprocessing_flow`.
+
+    real: uint8 (m, channels, height, width). real_labels: (m,), where neighbours are sought within the class.
+
+    Raises ValueError for real images of another size than the base's samples, k larger than their number or that of
+    a class, and what the base, the features and `velocity_network` refuse.
+    """
+    base.set_progress_bar_config(disable=True)
+    classes = None if prompts is not None else _every_class(base)
+    drawn = sample_batches(
+        base, 1, classes if classes is None else classes[:1], 0, 1, prompts=None if prompts is None else prompts[:1],
+        output_type="pt", num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+    )  # fmt: skip
+    sample = channels_first(to_uint8(next(drawn), range(1)))
+    if sample.shape[1:] != real.shape[1:]:
+        shapes = tuple(sample.shape[1:]), tuple(real.shape[1:])
+        raise ValueError(f"samples and real images must have one shape, got {shapes[0]} and {shapes[1]}")
+    check_k(k, len(real), "number of real images")
+    if real_labels is not None:
+        for label in [] if classes is None else classes.tolist():
+            check_k(k, int((real_labels == label).sum()), f"number of real images of class {label}")
+    if features != "pixel":
+        extract_features(real[:2], features)
+    velocity_network(real[:1], None, block_out_channels)
+
+
+def _every_class(base: DiffusionPipeline) -> torch.Tensor | None:
+    """The classes of a base, without its null class, or None."""
+    one = cycled_labels(base, 1)
+    return None if one is None else cycled_labels(base, 10_000).unique()
 
 
 def channels_first(images: np.ndarray) -> torch.Tensor:

@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
-from ..features import IMAGENET_MEAN, IMAGENET_STD, load_extractor
+from ..evaluation.extractors import IMAGENET_MEAN, IMAGENET_STD, load_extractor
 
 POOLINGS = ("patch", "cls")
+CLASSIFIER_WEIGHT = 3.0  # of its squared distance beside that of pixels; docs/flow_postprocessing.md has the search
 
 
 def pixel_features(images: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ..checkpoints.tensor_files import read_tensors
 from ..metrics import nearest_neighbours
 from ..metrics.features import as_feature_pair, check_k
 from ..metrics.search import BLOCK, SPARE, distance
-from ..shards import replacing
+from ..runs.files import replacing
 
 METHODS = ("exact", "ivf")
 TRAINING_POINTS = 64  # a cell, for faiss' clustering, which wants at least 39

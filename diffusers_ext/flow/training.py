@@ -1,7 +1,6 @@
 """Training of a postprocessing flow: rectified flow from generated samples to their nearest real neighbours."""
 
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from ..runs.provenance import hash_of
 from .features import as_unit, feature_name
 from .neighbours import Neighbours, balanced_weights
 from .pairs import Pairs, flow_loss
@@ -94,8 +94,9 @@ def train_postprocessing_flow(
         "samples": _summary(samples), "real": _summary(real), "sample_labels": _summary(sample_labels),
         "real_labels": _summary(real_labels), "features": feature_name(features),
         "neighbours": None if neighbours is None else _summary(neighbours.indices),
+        "mixed_precision": None if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
     }  # fmt: skip
-    with TrainingRun(accelerator, output, settings) as run:
+    with TrainingRun(accelerator, output, settings, steps) as run:
         neighbours = neighbours or run.neighbours(samples, real, k, features, sample_labels, real_labels)
         indices = _checked_indices(neighbours, len(samples), len(real), k)
         weights = _weights_of_repaired(indices, len(real), keep) if balance else None
@@ -107,7 +108,7 @@ def train_postprocessing_flow(
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
         validation, training = order[:held_out], order[held_out:]
         total, since = torch.zeros((), device=accelerator.device), 0
-        for step in run.bar(steps, progress):
+        for step in run.bar(progress):
             loss = flow_loss(run.model, *_draw(pairs, training, batch_size, seed, step, accelerator))
             run.update(loss, max_grad_norm)
             total, since, done = total + loss.detach(), since + 1, step + 1
@@ -215,10 +216,8 @@ def _summary(data: torch.Tensor | None) -> list | None:
     """Shape and a hash of the values: other data, and the same in another order, are other."""
     if data is None:
         return None
-    data, digest = torch.as_tensor(data), sha256()
-    for part in data.split(4096):
-        digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
-    return [*data.shape, digest.hexdigest()[:16]]
+    data = torch.as_tensor(data)
+    return [*data.shape, hash_of(data)[:16]]
 
 
 def _generator(*numbers: int) -> torch.Generator:

@@ -1,13 +1,10 @@
 """A training as it goes on: its folder, checkpoints, averaged weights, curves, and the processes that share it."""
 
-import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from shutil import rmtree
 
 import numpy as np
 import torch
@@ -15,11 +12,16 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from ..checkpoints.tensor_files import read_json
-from ..processes import Processes
-from ..shards import lock, replacing
+from ..runs.checkpoints import Checkpoints
+from ..runs.files import check_folder, remove_leftovers, replacing, write_json
+from ..runs.kept import check_same
+from ..runs.lock import lock
+from ..runs.processes import Processes
 from .features import extract_features, pixel_features
 from .neighbours import Neighbours, find_neighbours
 from .pairs import Pairs, flow_loss
+
+SETTINGS, NEIGHBOURS = "settings.json", "neighbours.safetensors"
 
 
 @dataclass(frozen=True)
@@ -31,45 +33,51 @@ class TrainedFlow:
     history: list[dict]
 
 
+def check_output(folder: str | Path) -> Path:
+    """The resolved path of a folder for a training: new, empty, or begun by one. Raises ValueError for others."""
+    folder = check_folder(folder, SETTINGS)
+    path = folder / SETTINGS
+    if path.exists() and not {"k", "ema_decay", "samples", "real", "neighbours"} <= set(read_json(path)):
+        raise ValueError(f"{path} was not written by this command; choose another output folder")
+    return folder
+
+
 class TrainingRun:
     """The state of a training run in memory and in its folder, which it holds, as a context, while it goes on."""
 
-    def __init__(self, accelerator: Accelerator, output: str | Path | None, settings: dict):
-        self.accelerator, self.folder = accelerator, None if output is None else Path(output)
-        self.settings = settings
+    def __init__(self, accelerator: Accelerator, output: str | Path | None, settings: dict, steps: int):
+        self.accelerator, self.folder = accelerator, None if output is None else check_output(output)
+        self.settings, self.steps = settings, steps
+        self.checkpoints = None if output is None else Checkpoints(accelerator, self.folder)
         self.history: list[dict] = []
         self.saved = 0
         self._held = ExitStack()
 
     def __enter__(self) -> "TrainingRun":
-        try:
-            if self.folder is not None:
-                Processes(self.accelerator).agreed(self._open)
-        except BaseException:
-            self._held.close()
-            raise
+        if self.folder is not None:
+            processes = Processes(self.accelerator)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with ExitStack() as held:
+                held.enter_context(lock(self.folder, processes))
+                processes.agreed(self._open)
+                self._held = held.pop_all()
         return self
 
     def __exit__(self, *_) -> None:
         self._held.close()
 
     def _open(self) -> None:
-        """In the main process: lock the folder, and begin it or go on with what it holds."""
-        path = self.folder / "settings.json"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._held.enter_context(lock(self.folder))
-        begun = (self.folder / "neighbours.safetensors").exists() or self._checkpoints()
-        if begun and (old := read_json(path)) != self.settings:
-            changed = sorted(name for name in self.settings if old.get(name) != self.settings[name])
-            raise ValueError(
-                f"output {str(self.folder)!r} holds a run with other {', '.join(changed)}; go on with the same, or"
-                " choose a new folder"
-            )
-        _write(path, json.dumps(self.settings, indent=2))
+        """In the main process: begin the folder, or go on with what it holds. Without neighbours and checkpoints it is
+        begun anew, whatever its settings."""
+        path = self.folder / SETTINGS
+        remove_leftovers(self.folder)
+        if (self.folder / NEIGHBOURS).exists() or len(self.checkpoints):
+            check_same(self.folder, read_json(path), self.settings)
+        write_json(path, self.settings)
 
     def neighbours(self, samples, real, k: int, features, sample_labels, real_labels) -> Neighbours:
         """Those of the folder, or found by the main process, which the others wait for."""
-        path = None if self.folder is None else self.folder / "neighbours.safetensors"
+        path = None if self.folder is None else self.folder / NEIGHBOURS
         with self.accelerator.main_process_first():
             if path is not None and path.exists():
                 return Neighbours.load(path)
@@ -87,18 +95,16 @@ class TrainingRun:
         self.ema = ema
         ema.to(self.accelerator.device)
         self.accelerator.register_for_checkpointing(ema)
-        if self.folder is not None and (checkpoints := self._checkpoints()):
-            self.saved, newest = max(checkpoints)
-            self.accelerator.load_state(str(newest))
-            self.history = json.loads((newest / "history.json").read_text())
+        if self.checkpoints is not None:
+            self.saved, self.history = self.checkpoints.load(self.steps)
 
-    def bar(self, steps: int, show: bool) -> Iterator[int]:
-        """The iterations that are left of so many, with a progress bar in the main process."""
+    def bar(self, show: bool) -> Iterator[int]:
+        """The iterations that are left, with a progress bar in the main process."""
         from tqdm import tqdm
 
         hidden = not show or not self.accelerator.is_main_process
-        with tqdm(total=steps, initial=self.saved, disable=hidden, desc="training the flow") as bar:
-            for step in range(self.saved, steps):
+        with tqdm(total=self.steps, initial=self.saved, disable=hidden, desc="training the flow") as bar:
+            for step in range(self.saved, self.steps):
                 yield step
                 bar.update()
                 if self.history:
@@ -154,40 +160,27 @@ class TrainingRun:
             self.ema.restore(self.model.parameters())
             self.model.train()
 
-    def _checkpoints(self) -> list[tuple[int, Path]]:
-        paths = self.folder.glob("checkpoint-*")
-        return [(int(path.name.split("-")[1]), path) for path in paths if path.name.split("-")[1].isdigit()]
-
     def save(self, step: int) -> None:
-        """Write a checkpoint, complete before it gets its name, then remove the older ones."""
-        if self.folder is None:
-            return
-        path = self.folder / f"checkpoint-{step}"
-        fresh = path.with_name(path.name + ".new")
-        self.accelerator.save_state(str(fresh))
-        self.accelerator.wait_for_everyone()
+        """Write a checkpoint, and the curves so far."""
+        if self.checkpoints is not None:
+            self.checkpoints.save(step, self.history)
+            self._show()
+        self.saved = step
+
+    def _show(self) -> None:
+        """Write history.json and loss.png."""
         if self.accelerator.is_main_process:
-            (fresh / "history.json").write_text(json.dumps(self.history))
-            os.replace(fresh, path)
-            for other in self.folder.glob("checkpoint-*"):
-                if other != path:
-                    rmtree(other, ignore_errors=True)
-            _write(self.folder / "history.json", json.dumps(self.history, indent=1))
+            write_json(self.folder / "history.json", self.history)
             if find_spec("matplotlib") is not None:
                 _plot(self.history, self.folder / "loss.png")
-        self.accelerator.wait_for_everyone()
-        self.saved = step
 
     def finish(self) -> TrainedFlow:
         """The network with the averaged weights, without what accelerate put around it."""
+        if self.folder is not None:
+            self._show()  # a start that was killed after its last checkpoint has not
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.ema.copy_to(model.parameters())
         return TrainedFlow(model.eval(), self.history)
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(f"{text}\n".encode())
 
 
 def _plot(history: list[dict], path: Path) -> None:
@@ -203,4 +196,5 @@ def _plot(history: list[dict], path: Path) -> None:
     axes.set(xlabel="iteration", ylabel="rectified-flow loss")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")

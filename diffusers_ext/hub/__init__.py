@@ -1,7 +1,7 @@
 """Folders and Hub repositories that load with diffusers alone: exported, pushed, and checked when they come back."""
 
 from .downloads import check_download, download_pipeline
-from .export import export_code, export_model, export_pipeline, new_folder, staged_folder
+from .export import export_code, export_model, export_pipeline
 from .push import push_folder, push_to_hub
 
 __all__ = [
@@ -10,8 +10,6 @@ __all__ = [
     "export_code",
     "export_model",
     "export_pipeline",
-    "new_folder",
     "push_folder",
     "push_to_hub",
-    "staged_folder",
 ]

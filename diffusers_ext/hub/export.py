@@ -5,15 +5,12 @@ An export adds the code: each class of ours is copied beside its component and r
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
+from ..runs.files import staged_folder
 from .cards import code_card, license_of, model_card, pipeline_card
 from .sources import copy_class, from_library, source_of, with_siblings
 
@@ -37,7 +34,7 @@ def export_pipeline(
     origin = pipeline.config.get("_name_or_path")
     with staged_folder(folder) as (folder, staged):
         pipeline.save_pretrained(staged)
-        _drop_paths(staged)
+        drop_paths(staged)
         _add_code(pipeline, staged)
         _write_card(staged, pipeline_card(pipeline, license or license_of(origin), repo_id))
     return folder
@@ -54,7 +51,7 @@ def export_model(
     origin = model.config.get("_name_or_path")
     with staged_folder(folder) as (folder, staged):
         model.save_pretrained(staged)
-        _drop_paths(staged)
+        drop_paths(staged)
         if not from_library(type(model)):
             _map_class(type(model), staged)
         _write_card(staged, model_card(model, license or license_of(origin), repo_id))
@@ -74,37 +71,11 @@ def export_code(cls: type[DiffusionPipeline], folder: str | Path, repo_id: str |
     return folder
 
 
-def new_folder(folder: str | Path) -> Path:
-    """The resolved path of a folder that does not exist or is empty. Raises ValueError for any other."""
-    folder = Path(folder).resolve()
-    if folder == Path.cwd():
-        raise ValueError("output folder must not be the current one; choose a new one")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output folder {str(folder)!r} is not empty; choose a new one or remove it first")
-    return folder
-
-
-@contextmanager
-def staged_folder(folder: str | Path) -> Iterator[tuple[Path, Path]]:
-    """A new folder's final path, and one beside it that becomes the folder when the block ends without an error.
-
-    The second one is for the block to make. Raises ValueError for a folder that exists and is not empty.
-    """
-    folder = new_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        staged = Path(temporary) / "staged"
-        yield folder, staged
-        if folder.exists():
-            folder.rmdir()
-        os.replace(staged, folder)
-
-
 def _write_card(folder: Path, card: str) -> None:
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _drop_paths(folder: Path) -> None:
+def drop_paths(folder: Path) -> None:
     """Remove from every config where the model was loaded from."""
     for path in folder.rglob("*.json"):
         config = json.loads(path.read_text(encoding="utf-8"))

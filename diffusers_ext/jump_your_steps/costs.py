@@ -143,9 +143,12 @@ def cheapest_schedules(costs: torch.Tensor, numbers: list[int], free_end: bool) 
     i in n - 1. costs: (grid, grid), see `Grid.step_costs`. free_end: the last edge may lie anywhere, and what is left
     from there to the end of the grid is one more step, the final denoising; else it is the grid's last point.
 
-    Raises ValueError for more steps than the grid has.
+    Raises ValueError for more steps than the grid has, and for costs that are not a number.
     """
     size = len(costs) - 1
+    if costs.isnan().any():  # which min() takes for the cheapest
+        start, end = costs.isnan().nonzero()[0].tolist()
+        raise ValueError(f"the cost of the step from grid point {start} to {end} is not a number")
     if not numbers or min(numbers) < 1 or max(numbers) > size - free_end:
         raise ValueError(f"numbers of steps must be in [1, {size - free_end}] on a grid of {size}, got {numbers}")
     later = torch.ones_like(costs, dtype=torch.bool).triu(1)

@@ -114,6 +114,8 @@ def golden_middle(
     def value(middle: float) -> float:
         # A bracket whose margins cross has points beyond the interval, which have no meaning.
         tried[middle] = objective(start, middle, end) if low < middle < high else -math.inf
+        if math.isnan(tried[middle]):
+            raise ValueError(f"the objective at {middle:.6g} between {start:.6g} and {end:.6g} is not a number")
         return tried[middle]
 
     golden_section(value, low + bracket.margin, high - bracket.margin, bracket.tolerance)

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..processes import Processes
+from ..runs.processes import Processes
 from ..schedulers import CTMCScheduler
 from .costs import FLOOR
 from .coupling import NoisyData
@@ -145,6 +145,11 @@ class KLUB:
             total = sum(weight * mean for weight, (_, mean) in zip(weights, means, strict=True))
             self.values[key] = total / sum(weights)
         return self.values[key]
+
+    @property
+    def held(self) -> tuple[float | None, int]:
+        """The t1 at which network outputs are kept, and of how many sequences of this process."""
+        return self._t1, sum(len(start.rows) for start in self._starts.values())
 
     @property
     def gillespie(self) -> bool:

@@ -1,17 +1,26 @@
 """Data for a search from files, and a model's folder with the tables in it."""
 
-import shutil
+import json
+import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copyfile
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ..hub import staged_folder
+from ..checkpoints.tensor_files import read_json
+from ..hub.export import drop_paths
 from ..metrics import countdown_sequences
+from ..runs.files import changed_files, hash_files, new_folder, staged_folder
+from ..runs.kept import check_same
 from .report import plot_tables
 from .tables import TimestepTables
+
+TABLES, PLOT = "timestep_tables.json", "timestep_tables.png"
+CARD = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 
 
 def check_discrete(pipe: DiffusionPipeline) -> None:
@@ -37,11 +46,9 @@ def read_sequences(data: str, pipe: DiffusionPipeline, count: int, seed: int = 0
         tokens = pipe.scheduler.config.vocab_size - (pipe.scheduler.mask_token_id is not None)
         length = _length(config)
         return countdown_sequences(count, length, tokens, torch.Generator().manual_seed(seed))
-    path = Path(data)
+    path = check_data(data)
     if path.suffix == ".txt":
         return _read_text(path, pipe, count)
-    if path.suffix not in (".npz", ".npy"):
-        raise ValueError(f'data must be an .npz, .npy or .txt file or "countdown", got {data!r}')
     loaded = np.load(path, allow_pickle=False)
     if path.suffix == ".npz":
         if "tokens" not in loaded:
@@ -50,6 +57,16 @@ def read_sequences(data: str, pipe: DiffusionPipeline, count: int, seed: int = 0
     if loaded.ndim < 2 or loaded.dtype.kind not in "iu" or len(loaded) == 0:
         raise ValueError(f"{data!r} must hold integers (count, length), got {loaded.dtype} {loaded.shape}")
     return torch.from_numpy(loaded[:count].astype(np.int64)).flatten(1)
+
+
+def check_data(data: str) -> Path:
+    """The path of data. Raises ValueError for a name that `read_sequences` refuses, OSError for a missing file."""
+    path = Path(data)
+    if data != "countdown":
+        if path.suffix not in (".npz", ".npy", ".txt"):
+            raise ValueError(f'data must be an .npz, .npy or .txt file or "countdown", got {data!r}')
+        path.open("rb").close()
+    return path
 
 
 def _read_text(path: Path, pipe: DiffusionPipeline, count: int) -> torch.Tensor:
@@ -69,21 +86,67 @@ def _length(config) -> int:
     return length
 
 
-def write_model(pipe: DiffusionPipeline, source: str, tables: TimestepTables, folder: str | Path) -> Path:
+def write_model(
+    pipe: DiffusionPipeline, source: str, tables: TimestepTables, folder: str | Path, settings: dict
+) -> Path:
     """A copy of a model with the tables in its scheduler, as a new folder; timestep_tables.json beside, and with
     matplotlib timestep_tables.png.
 
-    pipe: the loaded model. source: the folder that it was loaded from, which is copied whole; of a Hub id the pipeline
-    is saved. The copy appears whole or not at all. Raises ValueError if the folder is not empty.
+    pipe: the loaded model. source: the folder that it was loaded from, of which what belongs to the model is copied:
+    what `save_pretrained` writes, the card, the licence and the code that model_index.json names; of a Hub id the
+    pipeline is saved. settings: JSON-able, with which the tables were made; see `finished_tables`. The copy appears
+    whole or not at all. Raises ValueError if the folder is not empty.
     """
     scheduler = tables.apply_to(pipe.scheduler)
     with staged_folder(folder) as (folder, staged):
+        pipe.save_pretrained(staged)
         if Path(source).is_dir():
-            shutil.copytree(source, staged)
-        else:
-            pipe.save_pretrained(staged)
+            _copy_originals(Path(source), staged)
         scheduler.save_pretrained(staged / "scheduler")
-        tables.save(staged / "timestep_tables.json")
+        drop_paths(staged)
+        tables.save(staged / TABLES, {"settings": settings, "files": hash_files(staged)})
         if find_spec("matplotlib") is not None:
-            plot_tables(tables, staged / "timestep_tables.png")
+            plot_tables(tables, staged / PLOT)
     return folder
+
+
+def finished_tables(folder: Path, settings: dict) -> TimestepTables | None:
+    """The tables of a folder that `write_model` wrote with these settings; None where there is no folder yet.
+
+    Raises ValueError for a folder of something else or with other settings, which are named, and where files are gone
+    or damaged.
+    """
+    if not (folder / TABLES).exists():
+        return None
+    content = read_json(folder / TABLES)
+    if not {"settings", "files"} <= set(content):
+        new_folder(folder)
+    check_same(folder, content["settings"], json.loads(json.dumps(settings)))
+    if changed := changed_files(folder, content["files"]):
+        raise ValueError(
+            f"{str(folder)!r} was finished, but {', '.join(changed)} is gone or damaged; remove it to write it anew"
+        )
+    return TimestepTables.load(folder / TABLES)
+
+
+def _copy_originals(source: Path, staged: Path) -> None:
+    """Replace what was saved by the files of the source, weights in their own dtype among them, and add its card and
+    its code. A component whose files have other names there, such as shards, stays as it was saved."""
+    for part in [path for path in staged.iterdir() if path.is_dir()]:
+        names = [path.relative_to(staged) for path in part.rglob("*") if path.is_file()]
+        if all((source / name).is_file() for name in names):
+            for name in names:
+                copyfile(source / name, staged / name)
+    for name in ("model_index.json", *CARD, *_code(source)):
+        if (source / name).is_file():
+            copyfile(source / name, staged / name)
+
+
+def _code(source: Path) -> Iterator[Path]:
+    """The files of code that model_index.json names, and their siblings, relative to the folder."""
+    index = read_json(source / "model_index.json")
+    for name, value in index.items():
+        folder = Path() if name == "_class_name" else Path(name)
+        if isinstance(value, list) and (path := source / folder / f"{value[0]}.py").is_file():
+            siblings = re.findall(r"^\s*from\s+\.(\w+)\s+import", path.read_text(encoding="utf-8"), re.MULTILINE)
+            yield from (folder / f"{stem}.py" for stem in (value[0], *siblings))

@@ -1,19 +1,19 @@
 """Timestep tables for a model, by the paper's search or by an exact one (Jump Your Steps, 2410.07761)."""
 
-import json
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from hashlib import sha256
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers.utils import logging
 
-from ..processes import Processes
-from ..provenance import describe_component, drawing_versions
+from ..runs.kept import Kept
+from ..runs.lock import lock
+from ..runs.processes import Processes
+from ..runs.provenance import describe_component, drawing_versions, hash_of
 from ..schedulers import CTMCScheduler
-from ..shards import differences, lock, replacing
 from .costs import Cost, Grid, cheapest_schedules, total_cost
 from .golden import Bracket, best_hierarchy, golden_middle, hierarchical_tables, levels_of
 from .klub import KLUB
@@ -98,27 +98,27 @@ def optimize_timesteps(
     }  # fmt: skip
     kept = {
         **settings, "chain": chain_of(scheduler), "batch_size": batch_size, "versions": drawing_versions(),
-        "inputs": _hash(data, given, noise),
+        "inputs": hash_of(data, given, *(noise if isinstance(noise, tuple) else (noise,))),
     }  # fmt: skip
     if method == "golden":
         kept |= {"coupling": coupling, "average": average}
     work = _Work(Processes(accelerator), None if resume is None else Path(resume), kept, progress)
-    with _evaluating(model), work.held():
+    with _evaluating(model), work.locked():
         if method == "golden":
             klub = KLUB(
                 model, scheduler, data, coupling=coupling, given=given, seed=seed, noise=noise, batch_size=batch_size,
                 average=average, accelerator=accelerator,
             )  # fmt: skip
-            found, network, further = _golden(klub, grid, numbers, work), klub.network, {"coupling": coupling}
+            found, evaluations = _golden(klub, grid, numbers, work)
+            further = {"coupling": coupling}
         else:
             statistics = RateStatistics(
                 model, scheduler, data, (cost,), grid_size=grid.size, given=given, seed=seed, noise=noise,
                 num_positions=num_positions,
             )  # fmt: skip
-            found = _by_statistics(statistics, cost, numbers, method, free_end, batch_size, work)
-            network, further = statistics.network, {"num_positions": statistics.num_positions}
-    further["network_evaluations"] = work.processes.total(network.evaluations)
-    return _tables(found, grid, scheduler, {**settings, **further})
+            found, evaluations = _by_statistics(statistics, cost, numbers, method, free_end, batch_size, work)
+            further = {"num_positions": statistics.num_positions}
+    return _tables(found, grid, scheduler, {**settings, **further, "network_evaluations": evaluations})
 
 
 @contextmanager
@@ -134,36 +134,38 @@ def _evaluating(model: Callable) -> Iterator[None]:
             model.train()
 
 
-# Each method: grid indices for each number of steps, and what is known of their quality
+# Each method: grid indices for each number of steps and what is known of their quality, and how many sequences passed
+# the network in all starts
+
+Found = tuple[dict[int, tuple[list[int], dict]], int]
 
 
 def _by_statistics(
     statistics: RateStatistics, cost: Cost, numbers: list[int], method: str, free_end: bool, batch_size: int, work
-) -> dict[int, tuple[list[int], dict]]:
+) -> Found:
     if max(numbers) > statistics.grid.size - free_end:
         raise ValueError(
             f"{max(numbers)} steps do not fit on a grid of {statistics.grid.size} intervals; pass a larger grid_size,"
             " or fewer steps"
         )
     with work.progress_bar(statistics.data.count) as on_progress:
-        settings = {**work.settings, "num_positions": statistics.num_positions}
-        means = accumulate(statistics, batch_size, work.processes, settings, work.path, on_progress)
+        kept = work.kept(statistics.is_sum, num_positions=statistics.num_positions)
+        means, evaluations = accumulate(statistics, batch_size, work.processes, kept, on_progress)
     grid, divergence = statistics.grid, means[cost]
     costs = grid.step_costs(divergence)
     if method == "exact":
         paths = {n: path for n, (path, _) in cheapest_schedules(costs, numbers, free_end).items()}
     else:
         paths = best_hierarchy(grid.points, divergence, numbers)
-    return {
+    even = {n: total_cost(costs, grid.even(n), free_end) for n in paths}
+    found = {
         n: (
             path,
-            {
-                "bound": _recorded(total_cost(costs, path, free_end)),
-                "bound_of_even_steps": _recorded(total_cost(costs, grid.even(n), free_end)),
-            },
+            {"bound": _recorded(total_cost(costs, path, free_end)), "bound_of_even_steps": _recorded(even[n])},
         )
         for n, path in paths.items()
     }
+    return found, evaluations
 
 
 def _recorded(cost: float) -> float:
@@ -171,23 +173,35 @@ def _recorded(cost: float) -> float:
     return float(f"{cost:.5g}")
 
 
-def _golden(objective: KLUB, grid: Grid, numbers: list[int], work) -> dict[int, tuple[list[int], dict]]:
+def _golden(objective: KLUB, grid: Grid, numbers: list[int], work) -> Found:
     levels, absorbing = levels_of(numbers), objective.network.scheduler.config.kernel == "absorbing"
     bracket = Bracket.of_counts() if grid.counts else Bracket.of_times(grid.size, 1e-3 if absorbing else 1e-2)
-    objective.values.update(work.load_values())
+    kept = work.kept(lambda content: all(math.isfinite(value) for _, value in content["values"]))
+    total = work.processes.total
+    begun = work.processes.agreed(lambda: kept and kept.load()) or {"values": []}
+    objective.values.update((tuple(times), value) for times, value in begun["values"])
+    evaluations, held = begun.get("evaluations", 0), begun.get("held", [None, 0])
     done = 0
     with work.progress_bar(2**levels - 1) as on_progress:
 
         def middle(i: int, j: int) -> int:
-            nonlocal done
+            nonlocal done, evaluations, held
+            before = objective.network.evaluations
             index = golden_middle(objective, grid.points, i, j, bracket)
-            work.save_values(objective.values)
+            if made := total(objective.network.evaluations - before):
+                # What an earlier start had at t1 is gone; without the interruption it would not have been made again.
+                evaluations += made - (held[1] if held[0] == grid.points[i] else 0)
+                held = [None, 0]
+                outputs = [objective.held[0], total(objective.held[1])]
+                if kept is not None and work.processes.is_main:
+                    values = [[times, value] for times, value in objective.values.items()]
+                    kept.save(values=values, evaluations=evaluations, held=outputs)
             done += 1
             on_progress(done, 2**levels - 1)
             return index
 
         tables = hierarchical_tables(middle, grid.size, levels)
-    return {n: (tables[n], {}) for n in numbers}
+    return {n: (tables[n], {}) for n in numbers}, evaluations
 
 
 def _tables(found: dict, grid: Grid, scheduler: CTMCScheduler, settings: dict) -> TimestepTables:
@@ -204,8 +218,7 @@ class _Work:
     """Processes, progress, and the file in which a search keeps what it has."""
 
     def __init__(self, processes: Processes, path: Path | None, settings: dict, progress):
-        self.processes, self.path, self.progress = processes, path, progress
-        self.settings = json.loads(json.dumps(settings))
+        self.processes, self.path, self.settings, self.progress = processes, path, settings, progress
 
     @contextmanager
     def progress_bar(self, total: int) -> Iterator[Callable[[int, int], None]]:
@@ -216,42 +229,16 @@ class _Work:
         with logging.tqdm(total=total, disable=not (self.progress and self.processes.is_main)) as bar:
             yield lambda done, _: bar.update(done - bar.n)
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager:
         """The file for this search alone, for as long as it goes on."""
-        with ExitStack() as held:
+        if self.path is None:
+            return nullcontext()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return lock(self.path, self.processes)
 
-            def take() -> None:
-                if self.path is not None:
-                    self.path.parent.mkdir(parents=True, exist_ok=True)
-                    held.enter_context(lock(self.path))
-
-            self.processes.agreed(take)
-            yield
-
-    def load_values(self) -> dict[tuple[float, ...], float]:
-        """Values of the golden search that an earlier start has computed."""
-
-        def read() -> list:
-            if self.path is None or not self.path.exists():
-                return []
-            try:
-                kept = json.loads(self.path.read_text(encoding="utf-8"))
-                before, values = kept["settings"], [(tuple(times), float(value)) for times, value in kept["values"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{str(self.path)!r} holds no values of a search; choose another file") from error
-            if changed := "; ".join(differences(before, self.settings)):
-                raise ValueError(f"{str(self.path)!r} was begun with other settings: {changed}; choose another file")
-            return values
-
-        return dict(self.processes.agreed(read))
-
-    def save_values(self, values: dict[tuple[float, ...], float]) -> None:
-        if self.path is None or not self.processes.is_main:
-            return
-        content = {"settings": self.settings, "values": [[times, value] for times, value in values.items()]}
-        with replacing(self.path) as file:
-            file.write(f"{json.dumps(content)}\n".encode())
+    def kept(self, is_whole: Callable[[dict], bool], **more) -> Kept | None:
+        """What is kept, with the settings and with more of them; None where nothing is."""
+        return None if self.path is None else Kept(self.path, {**self.settings, **more}, is_whole)
 
 
 # Arguments
@@ -320,12 +307,3 @@ def _described(model: Callable) -> dict:
     if name and Path(name).exists():
         name = "/".join(Path(name).parts[-2:])
     return {**described, "name": name} if name else described
-
-
-def _hash(*inputs) -> str:
-    """One hash of tensors, tuples of tensors and None."""
-    digest = sha256()
-    for one in inputs:
-        for tensor in one if isinstance(one, tuple) else (one,):
-            digest.update(b"none" if tensor is None else torch.as_tensor(tensor).cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

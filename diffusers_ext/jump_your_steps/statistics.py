@@ -5,19 +5,15 @@ kept for all grid points at once; then where F_ik depends on k by a factor at mo
 matrices with a row for each grid point, computed over some positions and tokens at a time.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from ..processes import Processes
+from ..runs.kept import Kept
+from ..runs.processes import Processes
 from ..schedulers import CTMCScheduler
-from ..shards import differences, replacing
 from .costs import Cost, Grid
 from .coupling import NoisyData
 from .klub import PART, RateNetwork
@@ -109,6 +105,11 @@ class RateStatistics:
                 else:
                     sums[cost] += self._pairs(cost, part)
         return sums
+
+    def is_sum(self, content: dict) -> bool:
+        """Whether what `accumulate` kept has a sum for each cost, of this grid."""
+        size = self.grid.size + 1
+        return content["batches"] > 0 and all(content[str(cost)].shape == (size, size) for cost in self.costs)
 
     # What the network says at all grid points
 
@@ -245,54 +246,34 @@ def accumulate(
     statistics: RateStatistics,
     batch_size: int,
     processes: Processes,
-    settings: dict,
-    path: Path | None = None,
+    kept: Kept | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> dict[Cost, torch.Tensor]:
-    """The mean d(k, i) a sequence over the whole data, (grid, grid) float64, of each cost.
+) -> tuple[dict[Cost, torch.Tensor], int]:
+    """The mean d(k, i) a sequence over the whole data, (grid, grid) float64, of each cost; and sequences that passed
+    the network for it, in all starts.
 
     The processes take batches in turn and add their sums in the order of the batches, so that the result does not
-    depend on how many they are, but for what more or fewer threads round differently. With a path the sums so far are
-    kept there after each round, and a later start goes on from them, also with another number of processes. settings:
-    JSON-able, all that the sums depend on. on_progress: called with the sequences done and their number.
+    depend on how many they are, but for what more or fewer threads round differently. kept: where the sums so far are
+    kept after each round; a later start goes on from them, also with another number of processes. on_progress: called
+    with the sequences done and their number.
 
-    Raises ValueError for a file that was begun with other settings.
+    Raises ValueError for a file of something else, or begun with other settings.
     """
-    names = {cost: str(cost) for cost in statistics.costs}
-    sums, done = processes.agreed(lambda: _load(path, settings, statistics, names))
+    names, size = {cost: str(cost) for cost in statistics.costs}, statistics.grid.size + 1
+    sums = {name: torch.zeros(size, size, dtype=torch.float64) for name in names.values()}
+    begun = processes.agreed(lambda: kept and kept.load()) or {**sums, "batches": 0}
+    sums, done, evaluations = {name: begun[name] for name in sums}, begun["batches"], begun.get("evaluations", 0)
     batches = torch.arange(statistics.data.count).split(batch_size)
     while done < len(batches):
-        number = done + processes.index
+        number, before = done + processes.index, statistics.network.evaluations
         mine = statistics.of(batches[number]) if number < len(batches) else None
         for one in [mine] if processes.count == 1 else gather_object([mine]):
             if one is not None:
-                sums = {cost: sums[cost] + one[cost] for cost in sums}
+                sums = {name: sums[name] + one[cost] for cost, name in names.items()}
                 done += 1
-        if path is not None and processes.is_main:
-            _save(path, settings, {names[cost]: value for cost, value in sums.items()}, done)
+        evaluations += processes.total(statistics.network.evaluations - before)
+        if kept is not None and processes.is_main:
+            kept.save(**sums, batches=done, evaluations=evaluations)
         if on_progress is not None:
             on_progress(min(done * batch_size, statistics.data.count), statistics.data.count)
-    return {cost: value / statistics.data.count for cost, value in sums.items()}
-
-
-def _save(path: Path, settings: dict, sums: dict[str, torch.Tensor], done: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(save(sums, metadata={"settings": json.dumps(settings), "batches": str(done)}))
-
-
-def _load(path: Path | None, settings: dict, statistics: RateStatistics, names: dict[Cost, str]):
-    """(sums, batches done) as they were kept, or from the beginning."""
-    size = statistics.grid.size + 1
-    if path is None or not path.exists():
-        return {cost: torch.zeros(size, size, dtype=torch.float64) for cost in statistics.costs}, 0
-    try:
-        with safe_open(path, framework="pt") as file:
-            kept, done = json.loads(file.metadata()["settings"]), int(file.metadata()["batches"])
-            sums = {cost: file.get_tensor(name) for cost, name in names.items()} if kept == settings else None
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} holds no statistics of timestep tables; choose another file") from error
-    if sums is None:
-        changed = "; ".join(differences(kept, json.loads(json.dumps(settings))))
-        raise ValueError(f"{str(path)!r} was begun with other settings: {changed}; choose another file")
-    return sums, done
+    return {cost: sums[name] / statistics.data.count for cost, name in names.items()}, evaluations

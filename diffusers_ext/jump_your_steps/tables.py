@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoints.tensor_files import read_torch_file
+from ..runs.files import replacing
 from ..schedulers import CTMCScheduler
 from ..schedulers.timestep_edges import check_edges
-from ..shards import replacing
 
 FORMAT = "diffusers_ext timestep tables, 1"
 # What must agree between the scheduler that a table was made for and the one that it is given to: a time means
@@ -65,14 +65,15 @@ class TimestepTables:
 
     # JSON
 
-    def save(self, path: str | Path) -> Path:
-        """Write a JSON file, which appears whole or not at all."""
+    def save(self, path: str | Path, notes: Mapping | None = None) -> Path:
+        """Write a JSON file, which appears whole or not at all. notes: further entries, JSON-able."""
         path = Path(path)
         content = {
             "format": FORMAT,
             "chain": self.chain,
             "tables": {str(n): list(edges) for n, edges in self.tables.items()},
             "info": {str(n): entry for n, entry in self.info.items()},
+            **(notes or {}),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:

@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+LARGEST = 1e150  # whose square float64 still holds, over thousands of dimensions
+
 
 def as_features(name: str, features) -> np.ndarray:
     """Features as a contiguous float array on the CPU.
@@ -28,6 +30,8 @@ def as_features(name: str, features) -> np.ndarray:
     broken = np.flatnonzero(~np.isfinite(array).all(axis=1))
     if len(broken):
         raise ValueError(f"{name} must be finite, got NaN or infinity in {len(broken)} rows, the first is {broken[0]}")
+    if max(float(array.max()), -float(array.min())) > LARGEST:
+        raise ValueError(f"{name} must lie within +-{LARGEST:g}, or squared distances overflow; scale the features")
     return np.ascontiguousarray(array)
 
 

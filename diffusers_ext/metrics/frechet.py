@@ -34,7 +34,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     if len(mu1) != len(mu2):
         raise ValueError(f"mu1 and mu2 must have the same dimension, got {len(mu1)} and {len(mu2)}")
     fidelity = np.linalg.svd(root1.T @ root2, compute_uv=False).sum()
-    return float(max(0.0, np.square(mu1 - mu2).sum() + trace1 + trace2 - 2 * fidelity))
+    distance = np.square(mu1 - mu2).sum() + trace1 + trace2 - 2 * fidelity
+    if not np.isfinite(distance):  # max() would take NaN for 0, the best there is
+        raise ValueError(f"the distance is {distance}: mean or covariance are too large for float64")
+    return float(max(0.0, distance))
 
 
 def _moments(mu_name: str, mu, sigma_name: str, sigma) -> tuple[np.ndarray, np.ndarray, float]:
@@ -119,11 +122,19 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path) -> FeatureStatistics:
-        """Read what save wrote; more batches can be added to it."""
+        """Read what save wrote; more batches can be added to it. Raises ValueError for a file of something else."""
         statistics = cls()
-        with np.load(path) as data:
-            statistics.count, statistics._mean = int(data["count"]), data["mean"]
-            statistics._scatter = data["covariance"] * (statistics.count - 1)
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                count, mean, covariance = int(data["count"]), data["mean"], data["covariance"]
+            mean, covariance = as_features("mean", mean[None])[0], as_features("covariance", covariance)
+            if count < 2 or covariance.shape != (len(mean), len(mean)):
+                raise ValueError(f"count={count}, mean {mean.shape} and covariance {covariance.shape} do not fit")
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # bytes mean anything once they are damaged
+            raise ValueError(f"{str(path)!r} holds no feature statistics: {error}") from error
+        statistics.count, statistics._mean, statistics._scatter = count, mean, covariance * (count - 1)
         return statistics
 
 

@@ -33,12 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipe whose
 from train_mnist_unet import NULL_CLASS, train
 
 from diffusers_ext import FlowPostprocessingPipeline
-from diffusers_ext.cli.options import NUMBERS, ListsCommand
-from diffusers_ext.cli.train_postprocessing import save_flow
-from diffusers_ext.evaluation import evaluate_images, print_evaluation
-from diffusers_ext.flow import DINOv2Features, channels_first, draw_base_samples, train_postprocessing_flow
-from diffusers_ext.image_sets import read_images
-from diffusers_ext.info import best_device
+from diffusers_ext.evaluation import evaluate_images, print_evaluation, read_images
+from diffusers_ext.flow import DINOv2Features, channels_first, draw_base_samples, save_flow, train_postprocessing_flow
+from diffusers_ext.machine.versions import best_device
+from diffusers_ext.runs.lists import NUMBERS, ListsCommand
 from diffusers_ext.sampling import to_uint8
 from diffusers_ext.shipped import load_pipeline
 

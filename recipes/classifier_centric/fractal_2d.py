@@ -25,7 +25,7 @@ import click
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,6 +33,8 @@ from diffusers_ext import NoiseAwareClassifier, classifier_gradient
 from diffusers_ext.flow import train_postprocessing_flow
 from diffusers_ext.metrics import nearest_neighbours, precision_recall
 from diffusers_ext.pipelines.flow_postprocessing import velocity
+from diffusers_ext.runs.files import replacing, write_json
+from diffusers_ext.runs.kept import check_same
 
 CLASSES, NULL_CLASS = ("A", "B"), 2
 ANGLES = (math.pi / 4, 5 * math.pi / 4)
@@ -235,32 +237,33 @@ def measure(x: torch.Tensor, data: torch.Tensor, held_out: torch.Tensor, mixture
     }
 
 
+def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with replacing(path) as file:
+        file.write(save(tensors))
+
+
 def cached(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
     """A tensor from its file, or made and written to it."""
     if not path.exists():
-        fresh = path.with_suffix(".new")
-        save_file({"x": make().contiguous()}, fresh)
-        fresh.rename(path)
+        write(path, {"x": make().contiguous()})
     return load_file(path)["x"]
 
 
 def network_from(path: Path, network: nn.Module, train_it: Callable[[], nn.Module]) -> nn.Module:
     """A network from its file, or trained and written to it."""
     if not path.exists():
-        fresh = path.with_suffix(".new")
-        save_file(train_it().state_dict(), fresh)
-        fresh.rename(path)
+        write(path, train_it().state_dict())
     network.load_state_dict(load_file(path))
     return network.eval()
 
 
-def check_folder(output: Path, settings: dict) -> None:
-    """Make the folder and note the settings; raises ClickException where it holds networks of other ones."""
+def begin(output: Path, settings: dict) -> None:
+    """Make the folder and note the settings; raises ValueError where it holds networks of other ones."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / "settings.json"
-    if path.exists() and (old := json.loads(path.read_text())) != settings:
-        raise click.ClickException(f"{output} holds a run with other settings, {old}; choose another folder")
-    path.write_text(json.dumps(settings) + "\n")
+    if path.exists():
+        check_same(path, json.loads(path.read_text()), json.loads(json.dumps(settings)))
+    write_json(path, settings)
 
 
 def plot_points(clouds: dict, data: torch.Tensor, path: Path) -> None:
@@ -318,7 +321,7 @@ def mean_of(rows: list[dict], kind: str, scale: float, moment: str, name: str) -
 def main(output, mixture, points, steps, batch_size, samples, k):
     started = time.perf_counter()
     settings = {"mixture": mixture and str(mixture), "points": points, "steps": steps, "batch_size": batch_size}
-    check_folder(output, {**settings, "k": k})
+    begin(output, {**settings, "k": k})
     mixtures = load_mixtures(mixture)
     generator = torch.Generator().manual_seed(0)
     data = torch.cat([part.sample(points, generator) for part in mixtures])

@@ -26,11 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from diffusers_ext import FlowPostprocessingPipeline
-from diffusers_ext.demo.pictures import grid, side_by_side
-from diffusers_ext.evaluation import evaluate_digits
+from diffusers_ext.evaluation import evaluate_digits, read_images
+from diffusers_ext.evaluation.pictures import grid, side_by_side
 from diffusers_ext.flow import channels_first
-from diffusers_ext.image_sets import read_images
-from diffusers_ext.result_rows import ResultRows, summary
+from diffusers_ext.runs.rows import ResultRows, summary
 from diffusers_ext.sampling import sample_to_folder
 from diffusers_ext.shipped import load_pipeline
 

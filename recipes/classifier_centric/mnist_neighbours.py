@@ -22,9 +22,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from diffusers_ext.cli.options import INTEGERS, ListsCommand
-from diffusers_ext.cli.train_postprocessing import CLASSIFIER_WEIGHT
-from diffusers_ext.evaluation import evaluate_digits
+from diffusers_ext.evaluation import evaluate_digits, read_images
 from diffusers_ext.flow import (
     balanced_weights,
     channels_first,
@@ -34,7 +32,8 @@ from diffusers_ext.flow import (
     find_neighbours,
     pixel_features,
 )
-from diffusers_ext.image_sets import read_images
+from diffusers_ext.flow.features import CLASSIFIER_WEIGHT
+from diffusers_ext.runs.lists import INTEGERS, ListsCommand
 
 METRICS = ("frechet", "precision", "recall")
 

@@ -1,0 +1,1 @@
+"""What is about tokens and no sampler: losses of discrete diffusion models, and music as tokens."""

@@ -1,0 +1,327 @@
+"""How good generated images are: sets on disk against each other, and digits against the shipped MNIST features."""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from ..checkpoints.safe_pickle import as_numbers, safe_load
+from ..checkpoints.tensor_files import refusing
+from ..metrics import (
+    average_knn_distance,
+    feature_statistics,
+    frechet_distance,
+    local_outlier_factor,
+    precision_recall,
+    rarity_score,
+)
+from ..shipped import load_shipped_classifier
+from .cache import cache_path, load_features, save_features
+from .extractors import FeatureExtractor, load_extractor
+from .images import ImageSet, open_images
+
+LABELS = {
+    "frechet": "Fréchet distance",
+    "fid": "FID",
+    "fd_dinov2": "FD_DINOv2",
+    "precision": "precision",
+    "recall": "recall",
+    "knn_distance": "AvgkNN",
+    "lof": "local outlier factor",
+    "rarity": "rarity score",
+    "inside": "inside",
+}
+MEANINGS = {
+    "frechet": "lower is nearer",
+    "fid": "lower is nearer",
+    "fd_dinov2": "lower is nearer",
+    "precision": "samples within the real manifold",
+    "recall": "real images within the samples' own",
+    "knn_distance": "to the nearest real images; higher is rarer",
+    "lof": "about 1 is typical, higher is rarer",
+    "rarity": "of the samples inside; higher is rarer",
+    "inside": "share of samples that have a rarity score",
+}
+CAPTION = "Compare equal numbers of images only: the Fréchet distance falls as samples are added."
+METRICS = ("frechet", "precision_recall", "knn_distance", "lof", "rarity")
+PUBLISHED = {"fid": "inception", "fd_dinov2": "dinov2"}  # Fréchet distances that are named after their features
+FRECHET = ("frechet", *PUBLISHED)
+NEIGHBOURS = {"knn_distance": 5, "lof": 20, "rarity": 3, "precision_recall": 3}  # k of each metric
+
+
+def evaluate_images(
+    generated: str | Path,
+    reference: str | Path,
+    features: str | Callable | FeatureExtractor | None = None,
+    metrics: Sequence[str] | None = None,
+    k: Mapping[str, int] | None = None,
+    features_model: str | Path | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int = 64,
+    cache: str | Path | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> dict:
+    """How a set of generated images compares with a set of real ones, in a feature space.
+
+    generated, reference: folders, zips or .npz files, see open_images; the reference may also be statistics, for the
+    Fréchet distance alone: an .npz with mu (dim,) and sigma (dim, dim), or one of NVIDIA's .pkl files, see
+    read_statistics. They must be of the same features; nothing in an .npz says so. A file with both arr_0 and mu is
+    read as images.
+    features, features_model, device: see load_extractor. By default the features of fid or fd_dinov2 where that is
+    asked for, else the classifier's.
+    metrics: of METRICS; by default all that the reference allows, without lof where scikit-learn is not installed.
+    Further "fid", the Fréchet distance of "inception" features, or "fd_dinov2", that of "dinov2" features.
+    k: neighbours of a metric where they shall differ from NEIGHBOURS, {"lof": 10}.
+    cache: folder in which features are kept and found again by the content of the set, the weights of the extractor
+    and its version; None keeps none. Features of a callable are never kept.
+    on_progress: called with "generated" or "reference", the number of images done, and that of all.
+
+    Returns metrics: the numbers (frechet; precision, recall; knn_distance, AvgkNN; lof; rarity, mean over the samples
+    inside the real manifold, None if none is, and inside, their share); and what they stand for: k, features
+    (name, weights, dimensions), generated and reference (path, images, sha256, from_cache).
+
+    The Fréchet distance is biased: for one and the same model it falls as the number of samples grows, much so below a
+    few times the dimension. Precision and recall depend on both sizes. Compare only numbers of equal counts, of one
+    reference set, one extractor and one k, and with published ones only where these are the same.
+
+    Raises ValueError for unknown or repeated metrics, a k that the sets are too small for, metrics that need images
+    where the reference is statistics, and what open_images and load_extractor refuse; ImportError if lof is asked for
+    without scikit-learn. Sizes and names are checked before any network runs.
+    """
+    samples = open_images(generated)
+    features = _chosen_features(features, metrics)
+    real = read_statistics(Path(reference), _space(features)) or open_images(reference)
+    given = isinstance(real, tuple)
+    metrics = _chosen_metrics(metrics, given)
+    k = _chosen_k(k, metrics, [len(samples)] if given else [len(samples), len(real)])
+    extractor = load_extractor(features, features_model, device)
+
+    def run(name: str, images: ImageSet):
+        report = None if on_progress is None else lambda done: on_progress(name, done, len(images))
+        return _features(images, extractor, batch_size, cache, report)
+
+    real_features, real_facts = (None, {"path": str(reference)}) if given else run("reference", real)
+    sample_features, facts = run("generated", samples)
+    return {
+        "metrics": _numbers(sample_features, real_features, real if given else None, metrics, k),
+        "k": k,
+        "features": {
+            "name": extractor.name,
+            "weights": extractor.identity,
+            "dimensions": sample_features.shape[1],
+        },
+        "generated": facts,
+        "reference": real_facts,
+    }
+
+
+def print_evaluation(result: dict, console: Console) -> None:
+    """The table of what evaluate_images returned."""
+    generated, reference = result["generated"], result["reference"]
+    against = f"{reference['images']:,} reference images" if "images" in reference else "reference statistics"
+    title = f"{generated['images']:,} generated images against {against}; {result['features']['name']} features"
+    table = Table("metric", "k", "value", "meaning", title=title, caption=CAPTION, box=SIMPLE)
+    groups = {"precision": "precision_recall", "recall": "precision_recall", "inside": "rarity"}
+    for name, value in result["metrics"].items():
+        k = result["k"].get(groups.get(name, name), "")
+        table.add_row(LABELS[name], str(k), "-" if value is None else f"{value:.4f}", MEANINGS[name])
+    console.print(table)
+
+
+@torch.no_grad()
+def evaluate_digits(
+    images: torch.Tensor, labels: torch.Tensor, metrics: Sequence[str] | None = None
+) -> dict[str, float | None]:
+    """How rare, how faithful and how recognisable generated digits are.
+
+    images: (count, 1, 28, 28) in [0, 1]. labels: (count,), the digits asked for. metrics: of METRICS; by default all.
+    Features are the 64 penultimate activations of the shipped classifier; neighbours are sought among those of 10,000
+    training images, and the Fréchet distance is to all 60,000. It falls with the number of samples, so compare equal
+    numbers only.
+
+    Returns recognised (share classified as its label) and of the metrics: knn_distance (mean distance to the 5 nearest
+    training images), knn_distance_recognised (the same over the recognised ones alone, None if there are none), lof
+    (local outlier factor, k 20; left out where scikit-learn is not installed), rarity (rarity score, k 3, mean over
+    the samples inside the real manifold; None if none is), inside (their share), frechet; precision and recall (k 3)
+    against as many training images as there are samples.
+
+    Raises ValueError for unknown or repeated metrics.
+    """
+    classifier, reference = load_shipped_classifier()
+    classifier, labels = classifier.to(images.device), labels.to(images.device)
+    outputs = [classifier(batch * 2 - 1) for batch in images.split(500)]
+    features = torch.cat([output.features for output in outputs])
+    recognised = torch.cat([output.logits for output in outputs]).argmax(1) == labels
+    _chosen_features("classifier", metrics)  # refuses fid and fd_dinov2
+    metrics = _chosen_metrics(metrics, statistics_only=False)
+    numbers: dict[str, float | None] = {"recognised": recognised.cpu().double().mean().item()}
+    if "knn_distance" in metrics:
+        alone, k = features[recognised], NEIGHBOURS["knn_distance"]
+        numbers["knn_distance_recognised"] = average_knn_distance(alone, reference.features, k) if len(alone) else None
+    statistics = (reference.mean, reference.covariance)
+    for name in metrics:
+        real = reference.features[: len(features)] if name == "precision_recall" else reference.features
+        numbers.update(_numbers(features, real, statistics, [name], NEIGHBOURS))
+    return numbers
+
+
+def _numbers(features, reference, statistics, metrics: Sequence[str], k: Mapping[str, int]) -> dict[str, float | None]:
+    """The metrics asked for of features (n, dim) against reference features (m, dim).
+
+    statistics: mean and covariance for the Fréchet distance; None takes those of the reference features.
+    """
+    numbers: dict[str, float | None] = {}
+    for name in metrics:
+        if name in FRECHET:
+            ours = feature_statistics(features)
+            if statistics is None:
+                real = feature_statistics(reference)
+                statistics = real.mean, real.covariance
+            if len(statistics[0]) != len(ours.mean):
+                raise ValueError(
+                    f"the reference's mu has {len(statistics[0])} dimensions, the features have {len(ours.mean)}; "
+                    "statistics must be of the same features"
+                )
+            numbers[name] = frechet_distance(ours.mean, ours.covariance, *statistics)
+        elif name == "precision_recall":
+            numbers.update(precision_recall(features, reference, k[name])._asdict())
+        elif name == "knn_distance":
+            numbers[name] = average_knn_distance(features, reference, k[name])
+        elif name == "lof":
+            numbers[name] = local_outlier_factor(features, reference, k[name])
+        elif name == "rarity":
+            rarity = rarity_score(features, reference, k[name])
+            numbers.update(rarity=rarity.mean if rarity.inside else None, inside=rarity.inside)
+    return numbers
+
+
+def _available() -> list[str]:
+    """Every metric but those whose package is not installed."""
+    return [name for name in METRICS if name != "lof" or find_spec("sklearn") is not None]
+
+
+def _chosen_metrics(metrics: Sequence[str] | None, statistics_only: bool) -> list[str]:
+    """The metrics to compute, checked against what is there to compute them."""
+    if metrics is None:
+        return ["frechet"] if statistics_only else _available()
+    known = (*METRICS, *PUBLISHED)
+    if not metrics or isinstance(metrics, str) or set(metrics) - set(known) or len(set(metrics)) < len(metrics):
+        raise ValueError(f"metrics must be some of {', '.join(known)}, each once, got {metrics!r}")
+    if statistics_only and (others := [name for name in metrics if name not in FRECHET]):
+        raise ValueError(f"{', '.join(others)} need the reference's images, got its statistics; choose frechet alone")
+    if "lof" in metrics and "lof" not in _available():
+        raise ImportError('lof needs scikit-learn: pip install "diffusers_ext[metrics]"')
+    return list(metrics)
+
+
+def _chosen_features(features, metrics: Sequence[str] | None) -> str | Callable | FeatureExtractor:
+    """The features given, those that a metric is named after, or the classifier's."""
+    named = {} if isinstance(metrics, str) else {name: PUBLISHED[name] for name in metrics or () if name in PUBLISHED}
+    if not named:
+        return "classifier" if features is None else features
+    if len(named) > 1 or (features is not None and _space(features) not in named.values()):
+        raise ValueError(
+            "fid is the Fréchet distance of inception features and fd_dinov2 that of dinov2 features: ask for one of"
+            f" them at a time, without other features; got metrics={list(metrics)} and features={features!r}"
+        )
+    return next(iter(named.values())) if features is None else features
+
+
+def _space(features: str | Callable | FeatureExtractor) -> str | None:
+    """The name of a feature space; None for a function's."""
+    if isinstance(features, FeatureExtractor):
+        return features.name
+    return features if isinstance(features, str) else None
+
+
+def _chosen_k(k: Mapping[str, int] | None, metrics: list[str], counts: list[int]) -> dict[str, int]:
+    """k of each metric, checked. counts: of the images generated, and of the reference's if it has any."""
+    k = {} if k is None else dict(k)
+    if needless := sorted(set(k) - (set(metrics) & set(NEIGHBOURS))):
+        raise ValueError(f"k is for those of {', '.join(NEIGHBOURS)} that are computed, got {', '.join(needless)}")
+    if (frechet := [name for name in metrics if name in FRECHET]) and min(counts) < 2:
+        raise ValueError(f"{frechet[0]} needs at least 2 images in each set, got {min(counts)}; choose other metrics")
+    k = {name: k.get(name, NEIGHBOURS[name]) for name in metrics if name in NEIGHBOURS}
+    for name, value in k.items():
+        most = {"knn_distance": counts[1], "precision_recall": min(counts) - 1}.get(name, counts[1] - 1)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(
+                f"{name} of {counts[0]} generated and {counts[1]} reference images needs an integer k with "
+                f"1 <= k <= {most}, got {value!r}; choose another, more images or other metrics"
+            )
+    return k
+
+
+def read_statistics(path: Path, features: str | None = None) -> tuple[np.ndarray, np.ndarray] | None:
+    """mu (dim,) and sigma (dim, dim) of a file that holds them; None for anything else.
+
+    path: an .npz without images, or a .pkl as NVIDIA's EDM2 writes it, {"fid": {"mu", "sigma"}, "fd_dinov2": {...}},
+    of which nothing is executed. features: the name of the feature space, which says what to take from a .pkl.
+
+    Raises ValueError for files that cannot be read, or that hold nothing of these features.
+    """
+    if path.suffix.lower() == ".pkl" and path.is_file():
+        return _pickled_statistics(path, features)
+    if path.suffix.lower() != ".npz" or not path.is_file():
+        return None
+    with refusing(f"'{path}' cannot be read as .npz"), np.load(path, allow_pickle=False) as data:
+        if "arr_0" in data.files or not {"mu", "sigma"} <= set(data.files):
+            return None
+        return data["mu"], data["sigma"]
+
+
+def _pickled_statistics(path: Path, features: str | None) -> tuple[np.ndarray, np.ndarray]:
+    data = safe_load(path)
+    held = data if isinstance(data, dict) else {}
+    name = next((name for name, space in PUBLISHED.items() if space == features), None)
+    if not isinstance(held.get(name), dict):
+        there = ", ".join(f"{n} (of {PUBLISHED[n]} features)" for n in PUBLISHED if n in held) or "no statistics"
+        raise ValueError(
+            f"'{path}' holds {there}, the features are {features or 'those of a function'}; choose others"
+        )
+    mu, sigma = (as_numbers(held[name].get(key)) for key in ("mu", "sigma"))
+    if not (mu.dtype.kind == sigma.dtype.kind == "f" and mu.ndim == 1 and sigma.shape == (len(mu), len(mu))):
+        raise ValueError(
+            f"'{path}': mu and sigma of {name} must be arrays of numbers (dim,) and (dim, dim), got {mu.dtype}"
+            f" {mu.shape} and {sigma.dtype} {sigma.shape}"
+        )
+    return mu, sigma
+
+
+def _features(
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    batch_size: int,
+    cache: str | Path | None,
+    on_images: Callable[[int], None] | None,
+) -> tuple[np.ndarray, dict]:
+    """Features (count, dimensions) of a set, from the cache if they are there, and what the set is."""
+    digest = images.content_hash()
+    facts = {"path": str(images.path), "images": len(images), "sha256": digest, "from_cache": True}
+    kept = None
+    if cache is not None and extractor.identity is not None:
+        kept = cache_path(cache, digest, extractor.name, extractor.identity)
+        if (features := load_features(kept, len(images))) is not None:
+            return features, facts
+    features, done = None, 0
+    for batch in images.batches(batch_size):
+        rows = extractor(batch)
+        if features is None:
+            features = np.empty((len(images), rows.shape[1]), rows.dtype)
+        elif rows.shape[1] != features.shape[1]:
+            raise ValueError(
+                f"{extractor.name} gave {features.shape[1]} features for the first images of '{images.path}' and "
+                f"{rows.shape[1]} for later ones of {batch.shape[2]} x {batch.shape[1]}; it needs images of one size"
+            )
+        features[done : done + len(rows)] = rows
+        done += len(rows)
+        if on_images is not None:
+            on_images(done)
+    if kept is not None:
+        save_features(kept, features)
+    return features, {**facts, "from_cache": False}

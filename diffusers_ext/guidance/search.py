@@ -1,0 +1,134 @@
+"""The best guidance interval and weight of a model, by the recipe of the guidance-interval paper.
+
+Kynkäänniemi et al., NeurIPS 2024, arXiv 2404.07724, section 4: with sigma_lo = 0 search sigma_hi, then with that
+sigma_hi search sigma_lo, for each guidance weight. Only which steps are guided can be told apart, so the search runs
+over step boundaries.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+
+from ..runs.kept import Kept
+
+
+@dataclass(frozen=True)
+class GuidedSteps:
+    """Guidance of weight `guidance_scale` at steps first to last, inclusive, counted from the noisiest, 0."""
+
+    guidance_scale: float
+    first: int
+    last: int
+
+    @property
+    def key(self) -> str:
+        """Its name in distances.json."""
+        return f"weight {self.guidance_scale:g}, steps {self.first}-{self.last}"
+
+
+@dataclass(frozen=True)
+class IntervalSearch:
+    """What a search found. distances: of every candidate that was tried, with the lowest first."""
+
+    best_interval: GuidedSteps
+    best_everywhere: GuidedSteps
+    distances: dict[GuidedSteps, float]
+
+
+class DistanceTable:
+    """The distance of each candidate, computed once and kept in a JSON file, where a second start finds it.
+
+    compute: the distance of a candidate, lower is better. settings: JSON-able, all else that the distances depend on.
+
+    Raises ValueError for a file of something else or begun with other settings, and for a distance that is not finite.
+    """
+
+    def __init__(self, path: Path, settings: dict, compute: Callable[[GuidedSteps], float]):
+        self.kept = Kept(path, settings, lambda content: all(map(isfinite, content["distances"].values())))
+        self.compute = compute
+        self.values: dict[str, float] = (self.kept.load() or {"distances": {}})["distances"]
+
+    def __call__(self, candidate: GuidedSteps) -> float:
+        if candidate.key not in self.values:
+            distance = float(self.compute(candidate))
+            if not isfinite(distance):
+                raise ValueError(f"the distance at {candidate.key} is {distance}; the samples must have gone wrong")
+            self.values[candidate.key] = distance
+            self.kept.save(distances=self.values)
+        return self.values[candidate.key]
+
+
+def search_interval(
+    distance: Callable[[GuidedSteps], float], guidance_scales: Iterable[float], num_steps: int
+) -> IntervalSearch:
+    """Try the whole line at each weight, then search where to begin, then where to end guidance.
+
+    distance: of a candidate, best a `DistanceTable`. guidance_scales: the weights, each above 1. num_steps: steps of
+    the sampler. A search goes from coarse to fine: every fourth boundary, then the neighbours of the best at half the
+    spacing, so that a weight takes some 2 log2(num_steps) + num_steps / 2 distances at most.
+
+    Raises ValueError for no weight, a weight of at most 1, and fewer than 2 steps.
+    """
+    weights = sorted(set(map(float, guidance_scales)))
+    if not weights or weights[0] <= 1:
+        raise ValueError(f"guidance_scales must be numbers > 1, at least one, got {weights}; 1 is no guidance")
+    if num_steps < 2:
+        raise ValueError(f"num_steps must be >= 2, got {num_steps}")
+    tried: dict[GuidedSteps, float] = {}
+
+    def measure(weight: float, first: int, last: int) -> float:
+        candidate = GuidedSteps(weight, first, last)
+        tried[candidate] = found = distance(candidate)
+        if not isfinite(found):  # min() may take NaN for the best
+            raise ValueError(f"the distance at {candidate.key} is {found}; the samples must have gone wrong")
+        return found
+
+    for weight in weights:
+        measure(weight, 0, num_steps - 1)
+        first = coarse_to_fine(lambda i: measure(weight, i, num_steps - 1), 0, num_steps - 1)  # noqa: B023
+        coarse_to_fine(lambda i: measure(weight, first, i), first, num_steps - 1)  # noqa: B023
+    ordered = dict(sorted(tried.items(), key=lambda item: item[1]))
+    everywhere = [candidate for candidate in ordered if (candidate.first, candidate.last) == (0, num_steps - 1)]
+    return IntervalSearch(next(iter(ordered)), everywhere[0], ordered)
+
+
+def coarse_to_fine(value: Callable[[int], float], low: int, high: int) -> int:
+    """The integer of [low, high] with the least value found: every fourth one, then closer around the best."""
+    spacing = 4 if high - low >= 8 else max(1, (high - low) // 2)
+    values = {i: value(i) for i in {*range(low, high + 1, spacing), high}}
+    while spacing > 1:
+        spacing = (spacing + 1) // 2
+        best = min(values, key=values.get)
+        for i in (best - spacing, best + spacing):
+            if low <= i <= high and i not in values:
+                values[i] = value(i)
+    return min(values, key=values.get)
+
+
+def sigma_bounds(sigmas: list[float], candidate: GuidedSteps) -> tuple[float, float]:
+    """(sigma_lo, sigma_hi] that guides exactly the candidate's steps.
+
+    sigmas: of each step's start, decreasing, and 0 after the last one. Each bound is the geometric middle between the
+    last step inside and the first outside, so that round-off cannot move it; 0 and infinity at the ends.
+    """
+    first, last = candidate.first, candidate.last
+    high = float("inf") if first == 0 else (sigmas[first] * sigmas[first - 1]) ** 0.5
+    low = 0.0 if last == len(sigmas) - 2 else (sigmas[last] * sigmas[last + 1]) ** 0.5
+    return low, high
+
+
+def as_rows(search: IntervalSearch, sigmas: list[float]) -> list[dict]:
+    """JSON-able: each candidate with its bounds and distance, the best first."""
+    rows = []
+    for candidate, distance in search.distances.items():
+        low, high = sigma_bounds(sigmas, candidate)
+        rows.append(
+            {
+                **asdict(candidate),
+                "sigma_lo": low,
+                "sigma_hi": None if high == float("inf") else high,
+                "distance": distance,
+            }
+        )
+    return rows

@@ -1,0 +1,50 @@
+"""Lists of numbers on a command line, with commas or apart."""
+
+import click
+
+
+class Listed(click.ParamType):
+    """Numbers of one type between commas."""
+
+    def __init__(self, number: type, name: str):
+        self.number, self.name = number, name
+
+    def convert(self, value, param, ctx):
+        """The list; fails as click does for anything else."""
+        if isinstance(value, list):
+            return value
+        try:
+            return [self.number(part) for part in value.split(",")]
+        except ValueError:
+            kind = "integers" if self.number is int else "numbers"
+            self.fail(f"{value!r} is not {kind} between commas", param, ctx)
+
+
+INTEGERS, NUMBERS = Listed(int, "0,1,..."), Listed(float, "1.5,2,...")
+
+
+class ListsCommand(click.Command):
+    """A command whose `Listed` options also take their numbers apart: --guidance-scales 1 2 3."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's, with commas between the numbers of a list."""
+        return super().parse_args(ctx, self._joined(args))
+
+    def _joined(self, args: list[str]) -> list[str]:
+        lists = {name for option in self.params if isinstance(option.type, Listed) for name in option.opts}
+        joined, rest = [], list(args)
+        while rest:
+            joined.append(rest.pop(0))
+            if joined[-1] in lists:
+                numbers = []
+                while rest and _is_list_of_numbers(rest[0]):
+                    numbers.append(rest.pop(0))
+                joined += [",".join(numbers)] if numbers else []
+        return joined
+
+
+def _is_list_of_numbers(word: str) -> bool:
+    try:
+        return [float(part) for part in word.split(",")] != []
+    except ValueError:
+        return False

@@ -1,0 +1,127 @@
+"""What a pipeline's call takes and gets in bulk sampling; what cannot be is refused before anything is drawn."""
+
+import inspect
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+from diffusers import DiffusionPipeline
+
+from ..pipelines.guidance_interval import GuidanceInterval
+from ..pipelines.interval import interval_bounds
+from . import image_files, sequence_files
+from .draw import is_discrete
+from .labels import cycled_labels, random_labels
+
+GIVEN_HERE = ("generator", "output_type", "return_dict", "class_labels", "prompt", "tokens", "given")
+FORMATS = {"images": image_files.FORMATS, "sequences": sequence_files.FORMATS}
+
+
+def inputs_of(pipe, count: int, labels, prompts, images, seed: int) -> dict[str, list | np.ndarray]:
+    """The arguments of the call that have one value an image: images uint8 (count, height, width, channels), prompts,
+    labels.
+
+    Raises ValueError for images of another number or kind, labels and prompts at once, and as `cycled_labels`.
+    """
+    if images is not None:
+        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count:
+            raise ValueError(
+                f"images must be uint8 ({count}, height, width, channels), got {images.dtype} {images.shape}"
+            )
+        return {"image": images, **inputs_of(pipe, count, labels, prompts, None, seed)}
+    if prompts is not None:
+        if labels is not None:
+            raise ValueError("give labels or prompts, not both")
+        if isinstance(prompts, str) or len(prompts) == 0:
+            raise ValueError(f"prompts must be a non-empty list of texts, got {prompts!r}")
+        return {"prompt": [prompts[i % len(prompts)] for i in range(count)]}
+    if isinstance(labels, str):
+        if labels != "random":
+            raise ValueError(f'labels must be integers, None or "random", got {labels!r}')
+        chosen = random_labels(pipe, count, seed)
+    else:
+        chosen = cycled_labels(pipe, count, labels)
+    return {} if chosen is None else {"class_labels": chosen.tolist()}
+
+
+def given_tokens(tokens: np.ndarray | None, given: np.ndarray | None, count: int) -> dict[str, np.ndarray]:
+    """Tokens of each sample, int64, and where they are kept, bool, (count, length) both; {} where none are given.
+
+    Raises ValueError for other shapes than (count, length), of `given` also (length,), and for one without the other.
+    """
+    if tokens is None and given is None:
+        return {}
+    shapes = [None if value is None else np.shape(value) for value in (tokens, given)]
+    if None in shapes or len(shapes[0]) != 2 or shapes[0][0] != count or shapes[1] not in (shapes[0], shapes[0][1:]):
+        raise ValueError(f"tokens must be ({count}, length), and given of that shape or (length,), got {shapes}")
+    whole = {"tokens": (tokens, np.int64), "given": (np.broadcast_to(given, shapes[0]), None)}
+    return {name: np.array(value, dtype=dtype, order="C") for name, (value, dtype) in whole.items()}
+
+
+def check_call(pipe: DiffusionPipeline, inputs: dict, call: dict) -> None:
+    """Raises ValueError where the pipeline's call does not take what it would get, or needs more."""
+    name, known = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
+    reserved = sorted(set(call) & set(GIVEN_HERE))
+    if reserved:
+        raise ValueError(f"{', '.join(reserved)}: set by the sampling itself; leave it out")
+    if not inputs and "prompt" in known and "batch_size" not in known:
+        raise ValueError(f"{name} needs a prompt; give prompts (--prompt or --prompts)")
+    if not inputs and "batch_size" not in known:
+        raise ValueError(
+            f"{name} cannot be asked for a number of images alone; it samples from class labels, prompts or nothing"
+            " but noise"
+        )
+    given = {*inputs, *call, "generator", "output_type"}
+    unknown = sorted(given - set(known))
+    if unknown:
+        raise ValueError(
+            f"{name} does not take {', '.join(unknown)}; leave it out or choose another pipeline"
+            " (--pipeline boost-and-skip for gamma and skip_steps)"
+        )
+    named = {key: value for key, value in known.items() if value.kind is not value.VAR_KEYWORD}
+    missing = sorted(key for key, value in named.items() if value.default is value.empty and key not in given)
+    if missing:
+        raise ValueError(f"{name} needs {', '.join(missing)}, which cannot be given here; call the pipeline itself")
+    try:
+        json.dumps(call)
+    except TypeError as error:
+        raise ValueError(f"arguments of the call must be JSON-able to be kept in the manifest: {error}") from error
+    if is_discrete(pipe):
+        check_discrete(pipe, inputs, call)
+
+
+def check_discrete(pipe: DiffusionPipeline, inputs: dict[str, Sequence], call: dict) -> None:
+    """Raises ValueError for texts without a tokenizer, and for a sampler or a schedule that the scheduler refuses."""
+    if ("prompt" in inputs or "suffix" in call) and pipe.tokenizer is None:
+        raise ValueError("prompts and suffix need a tokenizer, which this pipeline has not; give tokens instead")
+    changes = {"sampler": call["sampler"]} if call.get("sampler") else {}
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+    if call.get("timesteps") is not None:
+        scheduler.set_timesteps(timesteps=call["timesteps"])
+    elif "num_inference_steps" in call:
+        scheduler.set_timesteps(call["num_inference_steps"])
+
+
+def format_of(pipe: DiffusionPipeline, kind: str, format: str | None) -> str:
+    """The format, or the one that goes without saying. Raises ValueError for one that the samples cannot have."""
+    has_tokenizer = getattr(pipe, "tokenizer", None) is not None
+    if format is None:
+        return "png" if kind == "images" else "txt" if has_tokenizer else "npz"
+    if format not in FORMATS[kind]:
+        raise ValueError(f"format must be one of {FORMATS[kind]} for {kind}, got {format!r}")
+    if format in ("txt", "jsonl") and not has_tokenizer:
+        raise ValueError(f"format {format!r} needs a tokenizer, which this pipeline has not; use npz")
+    return format
+
+
+def limited_by(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextManager, dict]:
+    """What to draw in, and the arguments of the call; an interval that the call does not take is applied."""
+    interval = call.get("guidance_interval")
+    if interval is None:
+        return nullcontext(), call
+    sigma_lo, sigma_hi = interval_bounds(interval)
+    if "guidance_interval" in inspect.signature(pipe.__call__).parameters:
+        return nullcontext(), call
+    others = {name: value for name, value in call.items() if name != "guidance_interval"}
+    return GuidanceInterval(pipe, sigma_lo=sigma_lo, sigma_hi=sigma_hi), others
