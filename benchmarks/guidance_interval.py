@@ -146,7 +146,7 @@ def report_overhead(device: str, steps: int, rounds: int) -> None:
             if number:
                 times[name].append(took / steps)
     stock = statistics.median(times["stock"])
-    print(f"no-op SDXL network, {steps} steps, medians of {rounds}: {1e6 * stock:.0f} us of a thread a stock step")
+    print(f"no-op SDXL network, {steps} steps, medians of {rounds}: a stock step takes {1e6 * stock:.0f} us")
     for name in ("guided", "unguided"):
         added = statistics.median(ours - plain for ours, plain in zip(times[name], times["stock"], strict=True))
         print(f"  the interval adds {1e6 * added:+.0f} us to a step that is {name} ({added / stock:.0%})")

@@ -573,15 +573,15 @@ def _codes(code) -> Iterator:
             yield from _codes(constant)
 
 
-def _same_code(one, other) -> bool:
-    """Whether two code objects do the same, but for where they stand and what their free names refer to."""
-
-    def summary(code):
-        constants = [repr(value) for value in code.co_consts if not inspect.iscode(value)]
-        names = {*code.co_names, *code.co_freevars, *code.co_cellvars}
-        return code.co_name, code.co_argcount, code.co_varnames, names - {"__class__"}, constants
-
-    return summary(one) == summary(other)
+def _same_code(source, code) -> bool:
+    """Whether a function's code is that of its source, but for where it stands and what its free names refer to."""
+    names = [{*one.co_names, *one.co_freevars, *one.co_cellvars} - {"__class__"} for one in (source, code)]
+    constants = [[repr(value) for value in one.co_consts if not inspect.iscode(value)] for one in (source, code)]
+    if any(name.startswith("@") for name in names[1]):  # pytest has put more into its asserts
+        names[1], constants[1] = names[1] & names[0], constants[0]
+    local = [[name for name in one.co_varnames if not name.startswith("@")] for one in (source, code)]
+    same = (source.co_name, source.co_argcount) == (code.co_name, code.co_argcount)
+    return same and all(one == other for one, other in (names, constants, local))
 
 
 def _statements(function: ast.FunctionDef) -> list[ast.stmt]:

@@ -168,24 +168,30 @@ class Walk:
         return self.next
 
     def nearest(self, timestep: Any) -> int:
-        """The index of a timestep by its value, which is read from the device; an expected one, if it is that.
+        """The index of a timestep by its value, which is read from the device; of several, the one to be expected.
 
         Raises ValueError for a timestep that is not in the schedule.
         """
         self._read()
-        given = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
-        expected = self.position if self.next is None else self.next
-        length = getattr(self.scheduler, "config", {}).get("num_train_timesteps", 1)
-        # Some networks are told t / 1000, or 1 - t / 1000.
-        for t in (given, given * length, (1 - given) * length):
-            distances = [(abs(other - t), i != expected, i) for i, other in enumerate(self.timesteps)]
-            distance, _, position = min(distances)
-            if distance <= 1e-3 * max(1.0, abs(t)):
-                return position
-        raise ValueError(
-            f"timestep {given:g} is not in the schedule of {type(self.scheduler).__name__}, so the step and its noise"
-            " level are not known"
-        )
+        given, length = self._value(timestep), getattr(self.scheduler, "config", {}).get("num_train_timesteps", 1)
+        found = []
+        for t in (given, given * length, (1 - given) * length):  # some networks are told t / 1000, or 1 - t / 1000
+            i = min(range(len(self.timesteps)), key=lambda i: (abs(self.timesteps[i] - t), i != self.next))
+            found += [i] if self.is_at(t, i) else []
+        if not found:
+            raise ValueError(
+                f"timestep {given:g} is not in the schedule of {type(self.scheduler).__name__}, so the step and its"
+                " noise level are not known"
+            )
+        return next((i for i in (self.next, self.position, 0) if i in found), found[0])
+
+    def is_at(self, timestep: Any, position: int) -> bool:
+        """Whether a timestep is that of the schedule at a position, by its value."""
+        t = self._value(timestep)
+        return abs(self.timesteps[position] - t) <= 1e-3 * max(1.0, abs(t))
+
+    def _value(self, timestep: Any) -> float:
+        return float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
 
     def _read(self) -> None:
         if self.tensor is not self.scheduler.timesteps:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 # Arguments that are the same for all rows, whatever their first dimension: position tables of tokens, and masks, one
-# an IP-Adapter.
+# for each IP-Adapter.
 SHARED_ARGUMENT = re.compile(r"rotary|rope|freqs|^(img|txt)_ids$|^ip_adapter_masks$")
 # Arguments that may hold several rows a sample, one a frame, and are halved all the same.
 FOLDED_ARGUMENT = re.compile(r"hidden_states|embed|residual|samples|controlnet_cond|mask")
@@ -115,7 +115,7 @@ def has_rows(name: str, value: torch.Tensor, rows: Rows) -> bool:
 
 @functools.cache
 def _kind(name: str) -> tuple[int, bool, bool]:
-    """The dimension of the rows of an argument, whether it is the same for all, and whether it may be folded."""
+    """The dimension of an argument's rows, whether it is the same for all of them, and whether it may be folded."""
     return ROW_DIMENSION.get(name, 0), bool(SHARED_ARGUMENT.search(name)), bool(FOLDED_ARGUMENT.search(name))
 
 

@@ -16,6 +16,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .applied_guiders import GuiderOfCall  # noqa: F401
 from .guidance_interval import GuidanceInterval, GuidanceReport
 from .guidance_layouts import Layout  # noqa: F401
+from .guided_run import Run  # noqa: F401
+from .guided_stage import Stage  # noqa: F401
+from .interceptors import RUN  # noqa: F401
 from .interval import interval_bounds
 from .layout_proof import Fit  # noqa: F401
 from .rows import Rows  # noqa: F401

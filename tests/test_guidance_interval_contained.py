@@ -11,6 +11,7 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, Aut
 from diffusers.callbacks import PipelineCallback, SDXLCFGCutoffCallback
 from tiny_guided_pipelines import CASES, STEPS, any_flow_far
 from tiny_pipelines import tiny_sdxl
+from unlisted_pipelines import Plain, build
 
 from diffusers_ext.pipelines import (
     GuidanceInterval,
@@ -19,7 +20,7 @@ from diffusers_ext.pipelines import (
     guidance_report,
     remove_guidance_interval,
 )
-from diffusers_ext.pipelines.guidance_interval import _INTERCEPTED
+from diffusers_ext.pipelines.interceptors import _INTERCEPTED
 
 pytestmark = pytest.mark.filterwarnings("ignore:the guidance interval:UserWarning")
 WORDS = {"prompt": ["a cat", "a dog"], "num_inference_steps": STEPS, "guidance_scale": 4.0, "output_type": "latent"}
@@ -45,7 +46,7 @@ def limited():
     apply_guidance_interval(pipe, guided_steps=(1, 2))
     yield pipe, sample(pipe), plain
     assert not _INTERCEPTED
-    assert "_compiled_call_impl" not in vars(pipe.unet) and "step" not in vars(pipe.scheduler)
+    assert "_compiled_call_impl" not in vars(pipe.unet) and type(pipe.scheduler) is diffusers.EulerDiscreteScheduler
 
 
 class TestCopies:
@@ -179,6 +180,26 @@ class TestBesides:
         vars(pipe.unet).pop("forward", None)
         assert not _INTERCEPTED
         assert torch.equal(sample(pipe), expected)
+
+
+class TestSchedulersOfACall:
+    @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: type(one).from_config(one.config)])
+    def test_another_one(self, copied):
+        """A pipeline may put a copy of its scheduler in place for a call."""
+
+        class Copying(Plain):
+            def begin(self, batch, generator):
+                self.scheduler = copied(self.scheduler)
+                assert type(self.scheduler) == diffusers.DDIMScheduler  # noqa: E721
+                return super().begin(batch, generator)
+
+        pipe = build(Plain, diffusers.DDIMScheduler())
+        with GuidanceInterval(pipe, guided_steps=(1, 2)):
+            expected = pipe(generator=torch.Generator().manual_seed(1))
+        pipe = build(Copying, diffusers.DDIMScheduler())
+        with GuidanceInterval(pipe, guided_steps=(1, 2)):
+            assert torch.equal(pipe(generator=torch.Generator().manual_seed(1)), expected)
+        assert type(pipe.scheduler) is diffusers.DDIMScheduler
 
 
 class TestRowsOfListedPipelines:

@@ -537,6 +537,22 @@ class TwoNets(Base):
         return negative + w * (noise - negative)
 
 
+class Thousandths(Base):
+    """The network is told t / 1000."""
+
+    def predict(self, x, t, c, u, w, on):
+        noise_uncond, noise_text = self.unet(torch.cat([x] * 2), t / 1000, torch.cat([u, c]))[0].chunk(2)
+        return noise_uncond + w * (noise_text - noise_uncond)
+
+
+class Backwards(Base):
+    """The network is told 1 - t / 1000."""
+
+    def predict(self, x, t, c, u, w, on):
+        noise_uncond, noise_text = self.unet(torch.cat([x] * 2), 1 - t / 1000, torch.cat([u, c]))[0].chunk(2)
+        return -(noise_uncond + w * (noise_text - noise_uncond))
+
+
 class WeakGuide(Base):
     def predict(self, x, t, c, u, w, on):
         w = 0.5 if w != 1 else w
