@@ -91,8 +91,7 @@ class Guidance:
     def detach(self) -> None:
         """Make the pipeline what it was, if this is in force."""
         if self.pipe.__dict__.get("_guidance_interval") is self:
-            del self.pipe.__dict__["_guidance_interval"]
-            self.pipe.__class__ = type(self.pipe).__mro__[1]
+            remove_guidance_interval(self.pipe)
 
     def run(self, call: Callable, pipe: DiffusionPipeline, *args, **kwargs) -> Any:
         """Make one call of the pipeline, `call(pipe, ...)`, with this in force for the call alone.
@@ -207,8 +206,8 @@ def apply_guidance_interval(
 
 def remove_guidance_interval(pipe: DiffusionPipeline) -> None:
     """Guide as the pipeline itself does again, bit for bit; nothing happens to a pipeline without an interval."""
-    if (guidance := pipe.__dict__.get("_guidance_interval")) is not None:
-        guidance.detach()
+    if pipe.__dict__.pop("_guidance_interval", None) is not None:
+        pipe.__class__ = type(pipe).__mro__[1]
 
 
 def apply_guider(

@@ -173,7 +173,7 @@ class Run:
         )
 
     def raise_without_guidance(self) -> None:
-        """Raise if there was no unconditional prediction, though one should be."""
+        """Raises ValueError if there was no unconditional prediction, though one should be."""
         if self.distilled:
             raise ValueError(f"{self.name} {DISTILLED} to leave out. {_TRUE_GUIDANCE}; {NOT_LIMITED}")
         asked = {name: value for name, value in self.scales.items() if _above_one(value)}

@@ -111,7 +111,7 @@ class Stage(Proof):
         self.early = 0
 
     def call(self, module: torch.nn.Module, call: Callable, args: tuple, kwargs: dict) -> Any:
-        """Answer a call of one of the networks."""
+        """Answer a call of one of the networks. Raises ValueError where the pipeline does not do as its layout says."""
         arguments = dict(zip(self.parameters[id(module)], args, strict=False))
         arguments.update(kwargs)
         scheduler = self._scheduler(module)
@@ -538,6 +538,7 @@ class Stage(Proof):
 
 
 def schedulers_of(pipe: DiffusionPipeline) -> list[Any]:
+    """The components that are stepped."""
     components = pipe.components.values()
     return [one for one in components if hasattr(one, "set_timesteps") and hasattr(one, "step")]
 
@@ -603,13 +604,16 @@ def _image_tokens(output: Any, count_tokens: int) -> Any:
 
 
 def stock_class(pipe: DiffusionPipeline) -> type:
+    """The class of a pipeline without its guidance."""
     return type(pipe).__mro__["_guidance_interval" in pipe.__dict__]
 
 
 def is_timestep(name: str) -> bool:
+    """Whether a network is told the time in the argument of this name."""
     return name in ("t", "r") or ("timestep" in name and name != "timestep_cond")
 
 
 def parameters_of(module: torch.nn.Module) -> list[str]:
+    """Names of the arguments of a network's forward."""
     module = getattr(module, "_orig_mod", module)  # of torch.compile
     return list(inspect.signature(type(module).forward).parameters)[1:]

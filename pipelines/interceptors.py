@@ -21,6 +21,7 @@ _INTERCEPTED: dict[int, list] = {}  # by id: the object, the number of runs, and
 
 
 def intercept(target: Any, put: Callable[[Any], Callable[[], None]]) -> None:
+    """Put an interceptor into a network or a scheduler with `put`, unless another run has; each `release`s it once."""
     with _LOCK:
         if id(target) not in _INTERCEPTED:
             _INTERCEPTED[id(target)] = [target, 0, put(target)]
@@ -28,6 +29,7 @@ def intercept(target: Any, put: Callable[[Any], Callable[[], None]]) -> None:
 
 
 def release(target: Any) -> None:
+    """Take the interceptor away if no other run needs it."""
     with _LOCK:
         entry = _INTERCEPTED[id(target)]
         entry[1] -= 1
@@ -37,6 +39,7 @@ def release(target: Any) -> None:
 
 
 def into_network(module: torch.nn.Module) -> Callable[[], None]:
+    """Put an interceptor into a network; returns what takes it away."""
     before = {name: module.__dict__[name] for name in _PLACES if name in module.__dict__}
     # nn.Module.__call__ runs this in place of itself. Set past __setattr__, which torch.compile's wrapper passes on to
     # the module inside.

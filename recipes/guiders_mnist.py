@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from diffusers_ext.demo.guidance_interval import counted_rows
-from diffusers_ext.demo.pictures import grid, side_by_side
 from diffusers_ext.evaluation import evaluate_digits
-from diffusers_ext.info import best_device
+from diffusers_ext.evaluation.pictures import grid, side_by_side
+from diffusers_ext.guidance.rows import counted_rows
+from diffusers_ext.machine.versions import best_device
 from diffusers_ext.pipelines import apply_guider, remove_guider
-from diffusers_ext.result_rows import ResultRows, summary
+from diffusers_ext.runs.rows import ResultRows, summary
 from diffusers_ext.sampling import cycled_labels, sample_images
 from diffusers_ext.shipped import load_pipeline
 

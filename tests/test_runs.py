@@ -293,7 +293,17 @@ def versions_of(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text())["versions"]
 
 
-def test_a_saved_pipeline_and_an_export_still_load(before):
+@pytest.fixture
+def other_modules(monkeypatch):
+    """Modules of exports for one test alone, since diffusers keeps those of one name, from whatever folder."""
+    for name in [name for name in sys.modules if name.startswith("diffusers_modules")]:
+        monkeypatch.delitem(sys.modules, name)
+    yield
+    for name in [name for name in sys.modules if name.startswith("diffusers_modules")]:
+        del sys.modules[name]
+
+
+def test_a_saved_pipeline_and_an_export_still_load(before, other_modules):
     one = saved_digits(before)
     other = DiffusionPipeline.from_pretrained(before / "export", trust_remote_code=True)
     assert type(other).__name__ == "BoostAndSkipPipeline" and type(other) is not type(one)

@@ -37,12 +37,12 @@ class Kept:
         """The content, whatever it was begun with. Only under `lock`: what killed starts left of it is removed.
 
         Raises ValueError for a file of something else."""
+        remove_leftovers(self.path.parent, self.path.name)
         if not self.path.exists():
             return None
         try:
             content = _read(self.path)
             if all(isinstance(content[name], dict) for name in self.begun_with) and self.is_whole(content):
-                remove_leftovers(self.path.parent, self.path.name)
                 return content
         except (ValueError, KeyError, TypeError, AttributeError, SafetensorError):
             pass

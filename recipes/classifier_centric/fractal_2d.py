@@ -258,11 +258,14 @@ def network_from(path: Path, network: nn.Module, train_it: Callable[[], nn.Modul
 
 
 def begin(output: Path, settings: dict) -> None:
-    """Make the folder and note the settings; raises ValueError where it holds networks of other ones."""
+    """Make the folder and note the settings; says where it holds networks of other ones."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / "settings.json"
     if path.exists():
-        check_same(path, json.loads(path.read_text()), json.loads(json.dumps(settings)))
+        try:
+            check_same(path, json.loads(path.read_text()), json.loads(json.dumps(settings)))
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
     write_json(path, settings)
 
 
