@@ -23,6 +23,7 @@ from .guided_stage import Stage  # noqa: F401  what a sibling imports, the file 
 from .interceptors import outside_callback
 from .interval import Interval, interval_bounds, read_step  # noqa: F401
 from .layout_proof import NotShown
+from .layout_source import propose  # noqa: F401
 from .rows import Rows  # noqa: F401
 
 

@@ -19,14 +19,13 @@ from .guidance_layouts import (
     REFUSED,
     UNGUIDED_NETWORKS,
     Layout,
-    hands_on_only,
-    propose,
     table_class,
 )
 from .guided_stage import GuidanceReport, GuidedStep, Stage, is_timestep, parameters_of, schedulers_of, stock_class
 from .interceptors import RUN, intercept, into_network, into_scheduler, release
 from .interval import Walk  # noqa: F401  what a sibling imports, the file that imports it does as well
 from .layout_proof import NOT_LIMITED
+from .layout_source import hands_on_only, propose
 from .rows import Rows  # noqa: F401
 
 GUIDANCE_ARGUMENT = re.compile(r"(guidance|cfg)_scale$")

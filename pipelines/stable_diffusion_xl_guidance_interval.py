@@ -21,6 +21,7 @@ from .guided_stage import Stage  # noqa: F401
 from .interceptors import RUN  # noqa: F401
 from .interval import interval_bounds
 from .layout_proof import Fit  # noqa: F401
+from .layout_source import propose  # noqa: F401
 from .rows import Rows  # noqa: F401
 
 

@@ -22,7 +22,8 @@ from tiny_guided_pipelines import CASES, ONE_BY_ONE, STEPS, Case
 
 from diffusers_ext.pipelines import GuidanceInterval
 from diffusers_ext.pipelines.applied_guiders import check_guider
-from diffusers_ext.pipelines.guidance_layouts import COMBINED, LAYOUTS, REFUSED, REFUSED_CALLS, _methods
+from diffusers_ext.pipelines.guidance_layouts import COMBINED, LAYOUTS, REFUSED, REFUSED_CALLS
+from diffusers_ext.pipelines.layout_source import _methods
 
 PAGE = Path(__file__).parent.parent / "docs" / "guidance_interval_support.md"
 FINGERPRINTS = Path(__file__).parent / "goldens" / "guidance_fingerprints.json"
