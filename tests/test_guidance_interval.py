@@ -837,8 +837,10 @@ class TestSurvives:
         self.check(case._replace(pipe=placed), expected)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("first", ["interval", "compile"])
-    @pytest.mark.parametrize("how", ["wrapped", "in place", "repeated blocks", "forward"])
+    @pytest.mark.parametrize(
+        ("how", "first"),
+        [("wrapped", "compile"), ("in place", "interval"), ("repeated blocks", "compile"), ("forward", "interval")],
+    )
     def test_compile(self, alive, how, first):
         (case, expected), pipe, name = alive, alive[0].pipe, alive[0].networks[0]
         torch.compiler.reset()
