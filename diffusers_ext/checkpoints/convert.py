@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
+from ..hub.downloads import check_source
 from ..models import EDM2UNet2DModel
 from ..pipelines import ADMUpsamplerPipeline, BoostAndSkipPipeline, EDM2Pipeline
 from ..runs.files import new_folder, staged_folder
@@ -101,6 +102,7 @@ def convert_edm2(
 
 
 def _decoder(vae: str | Path, channels: int) -> AutoencoderKL:
+    check_source(vae)
     decoder = AutoencoderKL.from_pretrained(vae)
     if decoder.config.latent_channels != channels:
         raise ValueError(

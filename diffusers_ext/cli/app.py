@@ -2,10 +2,12 @@
 
 import click
 
+from .options import DEVICE
+
 
 @click.command()
 @click.option("--port", type=click.IntRange(1, 65535), default=7860, show_default=True, help="Of 127.0.0.1.")
-@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@DEVICE
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py files of a model's repository while loading it.")
 def app(port, device, trust_remote_code):
     """Try the methods in a browser, beside the stock sampler, on shipped models and yours.

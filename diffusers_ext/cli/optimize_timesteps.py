@@ -5,10 +5,11 @@ from pathlib import Path
 import click
 
 from ..runs.lists import INTEGERS, ListsCommand
+from .options import DEVICE, MODEL
 
 
 @click.command("optimize-timesteps", cls=ListsCommand)
-@click.argument("model")
+@MODEL
 @click.option(
     "--data", required=True, metavar="FILE|countdown",
     help="Sequences like those to generate: .npz with tokens, .npy, .txt for models with a tokenizer, or countdown.",
@@ -50,7 +51,7 @@ from ..runs.lists import INTEGERS, ListsCommand
     "--given-prefix", type=click.IntRange(min=0), default=0, show_default=True, help="Tokens that are given."
 )
 @click.option("--seed", default=0, show_default=True)
-@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@DEVICE
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
 def optimize_timesteps(
     model, data, output, num_inference_steps, method, objective, alpha, held, last_edge, sampler, num_samples,

@@ -26,6 +26,35 @@ class Steps(click.ParamType):
         return steps
 
 
+class Device(click.ParamType):
+    """A device that torch has here."""
+
+    name = "DEVICE"
+
+    def convert(self, value, param, ctx):
+        from ..machine.versions import check_device
+
+        try:
+            return check_device(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Model(click.ParamType):
+    """A shipped model, a folder or a Hub id by its form; whether the Hub has it is seen where it is loaded."""
+
+    name = "MODEL"
+
+    def convert(self, value, param, ctx):
+        from ..shipped import check_name
+
+        try:
+            check_name(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return value
+
+
 class Schedule(Listed):
     """How the edges of the steps are found: "table", "even", or the edges themselves."""
 
@@ -34,3 +63,7 @@ class Schedule(Listed):
 
     def convert(self, value, param, ctx):
         return value if value in ("table", "even") else super().convert(value, param, ctx)
+
+
+DEVICE = click.option("--device", type=Device(), default=None, help="torch device; by default the fastest one here.")
+MODEL = click.argument("model", type=Model())

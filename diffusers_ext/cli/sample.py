@@ -5,14 +5,17 @@ from pathlib import Path
 import click
 
 from ..runs.lists import INTEGERS, NUMBERS, ListsCommand
-from .options import Schedule, Steps
+from .options import DEVICE, MODEL, Schedule, Steps
 
 
 def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
     """The lines of a file that hold anything, for an option's callback."""
     if path is None:
         return None
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{path} is no text in UTF-8: {error}") from error
     lines = [line for line in lines if line]
     if not lines:
         raise click.BadParameter(f"{path} holds no prompt")
@@ -20,7 +23,7 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
 
 
 @click.command(cls=ListsCommand)
-@click.argument("model")
+@MODEL
 @click.option(
     "--output", type=click.Path(path_type=Path, file_okay=False), required=True,
     help="Folder for the samples and manifest.json; new, or one to go on in.",
@@ -69,7 +72,7 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
     help="EDM2: images that its VAE decodes at once; by default the batch size.",
 )  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Sample i is drawn with seed + i.")
-@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@DEVICE
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
 @click.option(
     "--cpu-threads", type=click.IntRange(min=1), default=1, show_default=True,

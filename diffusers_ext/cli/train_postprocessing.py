@@ -5,12 +5,14 @@ from pathlib import Path
 import click
 
 from ..runs.lists import INTEGERS, NUMBERS, ListsCommand
-from .options import Steps
+from .options import DEVICE, Model, Steps
 from .sample import prompts_of_file
 
 
 @click.command("train-postprocessing", cls=ListsCommand)
-@click.option("--base", required=True, help="The pipeline to repair: a shipped model, a folder or a Hub id.")
+@click.option(
+    "--base", type=Model(), required=True, help="The pipeline to repair: a shipped model, a folder or a Hub id."
+)
 @click.option(
     "--real", type=click.Path(path_type=Path, exists=True), required=True,
     help="Real images of the base's size: a folder, a zip or an .npz with arr_0 and, for --within-class, arr_1.",
@@ -76,7 +78,7 @@ from .sample import prompts_of_file
     "--checkpoint-every", type=click.IntRange(min=1), default=1000, show_default=True, help="Training steps."
 )
 @click.option("--seed", default=0, show_default=True)
-@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@DEVICE
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py files of the base's repository while loading it.")
 def train_postprocessing(
     base, real, output, pipeline, guidance_scales, keep_scales, num_samples, prompts, num_inference_steps, features,
