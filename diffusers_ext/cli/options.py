@@ -1,5 +1,6 @@
 """Types of options that several commands share."""
 
+import math
 import re
 
 import click
@@ -24,6 +25,16 @@ class Steps(click.ParamType):
         if steps < 1:
             self.fail(f"{steps} is not >= 1", param, ctx)
         return steps
+
+
+class Finite(click.FloatRange):
+    """A finite number of a range."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not finite", param, ctx)
+        return number
 
 
 class Device(click.ParamType):
@@ -65,5 +76,6 @@ class Schedule(Listed):
         return value if value in ("table", "even") else super().convert(value, param, ctx)
 
 
+SEED = click.IntRange(0, 2**62)  # room for the number of a sample, which is added
 DEVICE = click.option("--device", type=Device(), default=None, help="torch device; by default the fastest one here.")
 MODEL = click.argument("model", type=Model())

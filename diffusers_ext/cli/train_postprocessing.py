@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ..runs.lists import INTEGERS, NUMBERS, ListsCommand
-from .options import DEVICE, Model, Steps
+from .options import DEVICE, SEED, Finite, Model, Steps
 from .sample import prompts_of_file
 
 
@@ -67,8 +67,14 @@ from .sample import prompts_of_file
 @click.option("--steps", type=click.IntRange(min=1), default=10_000, show_default=True, help="Of training, in all.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Of each process.")
 @click.option("--sample-batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Of the base.")
-@click.option("--learning-rate", type=float, default=2e-4, show_default=True)
-@click.option("--ema-decay", type=float, default=0.999, show_default=True, help="Of the average of the weights.")
+@click.option("--learning-rate", type=Finite(min=0, min_open=True), default=2e-4, show_default=True)
+@click.option(
+    "--ema-decay",
+    type=Finite(0, 1, max_open=True),
+    default=0.999,
+    show_default=True,
+    help="Of the average of the weights.",
+)
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
     help="Of the base.",
@@ -77,7 +83,7 @@ from .sample import prompts_of_file
 @click.option(
     "--checkpoint-every", type=click.IntRange(min=1), default=1000, show_default=True, help="Training steps."
 )
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @DEVICE
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py files of the base's repository while loading it.")
 def train_postprocessing(

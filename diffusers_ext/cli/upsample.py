@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ..runs.lists import INTEGERS, ListsCommand
-from .options import DEVICE, MODEL, Steps
+from .options import DEVICE, MODEL, SEED, Steps
 from .sample import sample_model
 
 
@@ -26,7 +26,7 @@ from .sample import sample_model
     help='Or a respacing, "10,10,5" or "ddim25".',
 )  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--seed", default=0, show_default=True, help="Image i is drawn with seed + i.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Image i is drawn with seed + i.")
 @DEVICE
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
 @click.option(
