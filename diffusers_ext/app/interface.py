@@ -24,7 +24,11 @@ from .computations import (
 from .models import Models
 
 ADDRESS = "127.0.0.1"
+# classes of the shipped models that the tabs can run
+BOOSTED = ["BoostAndSkipPipeline"]
 GUIDED = ["BoostAndSkipPipeline", "EDM2Pipeline"]
+DISCRETE = ["DiscreteDiffusionPipeline"]
+FLOWS = ["FlowPostprocessingPipeline"]
 FONTS = ("system-ui", "Segoe UI", "Roboto", "Arial", "sans-serif")
 MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 STYLE = """
@@ -87,14 +91,15 @@ def _blocks(gr) -> type:
 def serve(models: Models, port: int, block: bool = True, allowed_hosts: Iterable[str] = ()):
     """Serve the app on this machine alone, without a link to share; returns it. block: until Ctrl+C.
 
-    allowed_hosts: names by which requests may ask for it beside this machine's, for a proxy.
+    allowed_hosts: names by which requests may ask for it beside this machine's, for a proxy. Raises ValueError for
+    what is no name.
     """
+    gr = import_gradio()
     from .guard import Guard
 
+    Guard(None, allowed_hosts)  # raises before anything is served
     app = build_app(models)
-    gr = import_gradio()
     app.queue(default_concurrency_limit=1)
-    Guard(app, allowed_hosts)  # before anything is served
 
     @asynccontextmanager
     async def guarded(server):
@@ -125,7 +130,7 @@ def _theme(gr):
 def _boost_tab(gr, models: Models) -> None:
     with gr.Row():
         with gr.Column(scale=1):
-            model = _model(gr, "mnist-unet", ["BoostAndSkipPipeline"])
+            model = _model(gr, "mnist-unet", BOOSTED)
             gamma = gr.Slider(1, 8, 4, step=0.25, label="gamma: factor on the initial noise")
             skip = gr.Slider(0, 20, 3, step=1, label="skip: first steps left out")
             steps = gr.Slider(2, 250, 50, step=1, label="steps")
@@ -167,7 +172,7 @@ def _interval_tab(gr, models: Models) -> None:
 def _discrete_tab(gr, models: Models) -> None:
     with gr.Row():
         with gr.Column(scale=1):
-            model = _model(gr, "countdown-sedd", ["DiscreteDiffusionPipeline"])
+            model = _model(gr, "countdown-sedd", DISCRETE)
             steps = gr.Slider(1, 256, 8, step=1, label="steps")
             table = gr.Radio(list(TABLES), value=TABLES[2], label="table for the second picture")
             picture = gr.Radio(list(PICTURES), value="CountDown", label="show as")
@@ -192,7 +197,7 @@ def _flow_tab(gr, models: Models) -> None:
     with gr.Row():
         with gr.Column(scale=1):
             model = _model(gr, "mnist-unet", GUIDED)
-            flow = _model(gr, "mnist-flow", ["FlowPostprocessingPipeline"], "flow, trained on its images")
+            flow = _model(gr, "mnist-flow", FLOWS, "flow, trained on its images")
             weight = gr.Slider(1, 20, 6, step=0.1, label="guidance weight")
             steps = gr.Slider(2, 250, 16, step=1, label="steps")
             strength = gr.Slider(0, 1, 1, step=0.05, label="strength of the repair")

@@ -36,7 +36,7 @@ def check_push(repo_id: str) -> None:
     validate_repo_id(repo_id)
     try:
         HfApi().repo_exists(repo_id)
-    except HTTPError as error:
+    except (HTTPError, OSError) as error:
         raise OSError(f"the Hub is not reached, so nothing can be pushed to {repo_id!r}: {error}") from error
     if get_token() is None:
         raise ValueError(f"nobody is logged in to push to {repo_id!r}; run `hf auth login`, or set HF_TOKEN")
