@@ -155,7 +155,7 @@ def test_data_that_is_cut_is_told_before_the_model_is_loaded(suffix, monkeypatch
     ("arguments", "message"),
     [
         (("--foo",), "No such option '--foo'"),
-        (("sampel",), "'sample'"),
+        (("sampel",), "No such command 'sampel'"),
         (("sample",), "Missing argument 'MODEL'"),
         (("sample", "mnist-unet"), "Missing option '--output'"),
         ((*SAMPLE, "--dtype", "foo"), "'float32', 'float16', 'bfloat16'"),

@@ -265,4 +265,4 @@ def _shown(drawn: tuple, compare: Callable[..., Pair], *arguments) -> tuple:
     drawn: values of the controls of `_drawn`; `compare` takes what they mean as its last argument.
     """
     pair = compare(*arguments, _of(drawn))
-    return pair.stock, pair.ours, pair.note, pair.chart
+    return pair.stock, pair.ours, html.escape(pair.note, quote=False), pair.chart  # it may hold a model's text

@@ -81,6 +81,8 @@ def convert_edm2(
     a folder that is not empty, and an error above 1e-3; nothing is written then.
     """
     folder = new_folder(folder)
+    if vae is not None:
+        check_source(vae)  # before the networks are read
     checkpoints = [read_edm2(file) for file in (path, uncond) if file is not None]
     unet, *guide = (EDM2UNet2DModel.from_edm2_state_dict(file.state_dict, **file.config) for file in checkpoints)
     decoder = None if vae is None else _decoder(vae, unet.config.img_channels)
@@ -102,7 +104,6 @@ def convert_edm2(
 
 
 def _decoder(vae: str | Path, channels: int) -> AutoencoderKL:
-    check_source(vae)
     decoder = AutoencoderKL.from_pretrained(vae)
     if decoder.config.latent_channels != channels:
         raise ValueError(

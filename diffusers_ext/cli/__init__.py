@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from zipfile import BadZipFile
 
 import click
-from click.exceptions import NoArgsIsHelpError
 from huggingface_hub.errors import HTTPError  # of the client that it uses, also for a Hub that is not reached
 from torch import OutOfMemoryError
 
@@ -40,7 +39,7 @@ def _one_line() -> Iterator[None]:
     with interruptions() as came:
         try:
             yield
-        except NoArgsIsHelpError:
+        except getattr(click.exceptions, "NoArgsIsHelpError", ()):  # of click 8.2; before, help was no error
             raise
         except BaseException as error:
             if signal.SIGINT in came or isinstance(error, KeyboardInterrupt):
