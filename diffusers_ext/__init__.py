@@ -7,6 +7,10 @@ a fresh process; the workshop (`hub`, `metrics`, `shipped`, `cli`) is imported w
 import os as _os
 import sys as _sys
 
+from .machine.interruptions import guard_imports as _guard_imports
+
+_guard_imports()  # before the seconds that the others take
+
 import diffusers as _diffusers
 
 __version__ = "0.1.0.dev0"

@@ -1,8 +1,10 @@
 """The small trained models that ship with the package, and how a model's name becomes something to load."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -49,6 +51,22 @@ def resolve_model(name: str) -> str:
     return str(shipped_models().get(name, name))
 
 
+def check_name(model: str, others: Iterable[str] = ()) -> None:
+    """Raise ValueError for a model that is neither shipped nor a folder nor of a Hub id's form, owner/name.
+
+    others: names that are meant for something else.
+    """
+    path, known = Path(model), [*shipped_models(), *others]
+    if model in known or (model and path.is_dir()) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        return
+    near = get_close_matches(model.lower(), known, 1)
+    told = "a file, not a folder" if path.is_file() else "no folder"
+    raise ValueError(
+        f"model {model!r} is {told}, no Hub id (owner/name) and none of {', '.join(known)}"
+        + (f"; did you mean {near[0]}?" if near else "")
+    )
+
+
 def load_shipped_classifier(name: str = "mnist-classifier") -> tuple[ImageClassifier, Reference]:
     """A shipped classifier in float32 and eval mode, with the reference features of its training set."""
     folder = ASSETS / name
@@ -71,9 +89,9 @@ def load_pipeline(
     the .py files that lie in the model's repository. dtype: of the parameters; None leaves it to `from_pretrained`.
     kwargs: further arguments of that.
 
-    Raises ValueError for an unknown pipeline name, a shipped model that is no pipeline, code that is not trusted, a
-    folder whose files are damaged or do not belong together, and what `download_pipeline` raises ValueError and
-    OSError for.
+    Raises ValueError for an unknown pipeline name, what `check_name` refuses, a shipped model that is no pipeline,
+    code that is not trusted, a folder whose files are damaged or do not belong together, and what `download_pipeline`
+    raises ValueError and OSError for.
     """
     if pipeline is not None and pipeline not in PIPELINES:
         raise ValueError(f"pipeline must be one of {sorted(PIPELINES)}, got {pipeline!r}")
@@ -81,7 +99,8 @@ def load_pipeline(
     if dtype is not None:
         kwargs |= dtype_option(dtype)
     folder = Path(resolve_model(model))
-    if not folder.is_dir():
+    if not folder.is_dir() or not str(model):
+        check_name(str(model))
         folder = download_pipeline(model, cls, trust_remote_code=trust_remote_code, **kwargs)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"model {model!r} is no pipeline: {folder} has no model_index.json")

@@ -1,6 +1,8 @@
 """What the app computes, and its command; the interface itself is tried in test_app_browser.py."""
 
+import asyncio
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -26,13 +28,14 @@ from diffusers_ext.app.computations import (
     table_edges,
 )
 from diffusers_ext.app.models import Models
-from diffusers_ext.music import NUM_TOKENS
-from diffusers_ext.shipped import load_pipeline
+from diffusers_ext.discrete.music import NUM_TOKENS
+from diffusers_ext.shipped import load_pipeline, shipped_models
 
 SMALL = {
     "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": (8,), "norm_num_groups": 4,
     "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",),
 }  # fmt: skip
+needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio")
 TWO = Drawn(count=2, seed=3)
 
 
@@ -176,6 +179,90 @@ def test_wrong_input_is_said(models, tmp_path):
             call()
 
 
+RUNS = {  # what each tab does with a model, and the list that it shows
+    "boost": (interface.BOOSTED, lambda models, name: compare_boost_and_skip(models, name, 2.0, 1, 3, TWO)),
+    "interval": (
+        interface.GUIDED,
+        lambda models, name: compare_guidance_interval(models, name, 2.0, 0.5, 2, 3, TWO),
+    ),
+    "discrete": (interface.DISCRETE, lambda models, name: compare_discrete(models, name, 2, TABLES[0], "tokens", TWO)),
+    "repaired": (interface.GUIDED, lambda models, name: compare_flow(models, name, "mnist-flow", 2.0, 2, 1.0, 1, TWO)),
+    "repairs": (interface.FLOWS, lambda models, name: compare_flow(models, "mnist-unet", name, 2.0, 2, 1.0, 1, TWO)),
+}
+
+
+@pytest.mark.parametrize("tab", RUNS)
+def test_a_tab_lists_what_it_can_run_and_says_what_it_cannot(models, tab):
+    pipelines, run = RUNS[tab]
+    listed = interface.shipped(pipelines)
+    assert listed
+    for name in shipped_models():
+        if name in listed:
+            assert run(models, name).ours is not None
+        else:
+            with pytest.raises(ValueError, match=r"is no|does not take|is not one that boost_and_skip"):
+                run(models, name)
+
+
+def asked(path="/", kind="http", allowed=(), extensions=("websocket.http.response",), **headers) -> list:
+    """What the guard answers; what is let through answers "app"."""
+    from diffusers_ext.app.guard import Guard
+
+    sent = []
+
+    async def app(scope, receive, send):
+        sent.append("app")
+
+    async def send(message):
+        sent.append(message.get("status", message["type"]))
+        if b"NAME" in message.get("body", b"") or b"no files" in message.get("body", b""):
+            sent.append("reason")
+
+    scope = {"type": kind, "path": path, "method": "GET", "extensions": {name: {} for name in extensions}}
+    scope["headers"] = [
+        (name.encode(), value.encode())
+        for name, values in headers.items()
+        for value in ([values] if isinstance(values, str) else values)
+    ]
+    asyncio.run(Guard(app, allowed)(scope, None, send))
+    return sent
+
+
+@needs_gradio
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_another_host_is_refused(kind):
+    for host in ("localhost", "LocalHost:7860", "127.0.0.1", "127.0.0.1:7860", "[::1]", "[::1]:7860"):
+        assert asked(kind=kind, host=host) == ["app"]
+        assert asked(kind=kind, host=host, origin="http://localhost:7860") == ["app"]
+        for origin in ("http://evil.org", "null", "http://localhost.evil.org"):
+            assert "app" not in asked(kind=kind, host=host, origin=origin)
+    for host in (
+        "evil.org", "evil.org:7860", "localhost.evil.org", "127.0.0.1.evil.org", "localhost@evil.org", "[::2]", "",
+        "localhost:x", "evil.org:localhost", "127.0.0.2", "0.0.0.0", "localhost evil.org", [],
+        ["localhost", "evil.org"],
+    ):  # fmt: skip
+        sent = asked(kind=kind, host=host)
+        assert sent[0] == 403 and sent[-1] == "reason"
+        assert "app" not in asked(kind=kind, host=host, allowed=["a.org"])
+    assert asked(kind="websocket", host="evil.org", extensions=()) == ["websocket.close"]
+    for allowed in ("a.org", "A.org:443", "https://a.org"):
+        assert asked(kind=kind, allowed=[allowed], host="a.org:80", origin="https://a.org") == ["app"]
+    assert asked(kind="lifespan") == ["app"]
+
+
+@needs_gradio
+def test_no_files_are_taken():
+    for path in ("/gradio_api/upload", "/upload/", "/gradio_api/upload_progress", "/gradio_api/process_recording"):
+        assert asked(path, host="localhost")[0] == 403
+    assert asked("/gradio_api/queue/join", host="localhost") == ["app"]
+
+
+@needs_gradio
+def test_allowed_hosts_are_names():
+    result = CliRunner().invoke(cli.main, ["app", "--allow-host", "a b"])
+    assert result.exit_code == 1 and result.output.startswith("Error: allowed hosts must be names"), result.output
+
+
 def test_code_in_a_folder_is_not_run(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "pipeline.py").write_text("raise SystemExit('it ran')")
@@ -193,11 +280,12 @@ def test_command_says_what_to_install(monkeypatch):
 def test_command_passes_its_options(monkeypatch):
     served = []
     monkeypatch.setattr(interface, "import_gradio", lambda: None)
-    monkeypatch.setattr(interface, "serve", lambda models, port: served.append((models, port)))
-    for options in ((), ("--port", "8000", "--trust-remote-code", "--device", "meta")):
+    monkeypatch.setattr(interface, "serve", lambda *given, allowed_hosts: served.append((*given, allowed_hosts)))
+    names = ("--allow-host", "a.org", "--allow-host", "b.org")
+    for options in ((), ("--port", "8000", "--trust-remote-code", "--device", "cpu", *names)):
         result = CliRunner().invoke(cli.main, ["app", *options])
         assert result.exit_code == 0, result.output
-    (first, port), (second, other) = served
-    assert (first.trust_remote_code, port) == (False, 7860)
-    assert (second.trust_remote_code, second.device, other) == (True, "meta", 8000)
+    (first, port, none), (second, other, hosts) = served
+    assert (first.trust_remote_code, port, none) == (False, 7860, ())
+    assert (second.trust_remote_code, second.device, other, hosts) == (True, "cpu", 8000, ("a.org", "b.org"))
     assert computations.LARGEST == 64 and interface.ADDRESS == "127.0.0.1"

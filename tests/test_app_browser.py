@@ -1,6 +1,7 @@
 """The app in a real browser, on loopback: each tab's button draws two pictures."""
 
 import contextlib
+import http.client
 import re
 import socket
 from importlib.util import find_spec
@@ -161,6 +162,37 @@ def test_wrong_input_is_shown_as_a_message(page):
     panel.get_by_role("button", name="Draw both").click()
     page.get_by_text("class must be a whole number").first.wait_for()
     enter(panel, "class", "")
+
+
+def test_errors_are_shown_as_text_and_not_printed(page, capfd):
+    page.get_by_role("tab", name="Boost-and-Skip").click()
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    name = "model: shipped, a folder or a Hub id"
+    enter(panel, name, "<class 'Pipeline'>")
+    panel.get_by_role("button", name="Draw both").click()
+    page.get_by_text("<class 'Pipeline'>").first.wait_for()
+    page.get_by_text("is no folder, no Hub id").first.wait_for()
+    enter(panel, name, "countdown-sedd")
+    panel.get_by_role("button", name="Draw both").click()
+    page.get_by_text("is not one that boost_and_skip can shorten").first.wait_for()
+    enter(panel, name, "mnist-unet")
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def answer(address: str, method: str, path: str, host: str | None = None, **headers) -> int:
+    port = int(address.rsplit(":", 1)[1])
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as client:
+        client.request(method, path, b"{}", {"Host": host or f"127.0.0.1:{port}", **headers})
+        return client.getresponse().status
+
+
+def test_other_hosts_and_files_are_refused(address):
+    for path in ("/", "/config", "/gradio_api/queue/join", "/gradio_api/queue/data?session_hash=a", "/theme.css"):
+        for method in ("GET", "POST", "OPTIONS"):
+            asks = {"Origin": "http://evil.org", "Access-Control-Request-Method": "POST"}
+            assert answer(address, method, path, "evil.org", **asks) == 403
+    assert answer(address, "GET", "/config") == answer(address, "GET", "/config", "localhost") == 200
+    assert answer(address, "POST", "/gradio_api/upload") == answer(address, "POST", "/gradio_api/upload/") == 403
 
 
 # pixels between each picture and what is above it, its title or a button

@@ -66,9 +66,10 @@ def compare_boost_and_skip(
     """
     with models.lock:
         pipe = models.load(model)
+        boosted = boost_and_skip(pipe.scheduler, gamma, skip_steps)  # refuses models that begin with no Gaussian noise
         if _takes(pipe, "prompt"):
             stock = draw(pipe, drawn, num_inference_steps=num_inference_steps)
-            with _scheduler(pipe, boost_and_skip(pipe.scheduler, gamma, skip_steps)):
+            with _scheduler(pipe, boosted):
                 ours = draw(pipe, drawn, num_inference_steps=num_inference_steps)
         else:
             if not isinstance(pipe, BoostAndSkipPipeline):

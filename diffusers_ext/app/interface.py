@@ -1,9 +1,13 @@
 """The interface of the app: a tab a method. Needs gradio, which is imported where the app is built."""
 
+import html
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import asynccontextmanager
 from importlib.util import find_spec
 
+from ..hub.damage import read_json, reason
 from ..shipped import shipped_models
 from .computations import (
     LARGEST,
@@ -20,6 +24,11 @@ from .computations import (
 from .models import Models
 
 ADDRESS = "127.0.0.1"
+# classes of the shipped models that the tabs can run
+BOOSTED = ["BoostAndSkipPipeline"]
+GUIDED = ["BoostAndSkipPipeline", "EDM2Pipeline"]
+DISCRETE = ["DiscreteDiffusionPipeline"]
+FLOWS = ["FlowPostprocessingPipeline"]
 FONTS = ("system-ui", "Segoe UI", "Roboto", "Arial", "sans-serif")
 MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 STYLE = """
@@ -52,7 +61,7 @@ def import_gradio():
 def build_app(models: Models):
     """The interface as gradio Blocks; `serve` shows it. Raises ImportError without gradio."""
     gr = import_gradio()
-    with gr.Blocks(title="diffusers_ext", analytics_enabled=False) as app:
+    with _blocks(gr)(title="diffusers_ext", analytics_enabled=False) as app:
         gr.Markdown("# diffusers_ext\nEach method beside the stock sampler, with the same seeds.")
         with gr.Tab("Boost-and-Skip"):
             _boost_tab(gr, models)
@@ -65,16 +74,49 @@ def build_app(models: Models):
     return app
 
 
-def serve(models: Models, port: int, block: bool = True):
-    """Serve the app on this machine alone, without a link to share; returns it. block: until Ctrl+C."""
-    app = build_app(models)
+def _blocks(gr) -> type:
+    class Blocks(gr.Blocks):
+        """Whatever goes wrong is shown in the page as the text that it is, and not printed."""
+
+        async def process_api(self, *args, **kwargs):
+            try:
+                return await super().process_api(*args, **kwargs)
+            except Exception as error:
+                message = error.message if isinstance(error, gr.Error) else reason(error)
+                raise gr.Error(html.escape(message, quote=False), print_exception=False) from error
+
+    return Blocks
+
+
+def serve(models: Models, port: int, block: bool = True, allowed_hosts: Iterable[str] = ()):
+    """Serve the app on this machine alone, without a link to share; returns it. block: until Ctrl+C.
+
+    allowed_hosts: names by which requests may ask for it beside this machine's, for a proxy. Raises ValueError for
+    what is no name.
+    """
     gr = import_gradio()
+    from .guard import Guard
+
+    Guard(None, allowed_hosts)  # raises before anything is served
+    app = build_app(models)
     app.queue(default_concurrency_limit=1)
+
+    @asynccontextmanager
+    async def guarded(server):
+        # around gradio's own middleware, which answers some requests itself
+        server.middleware_stack = Guard(server.middleware_stack, allowed_hosts)
+        yield
+
     app.launch(
         server_name=ADDRESS, server_port=port, share=False, ssr_mode=False, run_history=False, show_error=True,
-        footer_links=[], prevent_thread_lock=not block,
+        footer_links=[], prevent_thread_lock=True, app_kwargs={"lifespan": guarded},
         theme=_theme(gr), css=STYLE,
     )  # fmt: skip
+    if block:
+        try:
+            threading.Event().wait()
+        finally:
+            app.close()
     return app
 
 
@@ -88,7 +130,7 @@ def _theme(gr):
 def _boost_tab(gr, models: Models) -> None:
     with gr.Row():
         with gr.Column(scale=1):
-            model = _model(gr, "mnist-unet")
+            model = _model(gr, "mnist-unet", BOOSTED)
             gamma = gr.Slider(1, 8, 4, step=0.25, label="gamma: factor on the initial noise")
             skip = gr.Slider(0, 20, 3, step=1, label="skip: first steps left out")
             steps = gr.Slider(2, 250, 50, step=1, label="steps")
@@ -97,7 +139,7 @@ def _boost_tab(gr, models: Models) -> None:
         shown = _pictures(gr)
 
     def compute(model, gamma, skip, steps, *drawn) -> tuple:
-        return _shown(gr, drawn, compare_boost_and_skip, models, model, gamma, int(skip), int(steps))[:3]
+        return _shown(drawn, compare_boost_and_skip, models, model, gamma, int(skip), int(steps))[:3]
 
     button.click(compute, [model, gamma, skip, steps, *drawn], shown)
 
@@ -105,7 +147,7 @@ def _boost_tab(gr, models: Models) -> None:
 def _interval_tab(gr, models: Models) -> None:
     with gr.Row():
         with gr.Column(scale=1):
-            model = _model(gr, "mnist-unet")
+            model = _model(gr, "mnist-unet", GUIDED)
             weight = gr.Slider(1, 20, 3, step=0.1, label="guidance weight")
             low = gr.Slider(0, 10, 0.75, step=0.01, label="interval: sigma above")
             high = gr.Slider(0.01, 100, 1.7, step=0.01, label="interval: sigma at most")
@@ -117,7 +159,7 @@ def _interval_tab(gr, models: Models) -> None:
             shown = _pictures(gr)
 
     def compute(model, weight, low, high, steps, *drawn) -> tuple:
-        return _shown(gr, drawn, compare_guidance_interval, models, model, weight, low, high, int(steps))
+        return _shown(drawn, compare_guidance_interval, models, model, weight, low, high, int(steps))
 
     def plan(model, steps, low, high) -> str:
         return planned_steps(models, model, int(steps), low, high)
@@ -130,7 +172,7 @@ def _interval_tab(gr, models: Models) -> None:
 def _discrete_tab(gr, models: Models) -> None:
     with gr.Row():
         with gr.Column(scale=1):
-            model = _model(gr, "countdown-sedd")
+            model = _model(gr, "countdown-sedd", DISCRETE)
             steps = gr.Slider(1, 256, 8, step=1, label="steps")
             table = gr.Radio(list(TABLES), value=TABLES[2], label="table for the second picture")
             picture = gr.Radio(list(PICTURES), value="CountDown", label="show as")
@@ -142,7 +184,7 @@ def _discrete_tab(gr, models: Models) -> None:
 
     def compute(model, steps, table, picture, count, seed) -> tuple:
         drawn = (count, seed, "", "")
-        return _shown(gr, drawn, compare_discrete, models, model, int(steps), table, picture)
+        return _shown(drawn, compare_discrete, models, model, int(steps), table, picture)
 
     def suited(model) -> str:
         return {"countdown-sedd": "CountDown", "jsb-sedd": "chorales"}.get(model, "tokens")
@@ -154,10 +196,8 @@ def _discrete_tab(gr, models: Models) -> None:
 def _flow_tab(gr, models: Models) -> None:
     with gr.Row():
         with gr.Column(scale=1):
-            model = _model(gr, "mnist-unet")
-            flow = _model(
-                gr, "mnist-flow" if "mnist-flow" in shipped_models() else None, "flow, trained on its images"
-            )
+            model = _model(gr, "mnist-unet", GUIDED)
+            flow = _model(gr, "mnist-flow", FLOWS, "flow, trained on its images")
             weight = gr.Slider(1, 20, 6, step=0.1, label="guidance weight")
             steps = gr.Slider(2, 250, 16, step=1, label="steps")
             strength = gr.Slider(0, 1, 1, step=0.05, label="strength of the repair")
@@ -168,14 +208,21 @@ def _flow_tab(gr, models: Models) -> None:
 
     def compute(model, flow, weight, steps, strength, repair, *drawn) -> tuple:
         numbers = (weight, int(steps), strength, int(repair))
-        return _shown(gr, drawn, compare_flow, models, model, flow or "", *numbers)[:3]
+        return _shown(drawn, compare_flow, models, model, flow or "", *numbers)[:3]
 
     button.click(compute, [model, flow, weight, steps, strength, repair, *drawn], shown)
 
 
-def _model(gr, value: str | None, label: str = "model: shipped, a folder or a Hub id"):
-    names = [name for name in shipped_models() if name != "mnist-classifier"]
-    return gr.Dropdown(names, value=value, label=label, allow_custom_value=True)
+def _model(gr, value: str, pipelines: list[str], label: str = "model: shipped, a folder or a Hub id"):
+    return gr.Dropdown(shipped(pipelines), value=value, label=label, allow_custom_value=True)
+
+
+def shipped(pipelines: list[str]) -> list[str]:
+    """The shipped models that are pipelines of these classes, which is what a tab can run."""
+    indices = {name: folder / "model_index.json" for name, folder in shipped_models().items()}
+    return [
+        name for name, index in indices.items() if index.is_file() and read_json(index)["_class_name"] in pipelines
+    ]
 
 
 def _drawn(gr) -> list:
@@ -212,13 +259,10 @@ def _of(values: tuple) -> Drawn:
     return Drawn(int(count), int(seed or 0), int(label) if label else None, prompt.strip())
 
 
-def _shown(gr, drawn: tuple, compare: Callable[..., Pair], *arguments) -> tuple:
-    """Both pictures, what to say of them, and the chart; what is wrong with the input is shown as a message.
+def _shown(drawn: tuple, compare: Callable[..., Pair], *arguments) -> tuple:
+    """Both pictures, what to say of them, and the chart.
 
     drawn: values of the controls of `_drawn`; `compare` takes what they mean as its last argument.
     """
-    try:
-        pair = compare(*arguments, _of(drawn))
-    except (ValueError, OSError, ImportError) as error:
-        raise gr.Error(str(error)) from error
-    return pair.stock, pair.ours, pair.note, pair.chart
+    pair = compare(*arguments, _of(drawn))
+    return pair.stock, pair.ours, html.escape(pair.note, quote=False), pair.chart  # it may hold a model's text

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
+from ..hub.downloads import check_source
 from ..models import EDM2UNet2DModel
 from ..pipelines import ADMUpsamplerPipeline, BoostAndSkipPipeline, EDM2Pipeline
 from ..runs.files import new_folder, staged_folder
@@ -80,6 +81,8 @@ def convert_edm2(
     a folder that is not empty, and an error above 1e-3; nothing is written then.
     """
     folder = new_folder(folder)
+    if vae is not None:
+        check_source(vae)  # before the networks are read
     checkpoints = [read_edm2(file) for file in (path, uncond) if file is not None]
     unet, *guide = (EDM2UNet2DModel.from_edm2_state_dict(file.state_dict, **file.config) for file in checkpoints)
     decoder = None if vae is None else _decoder(vae, unet.config.img_channels)

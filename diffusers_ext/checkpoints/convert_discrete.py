@@ -7,6 +7,7 @@ from diffusers import ModelMixin
 from transformers import AutoTokenizer
 
 from ..casting import dtype_option
+from ..hub.downloads import check_source
 from ..pipelines import DiscreteDiffusionPipeline
 from ..runs.files import new_folder, staged_folder
 from ..schedulers import CTMCScheduler
@@ -32,6 +33,9 @@ def convert_sedd(
     network has, and a folder that does not load again with the same outputs; nothing is written then.
     """
     folder = new_folder(folder)
+    check_source(source, revision)
+    if tokenizer is not None:
+        check_source(tokenizer)
     model, scheduler = load_sedd(source, revision), sedd_scheduler(source, revision)
     loaded = None if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
     real = scheduler.config.vocab_size - (scheduler.mask_token_id is not None)

@@ -1,13 +1,17 @@
 """The `diffusers-ext` command, one file each. Each imports what it needs when it runs."""
 
+import errno
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from zipfile import BadZipFile
 
 import click
+from huggingface_hub.errors import HTTPError  # of the client that it uses, also for a Hub that is not reached
+from torch import OutOfMemoryError
 
 from .. import __version__
+from ..machine.interruptions import ABORTED, interruptions
 from .app import app
 from .convert import convert
 from .demo import demo
@@ -20,44 +24,53 @@ from .train_postprocessing import train_postprocessing
 from .tune_interval import tune_interval
 from .upsample import upsample
 
+EXPECTED = (
+    ValueError, ImportError, OSError, FloatingPointError, EOFError, BadZipFile, HTTPError, MemoryError,
+    OutOfMemoryError,
+)  # fmt: skip
+
 
 @contextmanager
-def _interruptions() -> Iterator[list[int]]:
-    """The signals that came: SIGINT raises KeyboardInterrupt, SIGTERM SystemExit, and what was begun is tidied up."""
-    came: list[int] = []
-
-    def stop(number: int, _) -> None:
-        came.append(number)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class FriendlyGroup(click.Group):
-    """Shows bad input, missing files and missing optional packages as one line; the rest keeps its traceback.
+def _one_line() -> Iterator[None]:
+    """Make one line of what is wrong with the input or the machine; other errors are ours, and keep their traceback.
 
     Ctrl-C ends with "Aborted!" and status 130, also where a library made another error of it.
     """
+    with interruptions() as came:
+        try:
+            yield
+        except getattr(click.exceptions, "NoArgsIsHelpError", ()):  # of click 8.2; before, help was no error
+            raise
+        except BaseException as error:
+            if signal.SIGINT in came or isinstance(error, KeyboardInterrupt):
+                came.append(signal.SIGINT)
+            elif isinstance(error, click.ClickException):
+                raise _told(error.format_message(), error.exit_code) from error
+            elif isinstance(error, EXPECTED) and getattr(error, "errno", None) != errno.EPIPE:  # left to click
+                raise _told(str(error) or type(error).__name__) from error
+            else:
+                raise
+        if signal.SIGINT in came:
+            click.echo("Aborted!", err=True)
+            raise click.exceptions.Exit(ABORTED)
+
+
+def _told(message: str, exit_code: int = 1) -> click.ClickException:
+    error = click.ClickException(" ".join(message.split()))
+    error.exit_code = exit_code
+    return error
+
+
+class FriendlyGroup(click.Group):
+    """Says in one line what is expected to go wrong; see `_one_line`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with _one_line():
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context):
-        with _interruptions() as came:
-            try:
-                return super().invoke(ctx)
-            except BaseException as error:
-                if signal.SIGINT in came or isinstance(error, KeyboardInterrupt):
-                    click.echo("Aborted!", err=True)
-                    ctx.exit(128 + signal.SIGINT)
-                if isinstance(error, ValueError | ImportError | OSError | FloatingPointError):
-                    raise click.ClickException(str(error)) from error
-                raise
+        with _one_line():
+            return super().invoke(ctx)
 
 
 @click.group(cls=FriendlyGroup, context_settings={"help_option_names": ["-h", "--help"]})

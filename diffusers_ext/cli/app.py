@@ -2,12 +2,18 @@
 
 import click
 
+from .options import DEVICE
+
 
 @click.command()
 @click.option("--port", type=click.IntRange(1, 65535), default=7860, show_default=True, help="Of 127.0.0.1.")
-@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@click.option(
+    "--allow-host", "allowed_hosts", multiple=True, metavar="NAME",
+    help="Also answer requests for this name, of a proxy; repeat it for more.",
+)  # fmt: skip
+@DEVICE
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py files of a model's repository while loading it.")
-def app(port, device, trust_remote_code):
+def app(port, allowed_hosts, device, trust_remote_code):
     """Try the methods in a browser, beside the stock sampler, on shipped models and yours.
 
     The app is reached from this machine alone.
@@ -17,4 +23,4 @@ def app(port, device, trust_remote_code):
     from ..machine.versions import best_device
 
     import_gradio()  # before anything is loaded
-    serve(Models(device or best_device(), trust_remote_code), port)
+    serve(Models(device or best_device(), trust_remote_code), port, allowed_hosts=allowed_hosts)

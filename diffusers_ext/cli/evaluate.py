@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from .options import DEVICE
+
 
 @click.command()
 @click.argument("generated", type=click.Path(path_type=Path))
@@ -30,7 +32,7 @@ import click
     help="dinov2: folder or Hub id, by default facebook/dinov2-large; inception: file of weights.",
 )  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@DEVICE
 @click.option(
     "--cache", type=click.Path(path_type=Path, file_okay=False), default=None,
     help="Folder for computed features; by default below DIFFUSERS_EXT_CACHE or the user's cache folder.",
@@ -61,7 +63,7 @@ def evaluate(
     if json_file is not None:
         check_file(json_file, {"metrics", "features", "generated"})  # before the networks run
     console = Console()
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         tasks = {}
 
         def on_progress(name: str, done: int, total: int) -> None:

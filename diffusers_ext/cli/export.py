@@ -22,15 +22,15 @@ def export(model, output, pipeline, license, repo_id, private, trust_remote_code
     MODEL is the name of a shipped model, a folder or a Hub id; or that of a pipeline of this package, whose code is
     exported without weights. OUTPUT is a new folder.
     """
-    from huggingface_hub.utils import validate_repo_id
-
-    from ..hub import push_folder
+    from ..hub.push import check_push, push_folder
     from ..runs.files import write_once
+    from ..shipped import check_name
 
     if private and repo_id is None:
         raise click.UsageError("--private is for --push-to-hub")
+    check_name(model, _pipelines())
     if repo_id is not None:
-        validate_repo_id(repo_id)
+        check_push(repo_id)
     written = write_once(output, lambda folder: _export(model, folder, pipeline, license, repo_id, trust_remote_code))
     click.echo(f"{output} was finished before, nothing to do" if written[1] else f"wrote {written[0]}")
     if repo_id is not None:

@@ -2,12 +2,14 @@
 
 import click
 
+from .options import DEVICE
+
 
 @click.command()
 @click.option(
     "--check", is_flag=True, help="Try each way of placing and speeding up a pipeline here, on tiny random models."
 )
-@click.option("--device", default=None, help="torch device of --check; by default the fastest one here.")
+@DEVICE
 def info(check, device):
     """Versions, devices, usable attention backends and shipped models of this machine."""
     from ..machine.versions import best_device, print_checks, print_info

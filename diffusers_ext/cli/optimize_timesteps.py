@@ -5,10 +5,11 @@ from pathlib import Path
 import click
 
 from ..runs.lists import INTEGERS, ListsCommand
+from .options import DEVICE, MODEL, SEED, Finite
 
 
 @click.command("optimize-timesteps", cls=ListsCommand)
-@click.argument("model")
+@MODEL
 @click.option(
     "--data", required=True, metavar="FILE|countdown",
     help="Sequences like those to generate: .npz with tokens, .npy, .txt for models with a tokenizer, or countdown.",
@@ -24,7 +25,9 @@ from ..runs.lists import INTEGERS, ListsCommand
     " objective, for powers of two.",
 )  # fmt: skip
 @click.option("--objective", type=click.Choice(["klub", "kl", "alpha"]), default=None, help="Of exact; by default kl.")
-@click.option("--alpha", type=float, default=None, help="Of the objective alpha, in (0, 1).")
+@click.option(
+    "--alpha", type=Finite(0, 1, min_open=True, max_open=True), default=None, help="Of the objective alpha, in (0, 1)."
+)
 @click.option(
     "--held", type=click.Choice(["prediction", "rates"]), default=None,
     help="What a step holds; by default the prediction of clean tokens, for klub the rates.",
@@ -49,8 +52,8 @@ from ..runs.lists import INTEGERS, ListsCommand
 @click.option(
     "--given-prefix", type=click.IntRange(min=0), default=0, show_default=True, help="Tokens that are given."
 )
-@click.option("--seed", default=0, show_default=True)
-@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
+@DEVICE
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
 def optimize_timesteps(
     model, data, output, num_inference_steps, method, objective, alpha, held, last_edge, sampler, num_samples,
@@ -107,8 +110,9 @@ def optimize_timesteps(
             print_tables(tables, Console())
             click.echo(f"{output} was finished before, nothing to do")
         return end_processes(accelerator)
+    console = Console()
     unfinished = output.with_name(f"{output.name}.unfinished")
-    with Progress(disable=not main) as progress:
+    with Progress(console=console, disable=not (main and console.is_terminal)) as progress:
         bar = progress.add_task("network" if method != "golden" else "intervals", total=None)
         tables = optimize(
             pipe.model, pipe.scheduler, sequences, **options, num_positions=num_positions, given=given,
@@ -118,6 +122,6 @@ def optimize_timesteps(
     if main:
         write_model(pipe, resolve_model(model), tables, output, settings)
         unfinished.unlink(missing_ok=True)
-        print_tables(tables, Console())
+        print_tables(tables, console)
         click.echo(f"wrote {output}")
     end_processes(accelerator)

@@ -5,14 +5,17 @@ from pathlib import Path
 import click
 
 from ..runs.lists import INTEGERS, NUMBERS, ListsCommand
-from .options import Schedule, Steps
+from .options import DEVICE, MODEL, SEED, Finite, Schedule, Steps
 
 
 def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
     """The lines of a file that hold anything, for an option's callback."""
     if path is None:
         return None
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{path} is no text in UTF-8: {error}") from error
     lines = [line for line in lines if line]
     if not lines:
         raise click.BadParameter(f"{path} holds no prompt")
@@ -20,7 +23,7 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
 
 
 @click.command(cls=ListsCommand)
-@click.argument("model")
+@MODEL
 @click.option(
     "--output", type=click.Path(path_type=Path, file_okay=False), required=True,
     help="Folder for the samples and manifest.json; new, or one to go on in.",
@@ -33,8 +36,10 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
     "--pipeline", type=click.Choice(["boost-and-skip"]), default=None,
     help="Sample the model with this pipeline; by default with its own.",
 )  # fmt: skip
-@click.option("--gamma", type=float, default=None, help="Boost-and-Skip: factor on the initial noise.")
-@click.option("--skip-steps", type=int, default=None, help="Boost-and-Skip: first steps to drop.")
+@click.option(
+    "--gamma", type=Finite(min=0, min_open=True), default=None, help="Boost-and-Skip: factor on the initial noise."
+)
+@click.option("--skip-steps", type=click.IntRange(min=0), default=None, help="Boost-and-Skip: first steps to drop.")
 @click.option("--num-samples", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option(
     "--num-inference-steps", type=Steps(), default=50, show_default=True,
@@ -50,7 +55,7 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
     "--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None, callback=prompts_of_file,
     help="File of prompts to go through in turn, one a line.",
 )  # fmt: skip
-@click.option("--guidance-scale", type=float, default=None, help="1 is off.")
+@click.option("--guidance-scale", type=Finite(), default=None, help="1 is off.")
 @click.option(
     "--guidance-interval", type=NUMBERS, default=None, metavar="LO,HI",
     help="Guide in steps that start at noise levels sigma (of EDM) in (LO, HI]; by default in all.",
@@ -68,8 +73,8 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
     "--decode-batch-size", type=click.IntRange(min=1), default=None,
     help="EDM2: images that its VAE decodes at once; by default the batch size.",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Sample i is drawn with seed + i.")
-@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Sample i is drawn with seed + i.")
+@DEVICE
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
 @click.option(
     "--cpu-threads", type=click.IntRange(min=1), default=1, show_default=True,

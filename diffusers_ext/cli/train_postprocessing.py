@@ -5,12 +5,14 @@ from pathlib import Path
 import click
 
 from ..runs.lists import INTEGERS, NUMBERS, ListsCommand
-from .options import Steps
+from .options import DEVICE, SEED, Finite, Model, Steps
 from .sample import prompts_of_file
 
 
 @click.command("train-postprocessing", cls=ListsCommand)
-@click.option("--base", required=True, help="The pipeline to repair: a shipped model, a folder or a Hub id.")
+@click.option(
+    "--base", type=Model(), required=True, help="The pipeline to repair: a shipped model, a folder or a Hub id."
+)
 @click.option(
     "--real", type=click.Path(path_type=Path, exists=True), required=True,
     help="Real images of the base's size: a folder, a zip or an .npz with arr_0 and, for --within-class, arr_1.",
@@ -65,8 +67,14 @@ from .sample import prompts_of_file
 @click.option("--steps", type=click.IntRange(min=1), default=10_000, show_default=True, help="Of training, in all.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Of each process.")
 @click.option("--sample-batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Of the base.")
-@click.option("--learning-rate", type=float, default=2e-4, show_default=True)
-@click.option("--ema-decay", type=float, default=0.999, show_default=True, help="Of the average of the weights.")
+@click.option("--learning-rate", type=Finite(min=0, min_open=True), default=2e-4, show_default=True)
+@click.option(
+    "--ema-decay",
+    type=Finite(0, 1, max_open=True),
+    default=0.999,
+    show_default=True,
+    help="Of the average of the weights.",
+)
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
     help="Of the base.",
@@ -75,8 +83,8 @@ from .sample import prompts_of_file
 @click.option(
     "--checkpoint-every", type=click.IntRange(min=1), default=1000, show_default=True, help="Training steps."
 )
-@click.option("--seed", default=0, show_default=True)
-@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
+@DEVICE
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py files of the base's repository while loading it.")
 def train_postprocessing(
     base, real, output, pipeline, guidance_scales, keep_scales, num_samples, prompts, num_inference_steps, features,

@@ -5,10 +5,11 @@ from pathlib import Path
 import click
 
 from ..runs.lists import NUMBERS, ListsCommand
+from .options import DEVICE, MODEL, SEED
 
 
 @click.command("tune-interval", cls=ListsCommand)
-@click.argument("model")
+@MODEL
 @click.option(
     "--output", type=click.Path(path_type=Path, file_okay=False), required=True,
     help="Folder for what is found; one that was begun with the same settings goes on.",
@@ -27,8 +28,10 @@ from ..runs.lists import NUMBERS, ListsCommand
 @click.option("--features", default="classifier", show_default=True, help="As for evaluate.")
 @click.option("--features-model", default=None, help="As for evaluate.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=100, show_default=True)
-@click.option("--seed", default=0, show_default=True, help="Image i of each candidate is drawn with seed + i.")
-@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="Image i of each candidate is drawn with seed + i."
+)
+@DEVICE
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
 def tune_interval(

@@ -5,12 +5,12 @@ from pathlib import Path
 import click
 
 from ..runs.lists import INTEGERS, ListsCommand
-from .options import Steps
+from .options import DEVICE, MODEL, SEED, Steps
 from .sample import sample_model
 
 
 @click.command(cls=ListsCommand)
-@click.argument("model")
+@MODEL
 @click.argument("images", type=click.Path(path_type=Path, exists=True))
 @click.option(
     "--output", type=click.Path(path_type=Path, file_okay=False), required=True,
@@ -26,8 +26,8 @@ from .sample import sample_model
     help='Or a respacing, "10,10,5" or "ddim25".',
 )  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--seed", default=0, show_default=True, help="Image i is drawn with seed + i.")
-@click.option("--device", default=None, help="torch device; by default the fastest one here.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Image i is drawn with seed + i.")
+@DEVICE
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
 @click.option(
     "--cpu-threads", type=click.IntRange(min=1), default=1, show_default=True,

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..machine.versions import best_device
-from ..runs.files import check_folder, write_json
+from ..runs.files import check_folder, naming, write_json
 from . import boost_and_skip, discrete, flow_postprocessing, guidance_interval, jump_your_steps
 from .boost_and_skip import run_boost_and_skip
 from .discrete import run_discrete
@@ -59,7 +59,8 @@ def run_demo(
     report = output / "report.html"
     for name, run in sections.items():
         started = time.perf_counter()
-        result[name] = run(output, device, console)
+        with naming(output):
+            result[name] = run(output, device, console)
         result[name]["seconds_in_all"] = time.perf_counter() - started
         write_json(output / "demo.json", result)
         write_report(output)

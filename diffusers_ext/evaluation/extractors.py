@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..hub.downloads import check_source
 from ..machine.versions import best_device
 from ..metrics.features import as_features
 
@@ -117,6 +118,7 @@ def dinov2_extractor(model: str | Path = DINOV2, device: str | torch.device = "c
     """
     from transformers import AutoConfig, AutoModel
 
+    check_source(model)
     kind = AutoConfig.from_pretrained(model).model_type
     if kind not in ("dinov2", "dinov2_with_registers"):
         raise ValueError(f"dinov2 features need a dinov2 or dinov2_with_registers model, '{model}' is {kind}")

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..evaluation.extractors import IMAGENET_MEAN, IMAGENET_STD, load_extractor
+from ..hub.downloads import check_source
 
 POOLINGS = ("patch", "cls")
 CLASSIFIER_WEIGHT = 3.0  # of its squared distance beside that of pixels; docs/flow_postprocessing.md has the search
@@ -83,6 +84,7 @@ class DINOv2Features:
 
         if pooling not in POOLINGS:
             raise ValueError(f'pooling must be "patch" or "cls", got {pooling!r}')
+        check_source(checkpoint)
         self.model = AutoModel.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
         config = self.model.config
         if config.model_type not in ("dinov2", "dinov2_with_registers"):

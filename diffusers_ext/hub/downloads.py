@@ -6,8 +6,8 @@ from hashlib import new
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 PIECE = 1 << 22
 
@@ -34,22 +34,61 @@ def _cached(repo_id: str, options: dict) -> Path:
     revision = options.get("revision")
     index = try_to_load_from_cache(repo_id, "model_index.json", options.get("cache_dir"), revision)
     if not isinstance(index, str):
-        at = f" at revision {revision!r}" if revision else ""
-        raise ValueError(
-            f"model {repo_id!r}{at} is no folder and not in the cache, and downloads are off; load it once without"
-            " HF_HUB_OFFLINE and local_files_only"
-        )
+        raise _not_cached(repo_id, revision)
     return Path(index).parent
 
 
+def _not_cached(repo_id: str, revision: str | None) -> ValueError:
+    at = f" at revision {revision!r}" if revision else ""
+    return ValueError(
+        f"model {repo_id!r}{at} is no folder and not in the cache, and downloads are off; load it once without"
+        " HF_HUB_OFFLINE and local_files_only"
+    )
+
+
 def _fetched(repo_id: str, cls: type[DiffusionPipeline], options: dict) -> Path:
+    names = {name: options.get(name) for name in ("revision", "token", "cache_dir")}
+    check_source(repo_id, **names, file="model_index.json")
     try:
         return Path(cls.download(repo_id, **options))
-    except OSError as error:
+    except (OSError, HTTPError) as error:
         # diffusers looks into the cache when the Hub says no, and tells of the cache alone.
-        if not isinstance(error.__cause__, HfHubHTTPError):
+        reason = error.__cause__ if isinstance(error, OSError) else error
+        if not isinstance(reason, HTTPError):
             raise
-        raise OSError(f"model {repo_id!r} is no folder, and not to be had from the Hub: {error.__cause__}") from error
+        raise _refused(repo_id, reason) from error
+
+
+def check_source(
+    model: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    file: str = "config.json",
+) -> None:
+    """Refuse a model at once that is no folder, not in the cache, by one of its files, and not to be had from the Hub.
+
+    Libraries would ask again and again, for 23 seconds, where the Hub is not reached. Raises ValueError for what is no
+    Hub id either and for downloads that are off, OSError with the Hub's reason.
+    """
+    model = str(model)
+    if Path(model).is_dir():
+        return
+    if Path(model).is_file() or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", model):
+        raise ValueError(f"model {model!r} is {'a file' if Path(model).is_file() else 'no folder'}, and no Hub id")
+    if isinstance(try_to_load_from_cache(model, file, cache_dir, revision), str):
+        return
+    if constants.is_offline_mode():
+        raise _not_cached(model, revision)
+    try:
+        HfApi(token=token).model_info(model, revision=revision, timeout=10)
+    except (OSError, HTTPError) as error:
+        raise _refused(model, error) from error
+
+
+def _refused(repo_id: str, error: Exception) -> OSError:
+    why = "not to be had from the Hub" if isinstance(error, HfHubHTTPError) else "the Hub is not reached"
+    return OSError(f"model {repo_id!r} is no folder, and {why}: {error}")
 
 
 def check_download(folder: str | Path) -> None:

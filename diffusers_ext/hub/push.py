@@ -4,7 +4,8 @@ import tempfile
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from .export import export_model, export_pipeline
@@ -27,6 +28,18 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as temporary:
         folder = export(exported, Path(temporary) / "export", license, repo_id)
         return push_folder(folder, repo_id, private, token)
+
+
+def check_push(repo_id: str) -> None:
+    """Before the work of an export: raises ValueError for a repo_id that the Hub does not take and where nobody is
+    logged in, OSError where the Hub is not reached."""
+    validate_repo_id(repo_id)
+    try:
+        HfApi().repo_exists(repo_id)
+    except (HTTPError, OSError) as error:
+        raise OSError(f"the Hub is not reached, so nothing can be pushed to {repo_id!r}: {error}") from error
+    if get_token() is None:
+        raise ValueError(f"nobody is logged in to push to {repo_id!r}; run `hf auth login`, or set HF_TOKEN")
 
 
 def push_folder(folder: str | Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:

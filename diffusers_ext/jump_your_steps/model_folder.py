@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ..checkpoints.tensor_files import read_json
+from ..hub.damage import read_json, refusing
 from ..hub.export import drop_paths
 from ..metrics import countdown_sequences
 from ..runs.files import changed_files, hash_files, new_folder, staged_folder
@@ -46,36 +46,41 @@ def read_sequences(data: str, pipe: DiffusionPipeline, count: int, seed: int = 0
         tokens = pipe.scheduler.config.vocab_size - (pipe.scheduler.mask_token_id is not None)
         length = _length(config)
         return countdown_sequences(count, length, tokens, torch.Generator().manual_seed(seed))
-    path = check_data(data)
-    if path.suffix == ".txt":
-        return _read_text(path, pipe, count)
-    loaded = np.load(path, allow_pickle=False)
-    if path.suffix == ".npz":
-        if "tokens" not in loaded:
-            raise ValueError(f"{data!r} has no array `tokens`, only {sorted(loaded)}")
-        loaded = loaded["tokens"]
-    if loaded.ndim < 2 or loaded.dtype.kind not in "iu" or len(loaded) == 0:
-        raise ValueError(f"{data!r} must hold integers (count, length), got {loaded.dtype} {loaded.shape}")
-    return torch.from_numpy(loaded[:count].astype(np.int64)).flatten(1)
+    content = check_data(data)
+    if isinstance(content, str):
+        return _tokens(data, content, pipe, count)
+    return torch.from_numpy(content[:count].astype(np.int64)).flatten(1)
 
 
-def check_data(data: str) -> Path:
-    """The path of data. Raises ValueError for a name that `read_sequences` refuses, OSError for a missing file."""
+def check_data(data: str) -> np.ndarray | str | None:
+    """What a file of data holds, an array or text; None for "countdown".
+
+    Raises ValueError for other names and what `read_sequences` refuses without a model, OSError for a missing file.
+    """
+    if data == "countdown":
+        return None
     path = Path(data)
-    if data != "countdown":
-        if path.suffix not in (".npz", ".npy", ".txt"):
-            raise ValueError(f'data must be an .npz, .npy or .txt file or "countdown", got {data!r}')
-        path.open("rb").close()
-    return path
+    if path.suffix not in (".npz", ".npy", ".txt"):
+        raise ValueError(f'data must be an .npz, .npy or .txt file or "countdown", got {data!r}')
+    path.open("rb").close()
+    with refusing(f"data {data!r} cannot be read; is it whole?"):
+        content = path.read_text(encoding="utf-8") if path.suffix == ".txt" else np.load(path, allow_pickle=False)
+        if path.suffix == ".npz":
+            if "tokens" not in content:
+                raise ValueError(f"it has no array `tokens`, only {sorted(content)}")
+            content = content["tokens"]
+    if path.suffix != ".txt" and (content.ndim < 2 or content.dtype.kind not in "iu" or len(content) == 0):
+        raise ValueError(f"{data!r} must hold integers (count, length), got {content.dtype} {content.shape}")
+    return content
 
 
-def _read_text(path: Path, pipe: DiffusionPipeline, count: int) -> torch.Tensor:
+def _tokens(data: str, text: str, pipe: DiffusionPipeline, count: int) -> torch.Tensor:
     if getattr(pipe, "tokenizer", None) is None:
-        raise ValueError(f"{str(path)!r} is text and the pipeline has no tokenizer; give an .npz with tokens")
-    tokens, length = pipe.tokenizer(path.read_text(encoding="utf-8")).input_ids, _length(pipe.model.config)
+        raise ValueError(f"{data!r} is text and the pipeline has no tokenizer; give an .npz with tokens")
+    tokens, length = pipe.tokenizer(text).input_ids, _length(pipe.model.config)
     whole = len(tokens) // length
     if whole == 0:
-        raise ValueError(f"{str(path)!r} has {len(tokens)} tokens, a sequence of this model has {length}")
+        raise ValueError(f"{data!r} has {len(tokens)} tokens, a sequence of this model has {length}")
     return torch.tensor(tokens[: whole * length], dtype=torch.int64).view(whole, length)[:count]
 
 

@@ -45,6 +45,17 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def check_device(name: str) -> str:
+    """The name of a device that torch has here. Raises ValueError for any other, with those that it has."""
+    here = ["cpu"]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        here += [kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count()))]
+    if name not in here:
+        raise ValueError(f"device must be {' or '.join(here)} on this machine, got {name!r}")
+    return name
+
+
 def devices() -> list[str]:
     """Every device that torch sees here, one line each."""
     lines = [f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"]

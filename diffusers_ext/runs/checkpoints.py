@@ -12,7 +12,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from .files import TEMPORARY, changed_files, hash_files, put_in_place, write_json
+from .files import TEMPORARY, changed_files, hash_files, naming, put_in_place, write_json
 from .kept import check_same
 from .processes import Processes
 
@@ -53,7 +53,8 @@ class Checkpoints:
     def save(self, step: int, history: list | None = None) -> None:
         """Write a checkpoint, then remove the older ones. history: JSON-able, of the training so far."""
         fresh = self.folder / f"{TEMPORARY}checkpoint-{step}"
-        self.accelerator.save_state(str(fresh))
+        with naming(fresh):
+            self.accelerator.save_state(str(fresh))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_json(fresh / HISTORY, history or [])

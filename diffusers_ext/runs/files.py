@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
+from errno import ENOSPC
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, TypeVar
@@ -19,11 +20,25 @@ MODEL_FILES = ("model_index.json", "config.json", "pipeline.py")  # one of which
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let what the system refuses in the block, such as a full disk, name a path, also as libraries tell it."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors tells the number in words; torch none, its writer finds that less was written
+        told = re.search(r"\(os error (\d+)\)|inline_container\S+ \. unexpected pos", str(error))
+        number = error.errno if isinstance(error, OSError) else told and int(told[1] or ENOSPC)
+        if number is None or getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that becomes `path` when the block ends well and vanishes when it does not."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -156,7 +171,8 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
         with lock(scratch):
             _empty(scratch)
             try:
-                yield scratch
+                with naming(folder):
+                    yield scratch
             finally:
                 _empty(scratch)
     finally:
