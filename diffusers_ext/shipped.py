@@ -17,7 +17,7 @@ from .hub.damage import read_json, refusing
 from .hub.downloads import download_pipeline
 from .hub.folders import check_model, check_model_folder, check_pipeline, check_pipeline_folder
 from .models import ImageClassifier
-from .pipelines import ADMUpsamplerPipeline
+from .pipelines import ADMUpsamplerPipeline, FlowPostprocessingPipeline
 from .pipelines.boost_and_skip import BOOST_AND_SKIP_CLASSES, BoostAndSkipPipeline
 from .schedulers import boost_and_skip
 
@@ -86,6 +86,8 @@ def load_pipeline(
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"model {model!r} is no pipeline: {folder} has no model_index.json")
     _check_trust(model, folder, trust_remote_code)
+    if read_json(folder / "model_index.json").get("_class_name") == FlowPostprocessingPipeline.__name__:
+        cls = FlowPostprocessingPipeline  # which takes dtype and variant to a pipeline within it
     if trust_remote_code:  # some versions note an argument that they do not know, also where it is False
         kwargs["trust_remote_code"] = True
     check_pipeline_folder(folder, cls)

@@ -264,7 +264,10 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             raise ValueError(
                 "prompt and suffix need a tokenizer; build the pipeline with one, or pass tokens and given"
             )
-        first, last = (self.tokenizer(text).input_ids if text else [] for text in (start, end))
+        # the sequence goes on beside a text, where [CLS] or [SEP] would begin or end it
+        first, last = (
+            self.tokenizer(text, add_special_tokens=False).input_ids if text else [] for text in (start, end)
+        )
         if len(first) + len(last) > len(row):
             raise ValueError(
                 f"prompt and suffix are {len(first) + len(last)} tokens long, the sequence is {len(row)}; shorten them"

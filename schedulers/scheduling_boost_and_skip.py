@@ -6,10 +6,10 @@ arXiv 2502.06516) changes a stock sampler in two places. With the steps of the s
 .. math:: x_{start} = \gamma \epsilon, \quad \epsilon \sim N(0, I), \quad start = skip\_steps.
 
 `gamma` multiplies the standard deviation of the initial noise (the boost); the first `skip_steps` steps are dropped
-(the skip). The noise is not rescaled to the level of the later start. In the variance-exploding form of
-`EulerDiscreteScheduler` the same start reads :math:`x = \gamma \epsilon \sqrt{1 + \sigma_{start}^2}`. The paper uses
-gamma 4 (CelebA-64) and 2.5 (ImageNet-64) with skip_steps 3 of 250. gamma 1 and skip_steps 0 is the stock scheduler,
-bit for bit.
+(the skip); a list of timesteps or sigmas runs as it was given, whole. The noise is not rescaled to the level of the
+later start. In the variance-exploding form of `EulerDiscreteScheduler` the same start reads
+:math:`x = \gamma \epsilon \sqrt{1 + \sigma_{start}^2}`. The paper uses gamma 4 (CelebA-64) and 2.5 (ImageNet-64) with
+skip_steps 3 of 250. gamma 1 and skip_steps 0 is the stock scheduler, bit for bit.
 
 Both numbers are scheduler configuration, so every pipeline that honours `init_noise_sigma` gets them with
 
@@ -74,12 +74,15 @@ def _boosted_init(parent: type[SchedulerMixin]):
 
 
 def _skipping(set_timesteps):
-    """`set_timesteps` of a parent, then the cut. Keeps the signature, which pipelines inspect."""
+    """`set_timesteps` of a parent, then the cut, but of no list. Keeps the signature, which pipelines inspect."""
+    signature = inspect.signature(set_timesteps)
 
     @functools.wraps(set_timesteps)
     def wrapper(self, *args, **kwargs):
-        set_timesteps(self, *args, **kwargs)
-        self._drop_skipped_steps()
+        given = signature.bind(self, *args, **kwargs).arguments
+        set_timesteps(**given)
+        if given.get("timesteps") is None and given.get("sigmas") is None:
+            self._drop_skipped_steps()
 
     return wrapper
 
@@ -101,6 +104,24 @@ class _BoostAndSkip:
         for table in self._tables:
             setattr(self, table, getattr(self, table)[skip_steps:])
 
+    def _init_step_index(self, timestep: int | torch.Tensor) -> None:
+        """Stock takes the second of equal timesteps, right for a start in the middle; a boosted run starts at the
+        first one, where Karras, exponential, beta and Lu noise levels that round to one timestep may lie."""
+        super()._init_step_index(timestep)
+        on = self.config.gamma != 1 or self.config.skip_steps
+        if on and self.begin_index is None and self._step_index == 1 and self.timesteps[0] == self.timesteps[1]:
+            self._step_index = 0
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """As of the stock scheduler. Raises ValueError for no timestep: image-to-image with nothing left to do."""
+        if self.config.skip_steps and isinstance(timesteps, torch.Tensor) and not timesteps.numel():
+            raise ValueError(
+                f"strength leaves no step: skip_steps={self.config.skip_steps} are dropped from the start of the"
+                " schedule, and image-to-image starts behind its end; use a strength > skip_steps /"
+                f" num_inference_steps, {self.config.skip_steps} / {self.num_inference_steps}, or skip_steps=0."
+            )
+        return super().add_noise(original_samples, noise, timesteps)
+
     def _checked_timesteps(self, timesteps: list[int]) -> np.ndarray:
         table, end = np.asarray(timesteps), self.config.num_train_timesteps
         integers = table.ndim == 1 and len(table) > 0 and np.issubdtype(table.dtype, np.integer)
@@ -121,7 +142,7 @@ class BoostAndSkipDDPMScheduler(_BoostAndSkip, DDPMScheduler):
 
     Args:
         gamma: factor on the standard deviation of the initial noise, finite and > 0; 1 is off.
-        skip_steps: steps dropped from the start of the schedule as set, >= 0; 0 is off.
+        skip_steps: steps dropped from the start of a schedule set by its number of steps, >= 0; 0 is off.
 
     Raises:
         ValueError: if `gamma` or `skip_steps` is out of range, or (in `set_timesteps`) no step would be left.
@@ -134,7 +155,8 @@ class BoostAndSkipDDPMScheduler(_BoostAndSkip, DDPMScheduler):
         if timesteps is not None:
             timesteps = self._checked_timesteps(timesteps)
         super().set_timesteps(num_inference_steps, device, timesteps)
-        self._drop_skipped_steps()
+        if timesteps is None:
+            self._drop_skipped_steps()
 
 
 class BoostAndSkipEulerDiscreteScheduler(_BoostAndSkip, EulerDiscreteScheduler):
@@ -188,7 +210,7 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ):
-        """Set the schedule, by its number of steps or as a list, and drop its first `skip_steps` entries.
+        """Set the schedule, by its number of steps, the first `skip_steps` dropped, or as a list, which runs as given.
 
         Args:
             num_inference_steps: number of steps before the cut, spaced by `timestep_spacing`.
@@ -204,12 +226,12 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
             )
         if timesteps is None:
             super().set_timesteps(num_inference_steps, device)
+            self._drop_skipped_steps()
         else:
             table = self._checked_timesteps(timesteps)
             self.num_inference_steps = len(table)
             self.timesteps = torch.from_numpy(table).to(device)
         self.custom_timesteps = timesteps is not None
-        self._drop_skipped_steps()
         self._table = None
         if self.timesteps.device.type != "cpu":  # alphas_cumprod after that of clean data, timestep -1
             alphas = torch.cat([self.final_alpha_cumprod.reshape(1), self.alphas_cumprod.cpu()])

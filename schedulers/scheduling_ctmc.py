@@ -294,7 +294,9 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
             )
         if not 0 <= num_decoded <= x0.shape[1]:
             raise ValueError(f"num_decoded must be in [0, {x0.shape[1]}], the length, got {num_decoded}")
-        if not isinstance(noise, torch.Tensor):
+        if isinstance(noise, torch.Tensor):
+            self._check_noise_of_add_noise(noise, x0)
+        else:
             noise = uniforms(x0.shape, noise, x0.device)
         order = noise.argsort(dim=1, stable=True)[:, : x0.shape[1] - num_decoded]
         masked = x0.scatter(1, order, self.kernel.mask)
@@ -541,6 +543,11 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         allowed = self.kernel.noise_shapes(tuple(x0.shape))
         if shapes not in allowed:
             raise ValueError(f"noise of kernel={self.config.kernel!r} must have the shape {allowed}, got {shapes}")
+        draws, *targets = noise if isinstance(noise, tuple) else (noise,)
+        if not draws.is_floating_point() or not bool(((draws >= 0) & (draws < 1)).all()):
+            raise ValueError("noise must hold uniforms in [0, 1): torch.rand, not torch.randn")
+        if any(bool(((tokens < 0) | (tokens >= self.config.vocab_size)).any()) for tokens in targets):
+            raise ValueError(f"noise must hold target tokens in [0, {self.config.vocab_size})")
 
 
 def _column(times: list[float], device: torch.device) -> torch.Tensor:
