@@ -171,7 +171,7 @@ class BoostAndSkipPipeline(DiffusionPipeline):
 
     @contextmanager
     def _scheduler_for_call(self, gamma: float | None, skip_steps: int | None):
-        """Put the scheduler of this call in place; yields the noise factor left to do and the steps to skip asked for."""
+        """Put the scheduler of this call in place; yields the noise factor left to do and the steps asked to skip."""
         own, scheduler = self.scheduler, self.scheduler
         if is_boost_and_skip(scheduler):
             given = {"gamma": gamma, "skip_steps": skip_steps}
