@@ -11,6 +11,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch.nn import functional as F
 
+from .call_arguments import checked_arguments
 from .pixel_space import (
     FiniteWatch,
     check_call,
@@ -50,6 +51,7 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
         """Number of steps of the current or last call."""
         return self._num_timesteps
 
+    @checked_arguments
     @torch.no_grad()
     def __call__(
         self,

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .call_arguments import checked_arguments
 from .pixel_space import (
     FiniteWatch,
     check_call,
@@ -73,6 +74,7 @@ class BoostAndSkipPipeline(DiffusionPipeline):
         """Number of steps that the current or last call walks, the skipped ones not counted."""
         return self._num_timesteps
 
+    @checked_arguments
     @torch.no_grad()
     def __call__(
         self,

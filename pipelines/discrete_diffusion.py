@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
 
+from .call_arguments import checked_arguments
 from .pixel_space import FiniteWatch, as_output, check_callback, check_count, checked_generator, is_integer
 
 LONGEST = 65_536  # tokens, that a config is believed to mean
@@ -55,6 +56,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         """Number of steps of the current or last call, the final denoising counted, corrector steps not."""
         return self._num_timesteps
 
+    @checked_arguments
     @torch.no_grad()
     def __call__(
         self,

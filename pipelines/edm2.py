@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .call_arguments import checked_arguments
 from .interval import Interval, StepStart, interval_bounds
 from .pixel_space import (
     FiniteWatch,
@@ -90,6 +91,7 @@ class EDM2Pipeline(DiffusionPipeline):
         """Number of steps of the current or last call, of two evaluations each but the last."""
         return self._num_timesteps
 
+    @checked_arguments
     @torch.no_grad()
     def __call__(
         self,
@@ -221,6 +223,7 @@ class EDM2Pipeline(DiffusionPipeline):
         noise = initial_noise(latents, batch_size, channels, size, generator, device, torch.float32)
         return noise.to(device, self.scheduler.state_dtype(device)) * self.scheduler.init_noise_sigma
 
+    @checked_arguments
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
         """Images (batch, channels, height, width) float32 in [0, 1] of samples as `output_type="latent"` gives them.

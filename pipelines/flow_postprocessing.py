@@ -20,6 +20,7 @@ from diffusers import (
 from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .call_arguments import checked_arguments
 from .pixel_space import (
     FiniteWatch,
     as_output,
@@ -120,6 +121,7 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
         """Number of scheduler steps, which is that of network evaluations, of the current or last call."""
         return self._num_timesteps
 
+    @checked_arguments
     @torch.no_grad()
     def __call__(
         self,

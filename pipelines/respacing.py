@@ -4,7 +4,10 @@ import inspect
 from itertools import pairwise
 from numbers import Integral
 
+from .call_arguments import checked_arguments
 
+
+@checked_arguments
 def respaced_timesteps(respacing: str, num_train_timesteps: int = 1000) -> list[int]:
     r"""Strictly decreasing training timesteps for a respacing of guided-diffusion's command line.
 
