@@ -56,7 +56,7 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
     def __call__(
         self,
         image: PipelineImageInput | str | Path,
-        class_labels: int | list[int] | torch.Tensor | None = None,
+        class_labels: int | list[int] | list[list[int]] | torch.Tensor | None = None,
         num_inference_steps: int | str = 250,
         timesteps: list[int] | None = None,
         latents: torch.Tensor | None = None,

@@ -79,7 +79,7 @@ class BoostAndSkipPipeline(DiffusionPipeline):
     def __call__(
         self,
         batch_size: int | None = None,
-        class_labels: int | list[int] | torch.Tensor | None = None,
+        class_labels: int | list[int] | list[list[int]] | torch.Tensor | None = None,
         num_inference_steps: int | str = 250,
         timesteps: list[int] | None = None,
         gamma: float | None = None,

@@ -19,16 +19,19 @@ SEQUENCES = (list, collections.abc.Sequence, collections.abc.Iterable)
 LARGEST = 2**63 - 1
 
 
-def checked_arguments(function):
+def checked_arguments(function=None, *, but: str = ""):
     """The function, that raises ValueError for arguments of another kind than its annotations say.
 
     The error has the argument's name, what is allowed and the value. Numbers of NumPy are numbers, True and False are
     none; an int fits into 64 bits and a float into a float, NaN and infinity included; where lists are allowed, so are
     tuples, ranges, arrays and tensors of such elements. Defaults pass, and so does what has no annotation.
+    but: the argument that the function checks by itself.
     """
+    if function is None:
+        return functools.partial(checked_arguments, but=but)
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    checked = {p.name: p for p in parameters if p.annotation is not p.empty}
+    checked = {p.name: p for p in parameters if p.annotation is not p.empty and p.name != but}
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):

@@ -95,7 +95,7 @@ class EDM2Pipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | list[int] | torch.Tensor | None = None,
+        class_labels: int | list[int] | list[list[float]] | torch.Tensor | None = None,
         batch_size: int | None = None,
         num_inference_steps: int = 32,
         sigmas: list[float] | None = None,
@@ -235,6 +235,9 @@ class EDM2Pipeline(DiffusionPipeline):
         Raises ValueError for latents without a VAE, numbers of channels that do not fit, and a batch size below 1.
         """
         check_count("batch_size", batch_size)
+        if latents.ndim != 4 or latents.shape[1] != self.unet.config.img_channels:
+            channels = self.unet.config.img_channels
+            raise ValueError(f"latents must be (batch, {channels}, height, width), got {tuple(latents.shape)}")
         if self.vae is None:
             self._check_decodable()
             return (latents.to(torch.float32) / 2 + 0.5).clamp(0, 1)

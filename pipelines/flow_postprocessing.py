@@ -127,7 +127,7 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
         self,
         images: PipelineImageInput | None = None,
         prompt: str | list[str] | None = None,
-        class_labels: int | list[int] | torch.Tensor | None = None,
+        class_labels: int | list[int] | list[list[int]] | torch.Tensor | None = None,
         num_inference_steps: int = 10,
         strength: float = 1.0,
         solver: str = "scheduler",

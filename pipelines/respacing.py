@@ -69,6 +69,8 @@ def set_timesteps(scheduler, num_inference_steps: int | str, timesteps: list[int
         if is_boost_and_skip(scheduler):
             timesteps = kept_steps(timesteps, scheduler.config.skip_steps)
     if timesteps is None:
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be an integer >= 1 or a respacing, got {num_inference_steps}")
         scheduler.set_timesteps(num_inference_steps, device=device)
     elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
         timesteps = checked_timesteps(timesteps, scheduler.config.num_train_timesteps)

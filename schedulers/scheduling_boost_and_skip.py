@@ -328,6 +328,8 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
                 raise ValueError(f"{name} must have the shape {tuple(sample.shape)}, got {tuple(tensor.shape)}.")
 
         check_generators(generator, len(sample))
+        if not (math.isfinite(eta) and eta >= 0):
+            raise ValueError(f"eta={eta} must be a finite number >= 0: 0 is DDIM, 1 its ancestral form.")
 
         alpha_prod_t, alpha_prod_s = self._alphas(timestep)
         pred_x0, pred_epsilon = self._predict(model_output, sample, alpha_prod_t)

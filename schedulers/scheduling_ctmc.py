@@ -15,7 +15,7 @@ from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel, buil
 from .ctmc_noise_schedules import NoiseSchedule, build_noise_schedule
 from .ctmc_reverse import ReverseChain
 from .ctmc_samplers import CHUNK, Sampler, build_sampler, check_recorded, chunks, denoise, groups, movable
-from .scheduler_arguments import checked_arguments
+from .scheduler_arguments import checked_arguments, is_of_kind, short
 from .timestep_edges import StepEdges, check_edges, interpolated_edges, times_of
 
 logger = logging.get_logger(__name__)
@@ -141,6 +141,9 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
 
     @staticmethod
     def _at(function: Callable, timestep: float | list[float] | torch.Tensor) -> torch.Tensor:
+        on_device = isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"  # not read
+        if not on_device and not all(0 <= time <= 1 for time in times_of(timestep)):
+            raise ValueError(f"timestep must lie in [0, 1], got {timestep}")
         if isinstance(timestep, torch.Tensor):
             return function(timestep if timestep.is_floating_point() else timestep.float())
         return function(torch.as_tensor(timestep, dtype=torch.float64)).float()
@@ -162,6 +165,8 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         elif isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
             time = self._conditioning(timestep.float(), self._noise.stable or self._noise)
         else:
+            if not all(0 <= one <= 1 for one in times_of(timestep)):
+                raise ValueError(f"timestep must lie in [0, 1], got {timestep}")
             time = self._conditioning(torch.as_tensor(timestep, dtype=torch.float64), self._noise).float()
             if time.ndim == 0:
                 return torch.full((batch_size,), float(time), dtype=torch.float32, device=device)
@@ -174,17 +179,21 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
     @checked_arguments
     def transition_matrix(self, timestep: float, next_timestep: float = 0.0) -> torch.Tensor:
         """P[i, j] = P(x_t = j | x_s = i), (vocab, vocab) float64, from s = next_timestep to the larger t."""
+        if not 0 <= next_timestep <= timestep <= 1:
+            raise ValueError(f"need 0 <= next_timestep <= timestep <= 1, got {next_timestep=} and {timestep=}")
         earlier = self.reverse.sigma_bar(next_timestep) if next_timestep else 0
         return self.kernel.transition(self.reverse.sigma_bar(timestep) - earlier)
 
     @checked_arguments
     def rate_matrix(self, timestep: float) -> torch.Tensor:
         """Forward rates sigma(t) Q, [i, j] from i to j, (vocab, vocab) float64; its rows sum to 0."""
+        if not 0 <= timestep <= 1:
+            raise ValueError(f"timestep must lie in [0, 1], got {timestep}")
         return self.kernel.base_rate() * self.reverse.sigma(timestep)
 
     # Schedule
 
-    @checked_arguments
+    @checked_arguments(but="num_inference_steps")
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -219,8 +228,8 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
             self.kernel.prepare(self.sampler.noise_levels(edges), self.timesteps.device)
 
     def _edges_for(self, steps: int) -> list[float]:
-        if steps < 1:
-            raise ValueError(f"num_inference_steps must be an integer >= 1, got {steps}")
+        if not is_of_kind(steps, int) or steps < 1:
+            raise ValueError(f"num_inference_steps must be an integer >= 1, got {short(steps)}")
         tables = self.config.timestep_tables or {}
         spacing = self.config.timestep_spacing
         if spacing != "uniform":
@@ -373,7 +382,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         generator: Generators = None,
         *,
         next_timestep: float | list[float] | torch.Tensor | None = None,
-        num_decode: int | torch.Tensor | None = None,
+        num_decode: int | list[int] | torch.Tensor | None = None,
         noise: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
         return_dict: bool = True,
     ) -> CTMCSchedulerOutput | tuple:
@@ -483,9 +492,9 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         noise: recorded uniforms (batch, length, vocab), without the mask's column for the absorbing kernel.
         """
         self._check_step_inputs(model_output, sample, generator)
+        times = [(time, 0.0) for time in self._times(timestep, len(sample))]
         if self.kernel.mask is None and self.config.prediction_type != "log_score":
             return model_output.argmax(dim=-1)
-        times = [(time, 0.0) for time in self._times(timestep, len(sample))]
         return denoise(self.reverse, model_output, sample, times, generator, noise)
 
     # Counting tokens

@@ -123,7 +123,6 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         """The entry of `timesteps` at which a run starts, if it was set since the schedule was."""
         return self._begin_index
 
-    @checked_arguments
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start the run at this entry of `timesteps` and leave those before it out; `set_timesteps` takes it back.
 
@@ -132,14 +131,14 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         Raises ValueError for what is not the start of a step of the schedule.
         """
         entries = math.inf if self.timesteps is None else len(self.timesteps)
-        if begin_index % self.order or not 0 <= begin_index < entries:
+        if not is_of_kind(begin_index, int) or begin_index % self.order or not 0 <= begin_index < entries:
             raise ValueError(
-                f"begin_index={begin_index!r} must be an even number in [0, {entries}): an entry of timesteps at which"
-                " a step starts, 2i for step i."
+                f"begin_index={short(begin_index)} must be an even number in [0, {entries}): an entry of timesteps at"
+                " which a step starts, 2i for step i."
             )
         self._begin_index = int(begin_index)
 
-    @checked_arguments
+    @checked_arguments(but="num_inference_steps")
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -172,8 +171,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
 
     def _karras_table(self, n: int) -> np.ndarray:
         """Equation 5, (n,) float64."""
-        if n < 1:
-            raise ValueError(f"num_inference_steps={n!r} must be an integer >= 1.")
+        if not is_of_kind(n, int) or n < 1:
+            raise ValueError(f"num_inference_steps={short(n)} must be an integer >= 1.")
         try:
             first, last = (s ** (1 / self.config.rho) for s in (self.config.sigma_max, self.config.sigma_min))
             table = (first + np.arange(n) / max(n - 1, 1) * (last - first)) ** self.config.rho
