@@ -19,6 +19,7 @@ from .hub.folders import check_model, check_model_folder, check_pipeline, check_
 from .models import ImageClassifier
 from .pipelines import ADMUpsamplerPipeline, FlowPostprocessingPipeline
 from .pipelines.boost_and_skip import BOOST_AND_SKIP_CLASSES, BoostAndSkipPipeline
+from .pipelines.call_arguments import checked_arguments
 from .schedulers import boost_and_skip
 
 ASSETS = Path(__file__).parent / "assets"
@@ -44,19 +45,25 @@ def shipped_models() -> dict[str, Path]:
     return {path.name: path for path in sorted(ASSETS.iterdir()) if (path / "README.md").is_file()}
 
 
+@checked_arguments
 def resolve_model(name: str) -> str:
     """The folder of a shipped model by its name; anything else (a path, a Hub id) as it is."""
     return str(shipped_models().get(name, name))
 
 
+@checked_arguments
 def load_shipped_classifier(name: str = "mnist-classifier") -> tuple[ImageClassifier, Reference]:
     """A shipped classifier in float32 and eval mode, with the reference features of its training set."""
     folder = ASSETS / name
+    if not (folder / "reference.safetensors").is_file():
+        names = [one for one, path in shipped_models().items() if (path / "reference.safetensors").is_file()]
+        raise ValueError(f"name must be one of {names}, got {name!r}")
     reference = load_file(folder / "reference.safetensors")
     reference["features"] = reference["features"].float()
     return ImageClassifier.from_pretrained(folder).eval(), Reference(**reference)
 
 
+@checked_arguments
 def load_pipeline(
     model: str,
     pipeline: str | None = None,
@@ -113,6 +120,7 @@ def _no_bars_of_components() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+@checked_arguments
 def load_network(model: str, trust_remote_code: bool = False) -> ModelMixin:
     """A shipped network by name, or the one in a folder, such as `ImageClassifier.save_pretrained` or an export wrote.
 

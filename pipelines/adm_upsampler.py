@@ -51,7 +51,7 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
         """Number of steps of the current or last call."""
         return self._num_timesteps
 
-    @checked_arguments
+    @checked_arguments(but="image")
     @torch.no_grad()
     def __call__(
         self,

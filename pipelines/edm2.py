@@ -9,14 +9,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from numbers import Real
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .call_arguments import checked_arguments
+from .call_arguments import checked_arguments, is_of_kind, short
 from .interval import Interval, StepStart, interval_bounds
 from .pixel_space import (
     FiniteWatch,
@@ -91,7 +90,7 @@ class EDM2Pipeline(DiffusionPipeline):
         """Number of steps of the current or last call, of two evaluations each but the last."""
         return self._num_timesteps
 
-    @checked_arguments
+    @checked_arguments(but="guidance_scale")
     @torch.no_grad()
     def __call__(
         self,
@@ -272,8 +271,8 @@ class EDM2Pipeline(DiffusionPipeline):
         check_count("batch_size", batch_size)
         if output_type != "latent":
             self._check_decodable()
-        if not (_is_number(guidance_scale) and math.isfinite(guidance_scale)):
-            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}; 1 is off")
+        if not (is_of_kind(guidance_scale, float) and math.isfinite(guidance_scale)):
+            raise ValueError(f"guidance_scale must be a finite number, got {short(guidance_scale)}; 1 is off")
         if guidance_scale != 1:
             self._check_guidance_unet(guidance_scale)
 
@@ -301,7 +300,3 @@ class EDM2Pipeline(DiffusionPipeline):
         if rows.shape[1] != classes:
             raise ValueError(f"class_labels as rows must have {classes} numbers each, got {rows.shape[1]}")
         return rows.to(torch.float32)  # as the network takes them; a Mac's device would refuse float64
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

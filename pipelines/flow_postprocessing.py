@@ -121,7 +121,7 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
         """Number of scheduler steps, which is that of network evaluations, of the current or last call."""
         return self._num_timesteps
 
-    @checked_arguments
+    @checked_arguments(but="images")
     @torch.no_grad()
     def __call__(
         self,

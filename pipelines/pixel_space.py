@@ -223,7 +223,9 @@ def image_tensor(name: str, image, channels: int) -> torch.Tensor:
     if not image.is_floating_point():
         raise ValueError(f"{name} must be uint8 or floating point in [0, 1], got {image.dtype}")
     if not (image.min() >= 0 and image.max() <= 1):
-        raise ValueError(f"{name} must be in [0, 1] or uint8, got values from {image.min()} to {image.max()}")
+        raise ValueError(
+            f"{name} must be uint8 or floating point in [0, 1], got {image.dtype} from {image.min()} to {image.max()}"
+        )
     return image.float()
 
 

@@ -22,14 +22,17 @@ LARGEST = 2**63 - 1
 def checked_arguments(function=None, *, but: str = ""):
     """The function, that raises ValueError for arguments of another kind than its annotations say.
 
-    The error has the argument's name, what is allowed and the value. Numbers of NumPy are numbers, True and False are
-    none; an int fits into 64 bits and a float into a float, NaN and infinity included; where lists are allowed, so are
-    tuples, ranges, arrays and tensors of such elements. Defaults pass, and so does what has no annotation.
+    The error has the argument's name, what is allowed and the value. Numbers of NumPy are numbers, and arrive as
+    Python's; True and False are none; an int fits into 64 bits and a float into a float, NaN and infinity included.
+    Where lists are allowed, so are tuples, ranges, arrays and tensors of such elements. Defaults pass, and so do
+    arguments without an annotation.
     but: the argument that the function checks by itself.
     """
     if function is None:
         return functools.partial(checked_arguments, but=but)
     signature = inspect.signature(function)
+    if any(isinstance(p.annotation, str) for p in signature.parameters.values()):  # of a module that postpones them
+        signature = inspect.signature(function, eval_str=True)
     parameters = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     checked = {p.name: p for p in parameters if p.annotation is not p.empty and p.name != but}
 
@@ -39,9 +42,14 @@ def checked_arguments(function=None, *, but: str = ""):
             parameter = checked.get(name)
             if parameter and value is not parameter.default and not is_of_kind(value, parameter.annotation):
                 raise ValueError(f"{name} must be {named(parameter.annotation)}, got {short(value)}")
-        return function(*args, **kwargs)
+        return function(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
     return wrapper
+
+
+def plain(value):
+    """A number of NumPy as Python's, which torch and JSON take; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def is_of_kind(value, kind) -> bool:

@@ -20,6 +20,7 @@ from ..metrics import (
     precision_recall,
     rarity_score,
 )
+from ..pipelines.call_arguments import checked_arguments
 from ..shipped import load_shipped_classifier
 from .cache import cache_path, load_features, save_features
 from .extractors import FeatureExtractor, load_extractor
@@ -54,6 +55,7 @@ FRECHET = ("frechet", *PUBLISHED)
 NEIGHBOURS = {"knn_distance": 5, "lof": 20, "rarity": 3, "precision_recall": 3}  # k of each metric
 
 
+@checked_arguments
 def evaluate_images(
     generated: str | Path,
     reference: str | Path,
@@ -133,6 +135,7 @@ def print_evaluation(result: dict, console: Console) -> None:
     console.print(table)
 
 
+@checked_arguments
 @torch.no_grad()
 def evaluate_digits(
     images: torch.Tensor, labels: torch.Tensor, metrics: Sequence[str] | None = None

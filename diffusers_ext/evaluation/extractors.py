@@ -15,6 +15,7 @@ from torch import nn
 
 from ..machine.versions import best_device
 from ..metrics.features import as_features
+from ..pipelines.call_arguments import checked_arguments
 
 EXTRACTORS = ("classifier", "dinov2", "inception")
 DINOV2 = "facebook/dinov2-large"
@@ -46,6 +47,7 @@ class FeatureExtractor:
         return features
 
 
+@checked_arguments
 def load_extractor(
     features: str | Callable | FeatureExtractor = "classifier",
     model: str | Path | None = None,

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from ..pipelines.call_arguments import checked_arguments
 from ..runs.provenance import hash_of
 from .features import as_unit, feature_name
 from .neighbours import Neighbours, balanced_weights
@@ -17,6 +18,7 @@ from .training_run import TrainedFlow, TrainingRun
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
+@checked_arguments
 def train_postprocessing_flow(
     samples: torch.Tensor,
     real: torch.Tensor,

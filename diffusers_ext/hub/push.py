@@ -7,9 +7,11 @@ from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.utils import validate_repo_id
 
+from ..pipelines.call_arguments import checked_arguments
 from .export import export_model, export_pipeline
 
 
+@checked_arguments
 def push_to_hub(
     exported: DiffusionPipeline | ModelMixin,
     repo_id: str,
@@ -29,6 +31,7 @@ def push_to_hub(
         return push_folder(folder, repo_id, private, token)
 
 
+@checked_arguments
 def push_folder(folder: str | Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
     """Push an exported folder to a repository on the Hub, made if there is none; returns the address of the commit.
 

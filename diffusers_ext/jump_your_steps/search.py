@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.utils import logging
 
+from ..pipelines.call_arguments import checked_arguments
 from ..runs.kept import Kept
 from ..runs.lock import lock
 from ..runs.processes import Processes
@@ -24,6 +25,7 @@ METHODS = ("exact", "hierarchical", "golden")
 GRID_SIZES = {"exact": 256, "hierarchical": 256, "golden": 1024}
 
 
+@checked_arguments
 def optimize_timesteps(
     model: Callable,
     scheduler: CTMCScheduler,

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from rich.progress import Progress
 
+from ..pipelines.call_arguments import checked_arguments
 from ..runs.files import changed_files, check_folder, hash_files, remove_leftovers, sync_folder
 from ..runs.kept import Kept
 from ..runs.lock import lock
@@ -46,6 +47,7 @@ class Sampled:
     kind: str = "images"
 
 
+@checked_arguments
 def sample_to_folder(
     pipe: DiffusionPipeline,
     folder: str | Path,
@@ -108,6 +110,8 @@ def sample_to_folder(
     pipe.set_progress_bar_config(disable=True)
     device = pipe._execution_device.type
     processes = Processes(accelerator or start_processes(device))
+    if cpu_threads < 1:
+        raise ValueError(f"cpu_threads must be >= 1, got {cpu_threads}")
     threads = cpu_threads if device == "cpu" else None
     settings = {
         "count": count,
