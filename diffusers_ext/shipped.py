@@ -53,7 +53,10 @@ def resolve_model(name: str) -> str:
 
 @checked_arguments
 def load_shipped_classifier(name: str = "mnist-classifier") -> tuple[ImageClassifier, Reference]:
-    """A shipped classifier in float32 and eval mode, with the reference features of its training set."""
+    """A shipped classifier in float32 and eval mode, with the reference features of its training set.
+
+    Raises ValueError for another name.
+    """
     folder = ASSETS / name
     if not (folder / "reference.safetensors").is_file():
         names = [one for one, path in shipped_models().items() if (path / "reference.safetensors").is_file()]

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 
 NAMES = {
     bool: "True or False", int: "an integer", float: "a number", str: "a string", torch.Tensor: "a tensor",
@@ -26,7 +27,7 @@ def checked_arguments(function=None, *, but: str = ""):
     Python's; True and False are none; an int fits into 64 bits and a float into a float, NaN and infinity included.
     Where lists are allowed, so are tuples, ranges, arrays and tensors of such elements. Defaults pass, and so do
     arguments without an annotation.
-    but: the argument that the function checks by itself.
+    but: names of arguments that the function checks by itself.
     """
     if function is None:
         return functools.partial(checked_arguments, but=but)
@@ -34,7 +35,7 @@ def checked_arguments(function=None, *, but: str = ""):
     if any(isinstance(p.annotation, str) for p in signature.parameters.values()):  # of a module that postpones them
         signature = inspect.signature(function, eval_str=True)
     parameters = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    checked = {p.name: p for p in parameters if p.annotation is not p.empty and p.name != but}
+    checked = {p.name: p for p in parameters if p.annotation is not p.empty and p.name not in but.split()}
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -68,6 +69,8 @@ def is_of_kind(value, kind) -> bool:
         return NUMBERS[kind](value)
     if kind is torch.device:
         return _is_device(value)
+    if kind is DiffusionPipeline:  # or what is called and placed like one
+        return callable(value) or hasattr(value, "_execution_device")
     if (origin or kind) is collections.abc.Callable:
         return callable(value)
     if origin is collections.abc.Iterable and not isinstance(value, str | bytes) and _elements(value) is None:

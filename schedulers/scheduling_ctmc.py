@@ -156,6 +156,8 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
 
         device: of the result; by default the timestep's. An entry of `timesteps` was computed with the schedule; times
         on the host are computed in float64; other times on a device are computed there in float32.
+
+        Raises ValueError for times outside of [0, 1], another number of them, and a batch_size below 1.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be an integer >= 1, got {batch_size}")
@@ -178,7 +180,10 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
 
     @checked_arguments
     def transition_matrix(self, timestep: float, next_timestep: float = 0.0) -> torch.Tensor:
-        """P[i, j] = P(x_t = j | x_s = i), (vocab, vocab) float64, from s = next_timestep to the larger t."""
+        """P[i, j] = P(x_t = j | x_s = i), (vocab, vocab) float64, from s = next_timestep to the larger t.
+
+        Raises ValueError unless 0 <= s <= t <= 1.
+        """
         if not 0 <= next_timestep <= timestep <= 1:
             raise ValueError(f"need 0 <= next_timestep <= timestep <= 1, got {next_timestep=} and {timestep=}")
         earlier = self.reverse.sigma_bar(next_timestep) if next_timestep else 0
@@ -186,7 +191,10 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
 
     @checked_arguments
     def rate_matrix(self, timestep: float) -> torch.Tensor:
-        """Forward rates sigma(t) Q, [i, j] from i to j, (vocab, vocab) float64; its rows sum to 0."""
+        """Forward rates sigma(t) Q, [i, j] from i to j, (vocab, vocab) float64; its rows sum to 0.
+
+        Raises ValueError for a time outside of [0, 1].
+        """
         if not 0 <= timestep <= 1:
             raise ValueError(f"timestep must lie in [0, 1], got {timestep}")
         return self.kernel.base_rate() * self.reverse.sigma(timestep)
@@ -259,7 +267,10 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
     def sample_prior(
         self, shape: tuple[int, ...], generator: Generators = None, device: str | torch.device | None = None
     ) -> torch.Tensor:
-        """Tokens at time 1, int64 of the shape (batch, length): masks, uniform ones, or of the kernel's Gaussian."""
+        """Tokens at time 1, int64 of the shape (batch, length): masks, uniform ones, or of the kernel's Gaussian.
+
+        Raises ValueError for another shape, and for a list of generators that are not one a sample.
+        """
         if len(shape) != 2 or min(shape) < 1:
             raise ValueError(f"shape must be (batch, length), both >= 1, got {shape}")
         if isinstance(generator, list):

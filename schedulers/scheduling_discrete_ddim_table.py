@@ -62,7 +62,7 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
 
     @checked_arguments
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """The steps 0 to n - 1, as of diffusers' scheduler."""
+        """The steps 0 to n - 1, as of diffusers' scheduler. Raises ValueError for fewer than 1."""
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be an integer >= 1, got {num_inference_steps}")
         super().set_timesteps(num_inference_steps, device)
@@ -94,6 +94,8 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
         """One step; arguments and result as of diffusers' scheduler.
 
         model_output: logits (batch, length, vocab_size). timestep: the step, from 0. sample: (batch, length) int64.
+
+        Raises ValueError for other shapes and a temperature below 0.
         """
         if sample.ndim != 2 or model_output.shape[:-1] != sample.shape or not (temperature >= 0):
             raise ValueError(

@@ -55,7 +55,7 @@ FRECHET = ("frechet", *PUBLISHED)
 NEIGHBOURS = {"knn_distance": 5, "lof": 20, "rarity": 3, "precision_recall": 3}  # k of each metric
 
 
-@checked_arguments
+@checked_arguments(but="metrics k")
 def evaluate_images(
     generated: str | Path,
     reference: str | Path,

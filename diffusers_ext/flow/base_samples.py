@@ -97,7 +97,10 @@ def _every_class(base: DiffusionPipeline) -> torch.Tensor | None:
 
 @checked_arguments
 def channels_first(images: np.ndarray) -> torch.Tensor:
-    """uint8 (count, height, width, channels) as `read_images` has it, to (count, channels, height, width)."""
+    """uint8 (count, height, width, channels) as `read_images` has it, to (count, channels, height, width).
+
+    Raises ValueError for another shape.
+    """
     if images.ndim != 4:
         raise ValueError(f"images must be (count, height, width, channels), got {images.shape}")
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

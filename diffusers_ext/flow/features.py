@@ -14,7 +14,7 @@ CLASSIFIER_WEIGHT = 3.0  # of its squared distance beside that of pixels; docs/f
 
 @checked_arguments
 def pixel_features(images: torch.Tensor) -> torch.Tensor:
-    """The samples themselves, flattened: (n, ...) to (n, d)."""
+    """The samples themselves, flattened: (n, ...) to (n, d). Raises ValueError for fewer dimensions."""
     if images.ndim < 2:
         raise ValueError(f"images must be (n, ...), got {tuple(images.shape)}")
     return images.flatten(1)

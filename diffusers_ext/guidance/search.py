@@ -115,6 +115,8 @@ def sigma_bounds(sigmas: list[float], candidate: GuidedSteps) -> tuple[float, fl
 
     sigmas: of each step's start, decreasing, and 0 after the last one. Each bound is the geometric middle between the
     last step inside and the first outside, so that round-off cannot move it; 0 and infinity at the ends.
+
+    Raises ValueError for a candidate that reaches beyond the sigmas.
     """
     first, last = candidate.first, candidate.last
     if not 0 <= first <= last <= len(sigmas) - 2:

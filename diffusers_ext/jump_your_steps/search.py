@@ -285,6 +285,8 @@ def _numbers(numbers: Sequence[int], method: str) -> list[int]:
 
 def _first(data: torch.Tensor, num_samples: int | None) -> torch.Tensor:
     data = torch.as_tensor(data)
+    if data.ndim != 2 or not len(data):
+        raise ValueError(f"data must be (sequences, length), got {tuple(data.shape)}")
     if num_samples is None:
         return data
     if not 1 <= num_samples <= len(data):

@@ -47,16 +47,16 @@ class Sampled:
     kind: str = "images"
 
 
-@checked_arguments
+@checked_arguments(but="prompts")
 def sample_to_folder(
     pipe: DiffusionPipeline,
     folder: str | Path,
     count: int,
     labels: Sequence[int] | torch.Tensor | str | None = None,
     prompts: Sequence[str] | None = None,
-    images: np.ndarray | None = None,
-    tokens: np.ndarray | None = None,
-    given: np.ndarray | None = None,
+    images: np.ndarray | torch.Tensor | None = None,
+    tokens: np.ndarray | torch.Tensor | None = None,
+    given: np.ndarray | torch.Tensor | None = None,
     seed: int = 0,
     batch_size: int = 32,
     format: str | None = None,
