@@ -30,11 +30,11 @@ PIXELS = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8)
 POINTS = np.random.default_rng(0).random((30, 4))
 
 
-def unet(channels: int = 3) -> UNet2DModel:
+def unet(channels: int = 3, out_channels: int = 3, classes: int | None = 4) -> UNet2DModel:
     return UNet2DModel(
-        sample_size=8, in_channels=channels, out_channels=3, block_out_channels=(4,), norm_num_groups=2,
+        sample_size=8, in_channels=channels, out_channels=out_channels, block_out_channels=(4,), norm_num_groups=2,
         layers_per_block=1, add_attention=False, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-        num_class_embeds=4,
+        num_class_embeds=classes,
     ).eval()  # fmt: skip
 
 
@@ -194,7 +194,7 @@ CASES = {
 # Of these only wrong arguments are tried: a right call takes files, or changes the network.
 REFUSALS = {
     "train_postprocessing_flow": (
-        lambda **call: flow.train_postprocessing_flow(**call, model=UNet2DModel(sample_size=8), progress=False),
+        lambda **call: flow.train_postprocessing_flow(**call, model=unet(1, 1, None), progress=False),
         TRAINING,
     ),
     "load_edm2": (load_edm2, {"path": "no-file"}),
