@@ -234,6 +234,8 @@ def _pixels(name: str, picture, channels: int) -> np.ndarray:
 
     Raises ValueError for modes without a range and for pictures that are transparent in places.
     """
+    if picture.mode in ("La", "RGBa"):  # premultiplied colours, which have one way to another mode
+        picture = picture.convert(picture.mode.upper())
     alpha = picture.has_transparency_data
     if picture.mode.startswith("I;16") and not alpha:
         pixels = np.asarray(picture) / 65535
@@ -241,17 +243,11 @@ def _pixels(name: str, picture, channels: int) -> np.ndarray:
         pixels = np.asarray(picture)  # in [0, 1], or it is refused
     elif picture.mode not in PIL_MODES or (alpha and picture.mode.startswith("I;16")):
         raise ValueError(f"{name} is a picture of mode {picture.mode!r}; convert it to 8-bit grey or RGB")
-    elif alpha and _opaque(picture).getextrema()[0] < 255:
+    elif alpha and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
         raise ValueError(f"{name} is transparent in places; lay it on a background first")
     else:
         pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
     return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 1 if channels == 1 else 3, axis=2)
-
-
-def _opaque(picture):
-    """How opaque each pixel is, a picture of mode L. Those of premultiplied colours have one way to another mode."""
-    straight = {"La": "LA", "RGBa": "RGBA"}.get(picture.mode)
-    return (picture.convert(straight) if straight else picture).convert("RGBA").getchannel("A")
 
 
 def to_images(sample: torch.Tensor, output_type: str):
