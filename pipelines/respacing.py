@@ -7,7 +7,7 @@ from numbers import Integral
 from .call_arguments import checked_arguments
 
 
-@checked_arguments
+@checked_arguments(but="respacing")
 def respaced_timesteps(respacing: str, num_train_timesteps: int = 1000) -> list[int]:
     r"""Strictly decreasing training timesteps for a respacing of guided-diffusion's command line.
 
