@@ -99,7 +99,7 @@ def _skipping(set_timesteps, timesteps=list[int] | None):
             self._drop_skipped_steps()
 
     wrapper.__signature__ = signature
-    return checked_arguments(wrapper)
+    return checked_arguments(wrapper, but="timesteps")  # which the scheduler checks
 
 
 class _BoostAndSkip:
@@ -238,7 +238,7 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
     _table: torch.Tensor | None = None
     __init__ = _boosted_init(DDIMScheduler)
 
-    @checked_arguments
+    @checked_arguments(but="timesteps")
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -270,13 +270,17 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
             alphas = torch.cat([self.final_alpha_cumprod.reshape(1), self.alphas_cumprod.cpu()])
             self._table = alphas.to(self.timesteps.device)
 
-    @checked_arguments
     def previous_timestep(self, timestep: int | torch.Tensor) -> int:
         """The timestep that a step from `timestep` ends at: the next smaller one of the table; negative: clean data.
 
         Raises ValueError for a timestep before the first one of the table, and for one that is no integer >= 0 (the
         stock rule, where it holds, asks for no table).
         """
+        one = isinstance(timestep, torch.Tensor) and timestep.numel() == 1
+        if not (one or is_of_kind(timestep, float)) or not math.isfinite(timestep):
+            raise ValueError(
+                f"timestep={short(timestep)} must be one of scheduler.timesteps, or an integer between them."
+            )
         t, table = int(timestep), self.timesteps.tolist()
         if self._follows_stock_rule():
             return t - self.config.num_train_timesteps // self.num_inference_steps  # the stock rule
@@ -287,14 +291,14 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
             )
         return [*table, -1][bisect_right(table, -t, key=neg)]
 
-    @checked_arguments
+    @checked_arguments(but="timestep")
     def step(
         self,
         model_output: torch.Tensor,
         timestep: int | torch.Tensor,
         sample: torch.Tensor,
         eta: float = 0.0,
-        use_clipped_model_output: bool = False,
+        use_clipped_model_output: bool | None = False,
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
@@ -361,7 +365,7 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
         the device has to do, and so would the check that it is in the schedule.
         """
         if not isinstance(timestep, torch.Tensor) or timestep.device.type == "cpu" or self._table is None:
-            t, s = int(timestep), self.previous_timestep(timestep)
+            s, t = self.previous_timestep(timestep), int(timestep)
             return self.alphas_cumprod[t], self.alphas_cumprod[s] if s >= 0 else self.final_alpha_cumprod
         t = timestep.reshape(1).long()
         if self._follows_stock_rule():

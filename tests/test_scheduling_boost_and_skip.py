@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -666,11 +667,13 @@ def test_signatures_that_pipelines_inspect(name):
     assert type(ours).__module__ == "diffusers_ext.schedulers.scheduling_boost_and_skip"
 
 
-def test_module_stands_alone(monkeypatch):
-    """As a file of a Hub repository: no sibling, nothing but torch, numpy and diffusers."""
+def test_module_stands_alone(monkeypatch, tmp_path):
+    """As files of a Hub repository: with its sibling, nothing but torch, numpy and diffusers."""
     tree = ast.parse(inspect.getsource(module))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert not any(getattr(node, "level", 0) for node in imports)
+    siblings = [node.module for node in imports if getattr(node, "level", 0)]
+    assert siblings == ["scheduler_arguments"]
+    imports = [node for node in imports if not getattr(node, "level", 0)]
     names = {
         name
         for node in imports
@@ -678,9 +681,11 @@ def test_module_stands_alone(monkeypatch):
     }
     assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"diffusers", "numpy", "torch"}
     monkeypatch.setitem(sys.modules, "diffusers_ext", None)
-    spec = importlib.util.spec_from_file_location("scheduling_alone", module.__file__)
-    alone = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(alone)
+    for name in (Path(module.__file__).stem, *siblings):
+        (tmp_path / "alone").mkdir(exist_ok=True)
+        shutil.copy(Path(module.__file__).with_name(f"{name}.py"), tmp_path / "alone")
+    monkeypatch.syspath_prepend(tmp_path)
+    alone = importlib.import_module("alone.scheduling_boost_and_skip")
     assert alone.SchedulerMixin is diffusers.SchedulerMixin  # diffusers looks for this name
     ours = alone.boost_and_skip(DDIMScheduler(), gamma=2.0, skip_steps=1)
     assert len(ours.betas) == 1000
