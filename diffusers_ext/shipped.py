@@ -19,8 +19,9 @@ from .hub.damage import read_json, refusing
 from .hub.downloads import download_pipeline
 from .hub.folders import check_model, check_model_folder, check_pipeline, check_pipeline_folder
 from .models import ImageClassifier
-from .pipelines import ADMUpsamplerPipeline
+from .pipelines import ADMUpsamplerPipeline, FlowPostprocessingPipeline
 from .pipelines.boost_and_skip import BOOST_AND_SKIP_CLASSES, BoostAndSkipPipeline
+from .pipelines.call_arguments import checked_arguments
 from .schedulers import boost_and_skip
 
 ASSETS = Path(__file__).parent / "assets"
@@ -46,6 +47,7 @@ def shipped_models() -> dict[str, Path]:
     return {path.name: path for path in sorted(ASSETS.iterdir()) if (path / "README.md").is_file()}
 
 
+@checked_arguments
 def resolve_model(name: str) -> str:
     """The folder of a shipped model by its name; anything else (a path, a Hub id) as it is."""
     return str(shipped_models().get(name, name))
@@ -67,14 +69,22 @@ def check_name(model: str, others: Iterable[str] = ()) -> None:
     )
 
 
+@checked_arguments
 def load_shipped_classifier(name: str = "mnist-classifier") -> tuple[ImageClassifier, Reference]:
-    """A shipped classifier in float32 and eval mode, with the reference features of its training set."""
+    """A shipped classifier in float32 and eval mode, with the reference features of its training set.
+
+    Raises ValueError for another name.
+    """
     folder = ASSETS / name
+    if not (folder / "reference.safetensors").is_file():
+        names = [one for one, path in shipped_models().items() if (path / "reference.safetensors").is_file()]
+        raise ValueError(f"name must be one of {names}, got {name!r}")
     reference = load_file(folder / "reference.safetensors")
     reference["features"] = reference["features"].float()
     return ImageClassifier.from_pretrained(folder).eval(), Reference(**reference)
 
 
+@checked_arguments
 def load_pipeline(
     model: str,
     pipeline: str | None = None,
@@ -105,6 +115,8 @@ def load_pipeline(
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"model {model!r} is no pipeline: {folder} has no model_index.json")
     _check_trust(model, folder, trust_remote_code)
+    if read_json(folder / "model_index.json").get("_class_name") == FlowPostprocessingPipeline.__name__:
+        cls = FlowPostprocessingPipeline  # which takes dtype and variant to a pipeline within it
     if trust_remote_code:  # some versions note an argument that they do not know, also where it is False
         kwargs["trust_remote_code"] = True
     check_pipeline_folder(folder, cls)
@@ -130,6 +142,7 @@ def _no_bars_of_components() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+@checked_arguments
 def load_network(model: str, trust_remote_code: bool = False) -> ModelMixin:
     """A shipped network by name, or the one in a folder, such as `ImageClassifier.save_pretrained` or an export wrote.
 

@@ -11,6 +11,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch.nn import functional as F
 
+from .call_arguments import checked_arguments
 from .pixel_space import (
     FiniteWatch,
     check_call,
@@ -50,11 +51,12 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
         """Number of steps of the current or last call."""
         return self._num_timesteps
 
+    @checked_arguments(but="image")
     @torch.no_grad()
     def __call__(
         self,
         image: PipelineImageInput | str | Path,
-        class_labels: int | list[int] | torch.Tensor | None = None,
+        class_labels: int | list[int] | list[list[int]] | torch.Tensor | None = None,
         num_inference_steps: int | str = 250,
         timesteps: list[int] | None = None,
         latents: torch.Tensor | None = None,

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .call_arguments import checked_arguments
 from .pixel_space import (
     FiniteWatch,
     check_call,
@@ -24,21 +25,13 @@ from .pixel_space import (
     to_images,
     with_precise_alphas,
 )
-from .respacing import set_timesteps
+from .respacing import checked_timesteps, is_boost_and_skip, kept_steps, set_timesteps
 
 BOOST_AND_SKIP_CLASSES = {
     "DDIMScheduler": "BoostAndSkipDDIMScheduler",
     "EulerDiscreteScheduler": "BoostAndSkipEulerDiscreteScheduler",
     "DPMSolverMultistepScheduler": "BoostAndSkipDPMSolverMultistepScheduler",
 }
-
-
-def is_boost_and_skip(scheduler: SchedulerMixin) -> bool:
-    """Whether the scheduler itself boosts and skips, which its class shows by taking `gamma` and `skip_steps`.
-
-    Not read from the config: a stock scheduler made from ours keeps the two as ignored entries there.
-    """
-    return {"gamma", "skip_steps"} <= set(inspect.signature(type(scheduler).__init__).parameters)
 
 
 class BoostAndSkipPipeline(DiffusionPipeline):
@@ -81,11 +74,12 @@ class BoostAndSkipPipeline(DiffusionPipeline):
         """Number of steps that the current or last call walks, the skipped ones not counted."""
         return self._num_timesteps
 
+    @checked_arguments
     @torch.no_grad()
     def __call__(
         self,
         batch_size: int | None = None,
-        class_labels: int | list[int] | torch.Tensor | None = None,
+        class_labels: int | list[int] | list[list[int]] | torch.Tensor | None = None,
         num_inference_steps: int | str = 250,
         timesteps: list[int] | None = None,
         gamma: float | None = None,
@@ -112,7 +106,8 @@ class BoostAndSkipPipeline(DiffusionPipeline):
             gamma: factor on the standard deviation of the initial noise, > 0. The paper uses 2.5 to 4. By default
                 the scheduler's, or 1.
             skip_steps: how many of the first steps to drop, >= 0. The paper drops 3 of 250. By default the
-                scheduler's, or 0. Both hold for this call: afterwards `self.scheduler` is the one it was.
+                scheduler's, or 0; of `timesteps=`, only those asked for here. Both numbers hold for this call:
+                afterwards `self.scheduler` is the one it was.
             guidance_scale: w in eps_null + w (eps_label - eps_null); 1 is off.
             eta: 0 for DDIM, 1 for its ancestral form; only for schedulers that take it.
             use_clipped_model_output: for DDIM, whether the noise is derived anew from the clipped x0. By default
@@ -178,7 +173,7 @@ class BoostAndSkipPipeline(DiffusionPipeline):
 
     @contextmanager
     def _scheduler_for_call(self, gamma: float | None, skip_steps: int | None):
-        """Put the scheduler of this call in place; yields what is left to do here: noise factor, steps to skip."""
+        """Put the scheduler of this call in place; yields the noise factor left to do and the steps asked to skip."""
         own, scheduler = self.scheduler, self.scheduler
         if is_boost_and_skip(scheduler):
             given = {"gamma": gamma, "skip_steps": skip_steps}
@@ -186,7 +181,7 @@ class BoostAndSkipPipeline(DiffusionPipeline):
             if given:
                 scheduler = type(scheduler).from_config(scheduler.config, **given)
             on = (scheduler.config.gamma, scheduler.config.skip_steps) != (1, 0)
-            gamma, skip_steps = 1.0, 0
+            gamma, skip_steps = 1.0, given.get("skip_steps", 0)
         elif isinstance(scheduler, DDPMScheduler):
             gamma = 1.0 if gamma is None else gamma
             skip_steps = 0 if skip_steps is None else skip_steps
@@ -203,14 +198,13 @@ class BoostAndSkipPipeline(DiffusionPipeline):
 
     def _set_timesteps(self, num_inference_steps, timesteps, skip_steps, device) -> torch.Tensor:
         """Set the schedule and return the timesteps to walk, from the first one that is kept."""
+        if timesteps is not None:
+            timesteps = checked_timesteps(timesteps, self.scheduler.config.num_train_timesteps)
+            timesteps, skip_steps = kept_steps(timesteps, skip_steps), 0
+        elif is_boost_and_skip(self.scheduler):
+            skip_steps = 0  # it drops them itself
         set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
-        steps = self.scheduler.timesteps
-        if skip_steps >= len(steps):
-            raise ValueError(
-                f"skip_steps={skip_steps} leaves no step of a schedule of {len(steps)}; use 0 <= skip_steps <"
-                f" {len(steps)} or a longer schedule"
-            )
-        return steps[skip_steps:]
+        return kept_steps(self.scheduler.timesteps, skip_steps)
 
     def _step_kwargs(self, eta: float, use_clipped_model_output: bool | None, generator) -> dict:
         """The keyword arguments of scheduler.step, of those that this scheduler takes."""

@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
 
+from .call_arguments import checked_arguments
 from .pixel_space import FiniteWatch, as_output, check_callback, check_count, checked_generator, is_integer
 
 LONGEST = 65_536  # tokens, that a config is believed to mean
@@ -55,6 +56,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         """Number of steps of the current or last call, the final denoising counted, corrector steps not."""
         return self._num_timesteps
 
+    @checked_arguments
     @torch.no_grad()
     def __call__(
         self,
@@ -264,7 +266,10 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             raise ValueError(
                 "prompt and suffix need a tokenizer; build the pipeline with one, or pass tokens and given"
             )
-        first, last = (self.tokenizer(text).input_ids if text else [] for text in (start, end))
+        # the sequence goes on beside a text, where [CLS] or [SEP] would begin or end it
+        first, last = (
+            self.tokenizer(text, add_special_tokens=False).input_ids if text else [] for text in (start, end)
+        )
         if len(first) + len(last) > len(row):
             raise ValueError(
                 f"prompt and suffix are {len(first) + len(last)} tokens long, the sequence is {len(row)}; shorten them"

@@ -9,13 +9,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from numbers import Real
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .call_arguments import checked_arguments, is_of_kind, short
 from .interval import Interval, StepStart, interval_bounds
 from .pixel_space import (
     FiniteWatch,
@@ -90,10 +90,11 @@ class EDM2Pipeline(DiffusionPipeline):
         """Number of steps of the current or last call, of two evaluations each but the last."""
         return self._num_timesteps
 
+    @checked_arguments(but="guidance_scale")
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | list[int] | torch.Tensor | None = None,
+        class_labels: int | list[int] | list[list[float]] | torch.Tensor | None = None,
         batch_size: int | None = None,
         num_inference_steps: int = 32,
         sigmas: list[float] | None = None,
@@ -221,6 +222,7 @@ class EDM2Pipeline(DiffusionPipeline):
         noise = initial_noise(latents, batch_size, channels, size, generator, device, torch.float32)
         return noise.to(device, self.scheduler.state_dtype(device)) * self.scheduler.init_noise_sigma
 
+    @checked_arguments
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
         """Images (batch, channels, height, width) float32 in [0, 1] of samples as `output_type="latent"` gives them.
@@ -232,6 +234,9 @@ class EDM2Pipeline(DiffusionPipeline):
         Raises ValueError for latents without a VAE, numbers of channels that do not fit, and a batch size below 1.
         """
         check_count("batch_size", batch_size)
+        if latents.ndim != 4 or latents.shape[1] != self.unet.config.img_channels:
+            channels = self.unet.config.img_channels
+            raise ValueError(f"latents must be (batch, {channels}, height, width), got {tuple(latents.shape)}")
         if self.vae is None:
             self._check_decodable()
             return (latents.to(torch.float32) / 2 + 0.5).clamp(0, 1)
@@ -266,8 +271,8 @@ class EDM2Pipeline(DiffusionPipeline):
         check_count("batch_size", batch_size)
         if output_type != "latent":
             self._check_decodable()
-        if not (_is_number(guidance_scale) and math.isfinite(guidance_scale)):
-            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}; 1 is off")
+        if not (is_of_kind(guidance_scale, float) and math.isfinite(guidance_scale)):
+            raise ValueError(f"guidance_scale must be a finite number, got {short(guidance_scale)}; 1 is off")
         if guidance_scale != 1:
             self._check_guidance_unet(guidance_scale)
 
@@ -295,7 +300,3 @@ class EDM2Pipeline(DiffusionPipeline):
         if rows.shape[1] != classes:
             raise ValueError(f"class_labels as rows must have {classes} numbers each, got {rows.shape[1]}")
         return rows.to(torch.float32)  # as the network takes them; a Mac's device would refuse float64
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from numbers import Real
@@ -19,6 +20,7 @@ from diffusers import (
 from diffusers.image_processor import PipelineImageInput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .call_arguments import checked_arguments
 from .pixel_space import (
     FiniteWatch,
     as_output,
@@ -60,8 +62,8 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
     scheduler: `FlowMatchEulerDiscreteScheduler` or `FlowMatchHeunDiscreteScheduler`, the ODE solver. Its sigma is
         1 - t.
     base: the pipeline whose images are repaired, if they are to be drawn here. It is moved, offloaded and saved with
-        this one; a dtype or device map given to `from_pretrained` does not reach it, `.to()` does. diffusers cannot
-        load a variant of a pipeline that holds another one.
+        this one, and loaded in its dtype; a device map does not reach it, `.to()` does. Variants are loaded by
+        `from_pretrained` of this class; `DiffusionPipeline.from_pretrained` fails at a pipeline within another.
     vae: for space="latent", the autoencoder of the latents; by default the one of the base.
     space: "pixel", where the network sees images in [-1, 1], or "latent", scaled latents of the autoencoder.
 
@@ -85,20 +87,47 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
             raise ValueError(f'space must be "pixel" or "latent", got {space!r}')
         if space == "latent" and vae is None and getattr(base, "vae", None) is None:
             raise ValueError('space="latent" needs an autoencoder; pass vae= or a base that has one')
+        if base is not None and _of_one_folder(model, base):
+            _cast(base, model.dtype)  # which diffusers' `from_pretrained` gives to networks alone
         self.register_modules(model=model, scheduler=scheduler, base=base, vae=vae)
         self.register_to_config(space=space)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As `DiffusionPipeline.from_pretrained`, the base in the dtype and variant asked for as well."""
+        folder = pretrained_model_name_or_path
+        if not os.path.isdir(folder):
+            folder = cls.download(folder, **kwargs)
+        base = os.path.join(folder, "base")
+        if "base" not in kwargs and os.path.isdir(base):
+            names = ("dtype", "torch_dtype", "variant", "use_safetensors", "low_cpu_mem_usage", "trust_remote_code")
+            kwargs["base"] = DiffusionPipeline.from_pretrained(
+                base, **{name: kwargs[name] for name in names if name in kwargs}
+            )
+        pipe = super().from_pretrained(folder, **kwargs)
+        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipe
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As of diffusers, without the base, which `from_pretrained` has loaded: diffusers searches it in vain."""
+        config = super().load_config(*args, **kwargs)
+        if isinstance(config, dict):
+            config.pop("base", None)
+        return config
 
     @property
     def num_timesteps(self) -> int:
         """Number of scheduler steps, which is that of network evaluations, of the current or last call."""
         return self._num_timesteps
 
+    @checked_arguments(but="images")
     @torch.no_grad()
     def __call__(
         self,
         images: PipelineImageInput | None = None,
         prompt: str | list[str] | None = None,
-        class_labels: int | list[int] | torch.Tensor | None = None,
+        class_labels: int | list[int] | list[list[int]] | torch.Tensor | None = None,
         num_inference_steps: int = 10,
         strength: float = 1.0,
         solver: str = "scheduler",
@@ -378,6 +407,21 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
         super().enable_group_offload(onload_device, **options)
         if self.base is not None:
             self.base.enable_group_offload(onload_device, **options)
+
+
+def _of_one_folder(model, base: DiffusionPipeline) -> bool:
+    """Whether diffusers read them from one saved pipeline."""
+    paths = [str(getattr(part, "config", {}).get("_name_or_path") or "") for part in (model, base)]
+    return [os.path.basename(path) for path in paths] == ["model", "base"] and len(
+        set(map(os.path.dirname, paths))
+    ) == 1
+
+
+def _cast(base: DiffusionPipeline, dtype: torch.dtype) -> None:
+    """Give the networks of a pipeline a dtype."""
+    for part in base.components.values():
+        if isinstance(part, torch.nn.Module) and getattr(part, "dtype", dtype) != dtype:
+            part.to(dtype)
 
 
 def _has_float64(device: torch.device) -> bool:

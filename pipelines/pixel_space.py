@@ -10,6 +10,21 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PIL_MODES = (
+    "1",
+    "L",
+    "P",
+    "RGB",
+    "LA",
+    "La",
+    "PA",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "HSV",
+)  # 8 bits, 0 to 255
 
 
 def is_integer(value) -> bool:
@@ -76,7 +91,12 @@ def check_callback(pipeline: DiffusionPipeline, callback_tensors: list[str]) -> 
 
 
 def checked_generator(generator, batch_size: int):
-    """One generator as it is, several as a list of one a sample. Raises ValueError for another number."""
+    """One generator or None as it is, several as a list of one a sample. Raises ValueError for anything else."""
+    several = list(generator) if isinstance(generator, list | tuple) else [generator]
+    if not all(isinstance(one, torch.Generator) for one in several) and generator is not None:
+        raise ValueError(
+            f"generator must be a torch.Generator, a list of one a sample or None, got {generator!r:.200}"
+        )
     if not isinstance(generator, list | tuple):
         return generator
     if len(generator) != batch_size:
@@ -172,44 +192,62 @@ def with_precise_alphas(scheduler: SchedulerMixin) -> SchedulerMixin:
 def image_tensor(name: str, image, channels: int) -> torch.Tensor:
     """Images as float32 (batch, channels, height, width) in [0, 1] on their device.
 
-    image: PIL, one or a list; arrays ([batch,] height, width, channels) or tensors ([batch,] channels, height, width),
-    uint8 or floating point in [0, 1]. Raises ValueError, with name in it, for anything else.
+    image: PIL, arrays ([batch,] height, width, channels) or tensors ([batch,] channels, height, width), uint8 or
+    floating point in [0, 1]; or a list of them, of one size. Raises ValueError, with name in it, for anything else.
     """
     from PIL import Image
 
+    if isinstance(image, list | tuple) and image and not any(isinstance(one, list | tuple) for one in image):
+        parts = [image_tensor(name, one, channels) for one in image]
+        if len(sizes := {(part.shape[3], part.shape[2]) for part in parts}) > 1:
+            raise ValueError(f"{name} holds pictures of different sizes, {sorted(sizes)}; resize them to one")
+        return torch.cat([part.to(parts[0].device) for part in parts])
     if isinstance(image, Image.Image):
-        image = [image]
-    if isinstance(image, list | tuple) and image and all(isinstance(one, Image.Image) for one in image):
-        image = _stacked(name, image, channels)
+        image = _pixels(name, image, channels)
     if isinstance(image, np.ndarray):
         image = image[None] if image.ndim == 3 else image
-        image = torch.from_numpy(image)
+        if image.dtype not in (np.uint8, np.float16, np.float32, np.float64):
+            raise ValueError(f"{name} must be uint8 or floating point in [0, 1], got {image.dtype}")
+        image = torch.from_numpy(np.require(image, requirements="CW"))
         image = image.movedim(-1, 1) if image.ndim == 4 else image
     if not isinstance(image, torch.Tensor):
-        raise ValueError(f"{name} must be a PIL image, a list of them, an array or a tensor, got {type(image)}")
+        raise ValueError(f"{name} must be a PIL image, an array, a tensor or a list of them, got {image!r:.200}")
     image = image[None] if image.ndim == 3 else image
-    if image.ndim != 4 or image.shape[1] != channels or not len(image):
+    if image.ndim != 4 or image.shape[1] != channels or not image.numel():
         raise ValueError(
             f"{name} must have {channels} channels, (batch, {channels}, height, width) as a tensor or (batch, height,"
             f" width, {channels}) as an array, got a tensor of shape {tuple(image.shape)}"
         )
     if image.dtype == torch.uint8:
         return image.float() / 255
-    if not image.is_floating_point() or not (image.min() >= 0 and image.max() <= 1):
+    if not image.is_floating_point():
+        raise ValueError(f"{name} must be uint8 or floating point in [0, 1], got {image.dtype}")
+    if not (image.min() >= 0 and image.max() <= 1):
         raise ValueError(
             f"{name} must be uint8 or floating point in [0, 1], got {image.dtype} from {image.min()} to {image.max()}"
         )
     return image.float()
 
 
-def _stacked(name: str, pictures: list, channels: int) -> np.ndarray:
-    """PIL images as (batch, height, width, channels) uint8. Raises ValueError for pictures of different sizes."""
-    sizes = {picture.size for picture in pictures}
-    if len(sizes) > 1:
-        raise ValueError(f"{name} holds pictures of different sizes, {sorted(sizes)}; resize them to one")
-    mode = "L" if channels == 1 else "RGB"
-    arrays = [np.asarray(picture.convert(mode)) for picture in pictures]
-    return np.stack([array[..., None] if channels == 1 else array for array in arrays])
+def _pixels(name: str, picture, channels: int) -> np.ndarray:
+    """A PIL image as (height, width, 1 or 3): uint8, or floating point of the 16-bit and float modes.
+
+    Raises ValueError for modes without a range and for pictures that are transparent in places.
+    """
+    if picture.mode in ("La", "RGBa"):  # premultiplied colours, which have one way to another mode
+        picture = picture.convert(picture.mode.upper())
+    alpha = picture.has_transparency_data
+    if picture.mode.startswith("I;16") and not alpha:
+        pixels = np.asarray(picture) / 65535
+    elif picture.mode == "F":
+        pixels = np.asarray(picture)  # in [0, 1], or it is refused
+    elif picture.mode not in PIL_MODES or (alpha and picture.mode.startswith("I;16")):
+        raise ValueError(f"{name} is a picture of mode {picture.mode!r}; convert it to 8-bit grey or RGB")
+    elif alpha and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        raise ValueError(f"{name} is transparent in places; lay it on a background first")
+    else:
+        pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 1 if channels == 1 else 3, axis=2)
 
 
 def to_images(sample: torch.Tensor, output_type: str):

@@ -4,7 +4,10 @@ import inspect
 from itertools import pairwise
 from numbers import Integral
 
+from .call_arguments import checked_arguments
 
+
+@checked_arguments(but="respacing")
 def respaced_timesteps(respacing: str, num_train_timesteps: int = 1000) -> list[int]:
     r"""Strictly decreasing training timesteps for a respacing of guided-diffusion's command line.
 
@@ -57,12 +60,17 @@ def _sections(counts: list[int], total: int) -> list[int]:
 def set_timesteps(scheduler, num_inference_steps: int | str, timesteps: list[int] | None, device) -> None:
     """Set a scheduler's schedule by its length, by a respacing, or timestep by timestep, which comes first.
 
+    A scheduler that skips steps drops them from a schedule of its own and from a respacing; a list runs as given.
     Raises ValueError for a list that is not strictly decreasing in the range of training timesteps, and for a
     respacing or a list given to a scheduler that takes no timesteps.
     """
     if timesteps is None and isinstance(num_inference_steps, str):
         timesteps = respaced_timesteps(num_inference_steps, scheduler.config.num_train_timesteps)
+        if is_boost_and_skip(scheduler):
+            timesteps = kept_steps(timesteps, scheduler.config.skip_steps)
     if timesteps is None:
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be an integer >= 1 or a respacing, got {num_inference_steps}")
         scheduler.set_timesteps(num_inference_steps, device=device)
     elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
         timesteps = checked_timesteps(timesteps, scheduler.config.num_train_timesteps)
@@ -72,6 +80,24 @@ def set_timesteps(scheduler, num_inference_steps: int | str, timesteps: list[int
             f"timesteps={timesteps!r}: {type(scheduler).__name__} takes no custom timesteps; use a DDPMScheduler or a"
             " BoostAndSkip... scheduler, or an integer as num_inference_steps"
         )
+
+
+def is_boost_and_skip(scheduler) -> bool:
+    """Whether the scheduler itself boosts and skips, which its class shows by taking `gamma` and `skip_steps`.
+
+    Not read from the config: a stock scheduler made from ours keeps the two as ignored entries there.
+    """
+    return {"gamma", "skip_steps"} <= set(inspect.signature(type(scheduler).__init__).parameters)
+
+
+def kept_steps(steps, skip_steps: int):
+    """The steps without the first ones. Raises ValueError where none is left."""
+    if skip_steps >= len(steps):
+        raise ValueError(
+            f"skip_steps={skip_steps} leaves no step of a schedule of {len(steps)}; use 0 <= skip_steps <"
+            f" {len(steps)} or a longer schedule"
+        )
+    return steps[skip_steps:]
 
 
 def checked_timesteps(timesteps: list[int], end: int) -> list[int]:

@@ -98,6 +98,11 @@ class StableDiffusionXLGuidanceIntervalPipeline(StableDiffusionXLPipeline):
         """What the interval did in the last call that had one."""
         return getattr(self, "_guidance_report", None)
 
+    def progress_bar(self, iterable=None, total: int | None = None):
+        """As of `DiffusionPipeline`, over the steps that the scheduler left, which may be fewer than asked for."""
+        steps = None if total is None else -(-len(self.scheduler.timesteps) // self.scheduler.order)
+        return super().progress_bar(iterable, steps if total is None else min(total, steps))
+
     @_with_interval(StableDiffusionXLPipeline.__call__)
     def __call__(self, *args, guidance_interval: tuple[float, float] | None = None, **kwargs):
         """As of `StableDiffusionXLPipeline`, guided where sigma_lo < sigma <= sigma_hi of guidance_interval.

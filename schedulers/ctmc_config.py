@@ -1,8 +1,8 @@
 """What the configuration of CTMCScheduler may hold."""
 
 import math
-from numbers import Real
 
+from .scheduler_arguments import is_of_kind, short
 from .timestep_edges import check_edges
 
 
@@ -22,17 +22,24 @@ def check_config(config) -> None:
             raise ValueError(f"{name} must be one of {allowed}, got {config[name]!r}")
     for name in ("vocab_size", "num_corrector_steps"):
         least = 2 if name == "vocab_size" else 0
-        if isinstance(config[name], bool) or not isinstance(config[name], int) or config[name] < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {config[name]!r}")
+        if not is_of_kind(config[name], int) or config[name] < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {short(config[name])}")
     unit = ("min_timestep", "eps", "corrector_entry_time")
-    positive = ("corrector_step_size_multiplier", "eps_ratio", "sigma_min", "sigma_max", "time_base")
+    positive = (
+        "corrector_step_size_multiplier",
+        "eps_ratio",
+        "sigma_min",
+        "sigma_max",
+        "time_base",
+        "time_exponential",
+    )
     positive += ("constant_rate", "rate_sigma", "Q_sigma")
     for name in (*unit, *positive):
         value = config[name]
-        inside = isinstance(value, Real) and math.isfinite(value) and value > 0
+        inside = is_of_kind(value, float) and math.isfinite(value) and value > 0
         if not inside or (name in unit and not value <= 1) or (name in ("min_timestep", "eps") and value == 1):
             end = "in (0, 1]" if name == "corrector_entry_time" else "in (0, 1)" if name in unit else "> 0"
-            raise ValueError(f"{name} must be a finite number {end}, got {value!r}")
+            raise ValueError(f"{name} must be a finite number {end}, got {short(value)}")
     if config.sigma_max <= config.sigma_min:
         raise ValueError(f"sigma_max must be > sigma_min={config.sigma_min}, got {config.sigma_max}")
     if not config.time_exponential > 1:

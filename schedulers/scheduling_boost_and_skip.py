@@ -6,10 +6,10 @@ arXiv 2502.06516) changes a stock sampler in two places. With the steps of the s
 .. math:: x_{start} = \gamma \epsilon, \quad \epsilon \sim N(0, I), \quad start = skip\_steps.
 
 `gamma` multiplies the standard deviation of the initial noise (the boost); the first `skip_steps` steps are dropped
-(the skip). The noise is not rescaled to the level of the later start. In the variance-exploding form of
-`EulerDiscreteScheduler` the same start reads :math:`x = \gamma \epsilon \sqrt{1 + \sigma_{start}^2}`. The paper uses
-gamma 4 (CelebA-64) and 2.5 (ImageNet-64) with skip_steps 3 of 250. gamma 1 and skip_steps 0 is the stock scheduler,
-bit for bit.
+(the skip); a list of timesteps or sigmas runs as it was given, whole. The noise is not rescaled to the level of the
+later start. In the variance-exploding form of `EulerDiscreteScheduler` the same start reads
+:math:`x = \gamma \epsilon \sqrt{1 + \sigma_{start}^2}`. The paper uses gamma 4 (CelebA-64) and 2.5 (ImageNet-64) with
+skip_steps 3 of 250. gamma 1 and skip_steps 0 is the stock scheduler, bit for bit.
 
 Both numbers are scheduler configuration, so every pipeline that honours `init_noise_sigma` gets them with
 
@@ -22,7 +22,6 @@ image-to-image, which starts from the noised image and counts the skipped steps 
 import functools
 import inspect
 import math
-import numbers
 from bisect import bisect_right
 from operator import neg
 
@@ -36,18 +35,20 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from .scheduler_arguments import check_generators, checked_arguments, is_of_kind, short
+
 
 def _checked(gamma: float, skip_steps: int) -> tuple[float, int]:
     """Both numbers as plain (JSON-able) Python numbers. Raises ValueError if one is not allowed."""
-    if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real) or not (math.isfinite(gamma) and gamma > 0):
+    if not is_of_kind(gamma, float) or not (math.isfinite(gamma) and gamma > 0):
         raise ValueError(
-            f"gamma={gamma!r} must be a finite number > 0: it multiplies the standard deviation of the initial noise."
-            " Pass gamma=1.0 to switch the boost off."
+            f"gamma={short(gamma)} must be a finite number > 0: it multiplies the standard deviation of the initial"
+            " noise. Pass gamma=1.0 to switch the boost off."
         )
-    if isinstance(skip_steps, bool) or not isinstance(skip_steps, numbers.Integral) or skip_steps < 0:
+    if not is_of_kind(skip_steps, int) or skip_steps < 0:
         raise ValueError(
-            f"skip_steps={skip_steps!r} must be an integer >= 0: it counts the steps dropped from the start of the"
-            " schedule. Pass skip_steps=0 to drop none."
+            f"skip_steps={short(skip_steps)} must be an integer >= 0: it counts the steps dropped from the start of"
+            " the schedule. Pass skip_steps=0 to drop none."
         )
     return float(gamma), int(skip_steps)
 
@@ -63,7 +64,11 @@ def _boosted_init(parent: type[SchedulerMixin]):
     def __init__(self, *args, gamma: float = 1.0, skip_steps: int = 0, **kwargs):
         gamma, skip_steps = _checked(gamma, skip_steps)
         # By name, because diffusers takes positional arguments for defaults and then leaves them out of from_config.
-        parent.__init__(**inherited.bind(self, *args, **kwargs).arguments)
+        given = inherited.bind(self, *args, **kwargs).arguments
+        length = given.get("num_train_timesteps", 1000)
+        if not is_of_kind(length, int) or length < 1:
+            raise ValueError(f"num_train_timesteps={short(length)} must be an integer >= 1.")
+        parent.__init__(**given)
         self.register_to_config(gamma=gamma, skip_steps=skip_steps)
         if "init_noise_sigma" in vars(self):  # in Euler it is a property, see there
             self.init_noise_sigma = gamma
@@ -73,15 +78,28 @@ def _boosted_init(parent: type[SchedulerMixin]):
     return register_to_config(__init__)
 
 
-def _skipping(set_timesteps):
-    """`set_timesteps` of a parent, then the cut. Keeps the signature, which pipelines inspect."""
+def _skipping(set_timesteps, timesteps=list[int] | None):
+    """`set_timesteps` of a parent with its arguments checked, then the cut, but of no list; the signature is kept.
+
+    timesteps: what the argument of that name may be.
+    """
+    signature = inspect.signature(set_timesteps)
+    kinds = {"num_inference_steps": int | None, "device": str | torch.device | None, "timesteps": timesteps}
+    own = [p.replace(annotation=kinds.get(p.name, p.annotation)) for p in signature.parameters.values()]
+    signature = signature.replace(parameters=own)
 
     @functools.wraps(set_timesteps)
     def wrapper(self, *args, **kwargs):
-        set_timesteps(self, *args, **kwargs)
-        self._drop_skipped_steps()
+        given = {name: one for name, one in signature.bind(self, *args, **kwargs).arguments.items() if one is not None}
+        self._check_schedule({name: given[name] for name in given if name not in ("self", "device", "mu")})
+        if "timesteps" in given:
+            given["timesteps"] = self._checked_timesteps(given["timesteps"])
+        set_timesteps(**given)
+        if "num_inference_steps" in given:
+            self._drop_skipped_steps()
 
-    return wrapper
+    wrapper.__signature__ = signature
+    return checked_arguments(wrapper, but="timesteps")  # which the scheduler checks
 
 
 class _BoostAndSkip:
@@ -89,6 +107,21 @@ class _BoostAndSkip:
 
     # Everything that a step looks up by its position in the schedule. A table left out would run out of step.
     _tables = ("timesteps",)
+    _whole_timesteps = True
+
+    def _check_schedule(self, given: dict) -> None:
+        """Raises ValueError unless one of the number of steps, timesteps and sigmas is given, and in its range."""
+        if len(given) != 1:
+            raise ValueError(
+                "Pass exactly one of num_inference_steps and timesteps (or, for Euler, sigmas), got"
+                f" {', '.join(given) or 'none'}."
+            )
+        steps, sigmas = given.get("num_inference_steps", 1), given.get("sigmas", [1.0, 0.0])
+        if steps < 1:
+            raise ValueError(f"num_inference_steps={steps} must be an integer >= 1.")
+        table = np.asarray(sigmas, dtype=np.float64)
+        if len(table) < 2 or not np.isfinite(table).all() or table[-1] < 0 or (table[1:] >= table[:-1]).any():
+            raise ValueError(f"sigmas={sigmas} must be finite, strictly decreasing and >= 0, at least two.")
 
     def _drop_skipped_steps(self):
         """Drop the first `skip_steps` entries of each table. Raises ValueError if no step would be left."""
@@ -101,15 +134,42 @@ class _BoostAndSkip:
         for table in self._tables:
             setattr(self, table, getattr(self, table)[skip_steps:])
 
+    def _init_step_index(self, timestep: int | torch.Tensor) -> None:
+        """Stock takes the second of equal timesteps, right for a start in the middle; a boosted run starts at the
+        first one, where Karras, exponential, beta and Lu noise levels that round to one timestep may lie."""
+        super()._init_step_index(timestep)
+        on = self.config.gamma != 1 or self.config.skip_steps
+        if on and self.begin_index is None and self._step_index == 1 and self.timesteps[0] == self.timesteps[1]:
+            self._step_index = 0
+
+    @checked_arguments
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """As of the stock scheduler. Raises ValueError for no timestep: image-to-image with nothing left to do."""
+        if noise.shape != original_samples.shape:
+            raise ValueError(f"noise must have the shape {tuple(original_samples.shape)}, got {tuple(noise.shape)}.")
+        if timesteps.ndim > 1 or timesteps.numel() not in (0, 1, len(original_samples)):
+            raise ValueError(
+                f"timesteps must be one or one a sample, {len(original_samples)}, got {tuple(timesteps.shape)}."
+            )
+        if self.config.skip_steps and not timesteps.numel():
+            raise ValueError(
+                f"strength leaves no step: skip_steps={self.config.skip_steps} are dropped from the start of the"
+                " schedule, and image-to-image starts behind its end; use a strength > skip_steps /"
+                f" num_inference_steps, {self.config.skip_steps} / {self.num_inference_steps}, or skip_steps=0."
+            )
+        return super().add_noise(original_samples, noise, timesteps)
+
     def _checked_timesteps(self, timesteps: list[int]) -> np.ndarray:
         table, end = np.asarray(timesteps), self.config.num_train_timesteps
-        integers = table.ndim == 1 and len(table) > 0 and np.issubdtype(table.dtype, np.integer)
-        if not integers or table[0] >= end or table[-1] < 0 or (table[1:] >= table[:-1]).any():
+        kind = np.integer if self._whole_timesteps else np.number
+        numbers = table.ndim == 1 and len(table) > 0 and np.issubdtype(table.dtype, kind)
+        if not numbers or not 0 <= table[-1] <= table[0] < end or not (table[1:] < table[:-1]).all():
             raise ValueError(
-                f"timesteps={timesteps} must be strictly decreasing integers in [0, {end}), and at least one:"
-                " sort them, drop repeated ones, and round."
+                f"timesteps={timesteps} must be strictly decreasing"
+                f" {'integers' if self._whole_timesteps else 'numbers'} in [0, {end}), and at least one: sort them,"
+                " drop repeated ones, and round."
             )
-        return table.astype(np.int64)
+        return table.astype(np.int64) if self._whole_timesteps else table
 
 
 class BoostAndSkipDDPMScheduler(_BoostAndSkip, DDPMScheduler):
@@ -121,7 +181,7 @@ class BoostAndSkipDDPMScheduler(_BoostAndSkip, DDPMScheduler):
 
     Args:
         gamma: factor on the standard deviation of the initial noise, finite and > 0; 1 is off.
-        skip_steps: steps dropped from the start of the schedule as set, >= 0; 0 is off.
+        skip_steps: steps dropped from the start of a schedule set by its number of steps, >= 0; 0 is off.
 
     Raises:
         ValueError: if `gamma` or `skip_steps` is out of range, or (in `set_timesteps`) no step would be left.
@@ -129,12 +189,7 @@ class BoostAndSkipDDPMScheduler(_BoostAndSkip, DDPMScheduler):
 
     __init__ = _boosted_init(DDPMScheduler)
 
-    @functools.wraps(DDPMScheduler.set_timesteps)
-    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None):
-        if timesteps is not None:
-            timesteps = self._checked_timesteps(timesteps)
-        super().set_timesteps(num_inference_steps, device, timesteps)
-        self._drop_skipped_steps()
+    set_timesteps = _skipping(DDPMScheduler.set_timesteps)
 
 
 class BoostAndSkipEulerDiscreteScheduler(_BoostAndSkip, EulerDiscreteScheduler):
@@ -146,7 +201,8 @@ class BoostAndSkipEulerDiscreteScheduler(_BoostAndSkip, EulerDiscreteScheduler):
 
     _tables = ("timesteps", "sigmas")
     __init__ = _boosted_init(EulerDiscreteScheduler)
-    set_timesteps = _skipping(EulerDiscreteScheduler.set_timesteps)
+    _whole_timesteps = False
+    set_timesteps = _skipping(EulerDiscreteScheduler.set_timesteps, list[float] | None)
 
     @property
     def init_noise_sigma(self) -> float | torch.Tensor:
@@ -182,13 +238,14 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
     _table: torch.Tensor | None = None
     __init__ = _boosted_init(DDIMScheduler)
 
+    @checked_arguments(but="timesteps")
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ):
-        """Set the schedule, by its number of steps or as a list, and drop its first `skip_steps` entries.
+        """Set the schedule, by its number of steps, the first `skip_steps` dropped, or as a list, which runs as given.
 
         Args:
             num_inference_steps: number of steps before the cut, spaced by `timestep_spacing`.
@@ -198,29 +255,32 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
         Raises:
             ValueError: unless exactly one of the two is given, the list is as above, and a step is left.
         """
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError(
-                f"Pass exactly one of num_inference_steps and timesteps, got {num_inference_steps=} and {timesteps=}."
-            )
+        given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps}
+        self._check_schedule({name: one for name, one in given.items() if one is not None})
         if timesteps is None:
             super().set_timesteps(num_inference_steps, device)
+            self._drop_skipped_steps()
         else:
             table = self._checked_timesteps(timesteps)
             self.num_inference_steps = len(table)
             self.timesteps = torch.from_numpy(table).to(device)
         self.custom_timesteps = timesteps is not None
-        self._drop_skipped_steps()
         self._table = None
         if self.timesteps.device.type != "cpu":  # alphas_cumprod after that of clean data, timestep -1
             alphas = torch.cat([self.final_alpha_cumprod.reshape(1), self.alphas_cumprod.cpu()])
             self._table = alphas.to(self.timesteps.device)
 
-    def previous_timestep(self, timestep: int) -> int:
+    def previous_timestep(self, timestep: int | torch.Tensor) -> int:
         """The timestep that a step from `timestep` ends at: the next smaller one of the table; negative: clean data.
 
         Raises ValueError for a timestep before the first one of the table, and for one that is no integer >= 0 (the
         stock rule, where it holds, asks for no table).
         """
+        one = isinstance(timestep, torch.Tensor) and timestep.numel() == 1
+        if not (one or is_of_kind(timestep, float)) or not math.isfinite(timestep):
+            raise ValueError(
+                f"timestep={short(timestep)} must be one of scheduler.timesteps, or an integer between them."
+            )
         t, table = int(timestep), self.timesteps.tolist()
         if self._follows_stock_rule():
             return t - self.config.num_train_timesteps // self.num_inference_steps  # the stock rule
@@ -231,14 +291,15 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
             )
         return [*table, -1][bisect_right(table, -t, key=neg)]
 
+    @checked_arguments(but="timestep")
     def step(
         self,
         model_output: torch.Tensor,
-        timestep: int,
+        timestep: int | torch.Tensor,
         sample: torch.Tensor,
         eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: torch.Generator | None = None,
+        use_clipped_model_output: bool | None = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple:
@@ -264,8 +325,15 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
         """
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps=None: call set_timesteps before step.")
-        if sample.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
+        if sample.ndim > 1 and model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
+        for name, tensor in (("model_output", model_output), ("variance_noise", variance_noise)):
+            if tensor is not None and tensor.shape != sample.shape:
+                raise ValueError(f"{name} must have the shape {tuple(sample.shape)}, got {tuple(tensor.shape)}.")
+
+        check_generators(generator, len(sample))
+        if not (math.isfinite(eta) and eta >= 0):
+            raise ValueError(f"eta={eta} must be a finite number >= 0: 0 is DDIM, 1 its ancestral form.")
 
         alpha_prod_t, alpha_prod_s = self._alphas(timestep)
         pred_x0, pred_epsilon = self._predict(model_output, sample, alpha_prod_t)
@@ -297,7 +365,7 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
         the device has to do, and so would the check that it is in the schedule.
         """
         if not isinstance(timestep, torch.Tensor) or timestep.device.type == "cpu" or self._table is None:
-            t, s = int(timestep), self.previous_timestep(timestep)
+            s, t = self.previous_timestep(timestep), int(timestep)
             return self.alphas_cumprod[t], self.alphas_cumprod[s] if s >= 0 else self.final_alpha_cumprod
         t = timestep.reshape(1).long()
         if self._follows_stock_rule():
@@ -331,6 +399,7 @@ _BOOSTED = {
 }
 
 
+@checked_arguments
 def boost_and_skip(
     scheduler: SchedulerMixin, gamma: float | None = None, skip_steps: int | None = None
 ) -> SchedulerMixin:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -16,6 +15,7 @@ from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel, buil
 from .ctmc_noise_schedules import NoiseSchedule, build_noise_schedule
 from .ctmc_reverse import ReverseChain
 from .ctmc_samplers import CHUNK, Sampler, build_sampler, check_recorded, chunks, denoise, groups, movable
+from .scheduler_arguments import checked_arguments, is_of_kind, short
 from .timestep_edges import StepEdges, check_edges, interpolated_edges, times_of
 
 logger = logging.get_logger(__name__)
@@ -122,59 +122,86 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         """ "categorical" or "poisson", the config's None resolved."""
         return self.sampler.jumps
 
+    @checked_arguments
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """The sample, (batch, length), as it is: tokens have no scale."""
         return sample
 
     # Time
 
-    def sigma_bar(self, timestep: float | torch.Tensor) -> torch.Tensor:
+    @checked_arguments
+    def sigma_bar(self, timestep: float | list[float] | torch.Tensor) -> torch.Tensor:
         """Total noise up to a time in [0, 1]; the shape and dtype of a tensor are kept, a number gives float32."""
         return self._at(self._noise.sigma_bar, timestep)
 
-    def sigma(self, timestep: float | torch.Tensor) -> torch.Tensor:
+    @checked_arguments
+    def sigma(self, timestep: float | list[float] | torch.Tensor) -> torch.Tensor:
         """Noise rate d sigma_bar / dt at a time in [0, 1]; shape and dtype as of `sigma_bar`."""
         return self._at(self._noise.sigma, timestep)
 
     @staticmethod
-    def _at(function: Callable, timestep: float | torch.Tensor) -> torch.Tensor:
+    def _at(function: Callable, timestep: float | list[float] | torch.Tensor) -> torch.Tensor:
+        on_device = isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"  # not read
+        if not on_device and not all(0 <= time <= 1 for time in times_of(timestep)):
+            raise ValueError(f"timestep must lie in [0, 1], got {timestep}")
         if isinstance(timestep, torch.Tensor):
             return function(timestep if timestep.is_floating_point() else timestep.float())
         return function(torch.as_tensor(timestep, dtype=torch.float64)).float()
 
+    @checked_arguments
     def model_time(
-        self, timestep: float | torch.Tensor, batch_size: int, device: str | torch.device | None = None
+        self, timestep: float | list[float] | torch.Tensor, batch_size: int, device: str | torch.device | None = None
     ) -> torch.Tensor:
         """What the network receives beside the tokens, (batch_size,) float32: sigma_bar(t), or t.
 
         device: of the result; by default the timestep's. An entry of `timesteps` was computed with the schedule; times
         on the host are computed in float64; other times on a device are computed there in float32.
+
+        Raises ValueError for times outside of [0, 1], another number of them, and a batch_size below 1.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be an integer >= 1, got {batch_size}")
         index = self._steps.known(timestep) if self._steps else None
         if index is not None:
             time = self._steps.model_times[index]
         elif isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
             time = self._conditioning(timestep.float(), self._noise.stable or self._noise)
         else:
+            if not all(0 <= one <= 1 for one in times_of(timestep)):
+                raise ValueError(f"timestep must lie in [0, 1], got {timestep}")
             time = self._conditioning(torch.as_tensor(timestep, dtype=torch.float64), self._noise).float()
             if time.ndim == 0:
                 return torch.full((batch_size,), float(time), dtype=torch.float32, device=device)
-        return (time if device is None else time.to(device)).expand(batch_size)
+        self._check_number(time.numel(), batch_size)
+        return (time if device is None else time.to(device)).reshape(-1).expand(batch_size)
 
     def _conditioning(self, times: torch.Tensor, noise: NoiseSchedule) -> torch.Tensor:
         return times if self.config.time_conditioning == "timestep" else noise.sigma_bar(times)
 
+    @checked_arguments
     def transition_matrix(self, timestep: float, next_timestep: float = 0.0) -> torch.Tensor:
-        """P[i, j] = P(x_t = j | x_s = i), (vocab, vocab) float64, from s = next_timestep to the larger t."""
+        """P[i, j] = P(x_t = j | x_s = i), (vocab, vocab) float64, from s = next_timestep to the larger t.
+
+        Raises ValueError unless 0 <= s <= t <= 1.
+        """
+        if not 0 <= next_timestep <= timestep <= 1:
+            raise ValueError(f"need 0 <= next_timestep <= timestep <= 1, got {next_timestep=} and {timestep=}")
         earlier = self.reverse.sigma_bar(next_timestep) if next_timestep else 0
         return self.kernel.transition(self.reverse.sigma_bar(timestep) - earlier)
 
+    @checked_arguments
     def rate_matrix(self, timestep: float) -> torch.Tensor:
-        """Forward rates sigma(t) Q, [i, j] from i to j, (vocab, vocab) float64; its rows sum to 0."""
+        """Forward rates sigma(t) Q, [i, j] from i to j, (vocab, vocab) float64; its rows sum to 0.
+
+        Raises ValueError for a time outside of [0, 1].
+        """
+        if not 0 <= timestep <= 1:
+            raise ValueError(f"timestep must lie in [0, 1], got {timestep}")
         return self.kernel.base_rate() * self.reverse.sigma(timestep)
 
     # Schedule
 
+    @checked_arguments(but="num_inference_steps")
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -209,8 +236,8 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
             self.kernel.prepare(self.sampler.noise_levels(edges), self.timesteps.device)
 
     def _edges_for(self, steps: int) -> list[float]:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"num_inference_steps must be an integer >= 1, got {steps!r}")
+        if not is_of_kind(steps, int) or steps < 1:
+            raise ValueError(f"num_inference_steps must be an integer >= 1, got {short(steps)}")
         tables = self.config.timestep_tables or {}
         spacing = self.config.timestep_spacing
         if spacing != "uniform":
@@ -236,8 +263,16 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
 
     # The chain forward
 
-    def sample_prior(self, shape: tuple[int, ...], generator: Generators = None, device=None) -> torch.Tensor:
-        """Tokens at time 1, int64 of the shape (batch, length): masks, uniform ones, or of the kernel's Gaussian."""
+    @checked_arguments
+    def sample_prior(
+        self, shape: tuple[int, ...], generator: Generators = None, device: str | torch.device | None = None
+    ) -> torch.Tensor:
+        """Tokens at time 1, int64 of the shape (batch, length): masks, uniform ones, or of the kernel's Gaussian.
+
+        Raises ValueError for another shape, and for a list of generators that are not one a sample.
+        """
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"shape must be (batch, length), both >= 1, got {shape}")
         if isinstance(generator, list):
             check_generators(generator, shape[0])
         return self.kernel.sample_prior(tuple(shape), generator, torch.device("cpu" if device is None else device))
@@ -246,11 +281,12 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         """The law from which `sample_prior` draws each token, (vocab,) float64."""
         return self.kernel.prior()
 
+    @checked_arguments
     def add_noise(
         self,
         original_samples: torch.Tensor,
         noise: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | Generators,
-        timesteps: float | torch.Tensor,
+        timesteps: float | list[float] | torch.Tensor,
     ) -> torch.Tensor:
         """Tokens at a time t > 0 given clean ones: a draw from P_{0t}[x_0, .] at every position.
 
@@ -273,6 +309,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         sigma = [self.reverse.sigma_bar(t) for t in self._times(timesteps, len(x0))]
         return self.kernel.perturb(x0, sigma, recorded, generator)
 
+    @checked_arguments
     def add_noise_by_count(
         self, original_samples: torch.Tensor, noise: torch.Tensor | Generators, num_decoded: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -294,7 +331,9 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
             )
         if not 0 <= num_decoded <= x0.shape[1]:
             raise ValueError(f"num_decoded must be in [0, {x0.shape[1]}], the length, got {num_decoded}")
-        if not isinstance(noise, torch.Tensor):
+        if isinstance(noise, torch.Tensor):
+            self._check_noise_of_add_noise(noise, x0)
+        else:
             noise = uniforms(x0.shape, noise, x0.device)
         order = noise.argsort(dim=1, stable=True)[:, : x0.shape[1] - num_decoded]
         masked = x0.scatter(1, order, self.kernel.mask)
@@ -303,8 +342,9 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
 
     # The chain in reverse
 
+    @checked_arguments
     def reverse_rates(
-        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor
+        self, model_output: torch.Tensor, timestep: float | list[float] | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
         """Rates of jumping from each current token x to every token y, (batch, length, vocab) float32.
 
@@ -320,7 +360,10 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
 
         return self._rows(rates, 0.0, model_output, timestep, sample)
 
-    def scores(self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    @checked_arguments
+    def scores(
+        self, model_output: torch.Tensor, timestep: float | list[float] | torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
         """Ratios p_t(y) / p_t(x) of every token y to the current token x, (batch, length, vocab) float32; 1 at x.
 
         At positions that the absorbing kernel has decoded they say nothing and are 1. Arguments as of `reverse_rates`.
@@ -341,15 +384,16 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
                 target[chosen] = function(output[chosen].float(), x[chosen], time)
         return result
 
+    @checked_arguments
     def step(
         self,
         model_output: torch.Tensor,
-        timestep: float | torch.Tensor,
+        timestep: float | list[float] | torch.Tensor,
         sample: torch.Tensor,
         generator: Generators = None,
         *,
-        next_timestep: float | torch.Tensor | None = None,
-        num_decode: int | torch.Tensor | None = None,
+        next_timestep: float | list[float] | torch.Tensor | None = None,
+        num_decode: int | list[int] | torch.Tensor | None = None,
         noise: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
         return_dict: bool = True,
     ) -> CTMCSchedulerOutput | tuple:
@@ -397,7 +441,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         least = self.config.min_timestep
         return self._output(tokens, (start - elapsed).clamp(min=least).masked_fill(finished, least), return_dict)
 
-    def _start(self, timestep: float | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    def _start(self, timestep: float | list[float] | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """The times of a batch, (batch,) float32 on its device."""
         on_device = isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"
         if on_device and (self._steps is None or self._steps.known(timestep) is None):
@@ -412,10 +456,11 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
             time = _column(time if isinstance(time, list) else [time] * len(sample), sample.device)
         return CTMCSchedulerOutput(prev_sample=sample, prev_timestep=time) if return_dict else (sample, time)
 
+    @checked_arguments
     def step_correct(
         self,
         model_output: torch.Tensor,
-        timestep: float | torch.Tensor,
+        timestep: float | list[float] | torch.Tensor,
         sample: torch.Tensor,
         step_size: float,
         generator: Generators = None,
@@ -434,17 +479,18 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         self._check_step_inputs(model_output, sample, generator)
         if self.sampler.counts_tokens:
             raise ValueError("sampler='gillespie' counts decoded tokens and a corrector masks them again; use 'euler'")
-        if not (isinstance(step_size, Real) and math.isfinite(step_size) and step_size > 0):
+        if not (math.isfinite(step_size) and step_size > 0):
             raise ValueError(f"step_size must be a finite number > 0, got {step_size!r}")
         times = self._times(timestep, len(sample))
         leaps = [(time, time - step_size) for time in times]
         corrected = self.sampler.correct(model_output, sample, leaps, generator, noise)
         return self._output(corrected, times, return_dict)
 
+    @checked_arguments
     def denoise(
         self,
         model_output: torch.Tensor,
-        timestep: float | torch.Tensor,
+        timestep: float | list[float] | torch.Tensor,
         sample: torch.Tensor,
         generator: Generators = None,
         *,
@@ -457,13 +503,14 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         noise: recorded uniforms (batch, length, vocab), without the mask's column for the absorbing kernel.
         """
         self._check_step_inputs(model_output, sample, generator)
+        times = [(time, 0.0) for time in self._times(timestep, len(sample))]
         if self.kernel.mask is None and self.config.prediction_type != "log_score":
             return model_output.argmax(dim=-1)
-        times = [(time, 0.0) for time in self._times(timestep, len(sample))]
         return denoise(self.reverse, model_output, sample, times, generator, noise)
 
     # Counting tokens
 
+    @checked_arguments
     def num_decode(self, sample: torch.Tensor, step_index: int) -> list[int]:
         """How many masks of each sample step `step_index` of the schedule decodes with gillespie.
 
@@ -471,6 +518,7 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         token-count table k_0 = 0 < k_1 < ... < k_n = length is the table of times 1 - k_i / length, t_n small.
         Where other tokens were given from the start, the same share of the masks stays. sample: (batch, length).
         """
+        self._check_tokens(sample)
         return self.num_decode_on_device(sample, step_index).tolist()
 
     def num_decode_on_device(self, sample: torch.Tensor, step_index: int) -> torch.Tensor:
@@ -490,11 +538,15 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
             return self.num_decode_on_device(sample, index)
         counts = torch.as_tensor(num_decode)
         on_device = counts.device.type != "cpu"  # its numbers are not read: a negative one decodes nothing
-        if counts.is_floating_point() or (not on_device and bool((counts < 0).any())):
+        if (
+            counts.is_floating_point()
+            or counts.numel() not in (1, len(sample))
+            or (not on_device and bool((counts < 0).any()))
+        ):
             raise ValueError(f"num_decode must be an integer >= 0, or one a sample, got {num_decode}")
         if counts.ndim == 0 and not on_device:
             return int(counts)
-        return counts.to(sample.device).expand(len(sample))
+        return counts.to(sample.device).reshape(-1).expand(len(sample))
 
     # Times of a batch, on the host, and checks
 
@@ -541,6 +593,11 @@ class CTMCScheduler(SchedulerMixin, ConfigMixin):
         allowed = self.kernel.noise_shapes(tuple(x0.shape))
         if shapes not in allowed:
             raise ValueError(f"noise of kernel={self.config.kernel!r} must have the shape {allowed}, got {shapes}")
+        draws, *targets = noise if isinstance(noise, tuple) else (noise,)
+        if not draws.is_floating_point() or not bool(((draws >= 0) & (draws < 1)).all()):
+            raise ValueError("noise must hold uniforms in [0, 1): torch.rand, not torch.randn")
+        if any(bool(((tokens < 0) | (tokens >= self.config.vocab_size)).any()) for tokens in targets):
+            raise ValueError(f"noise must hold target tokens in [0, {self.config.vocab_size})")
 
 
 def _column(times: list[float], device: torch.device) -> torch.Tensor:

@@ -7,6 +7,7 @@ from diffusers import DiscreteDDIMScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_discrete_ddim import DiscreteDDIMSchedulerOutput
 
+from .scheduler_arguments import checked_arguments
 from .timestep_edges import check_edges
 
 
@@ -32,6 +33,7 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
     """
 
     @register_to_config
+    @checked_arguments
     def __init__(
         self,
         num_inference_steps: int = 32,
@@ -43,6 +45,8 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
         timestep_table_info: dict[str, dict] | None = None,
         timestep_spacing: str = "uniform",
     ):
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be an integer >= 1, got {num_inference_steps}")
         super().__init__(
             num_inference_steps=num_inference_steps,
             corrector_steps=corrector_steps,
@@ -56,8 +60,11 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
             check_edges(table, f"timestep_tables[{name!r}]", steps=name)
         self._weights: dict[tuple[int, torch.device], torch.Tensor] = {}  # by vocab_size and device, for one schedule
 
+    @checked_arguments
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """The steps 0 to n - 1, as of diffusers' scheduler."""
+        """The steps 0 to n - 1, as of diffusers' scheduler. Raises ValueError for fewer than 1."""
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be an integer >= 1, got {num_inference_steps}")
         super().set_timesteps(num_inference_steps, device)
         self._weights = {}
 
@@ -73,6 +80,7 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
             return super()._alpha(step_index)
         return 1.0 if step_index == self.num_inference_steps else 1 - self.table[step_index]
 
+    @checked_arguments
     def step(
         self,
         model_output: torch.Tensor,
@@ -86,7 +94,16 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
         """One step; arguments and result as of diffusers' scheduler.
 
         model_output: logits (batch, length, vocab_size). timestep: the step, from 0. sample: (batch, length) int64.
+
+        Raises ValueError for other shapes and a temperature below 0.
         """
+        if sample.ndim != 2 or model_output.shape[:-1] != sample.shape or not (temperature >= 0):
+            raise ValueError(
+                "sample must be (batch, length), model_output (batch, length, vocab_size) and temperature >= 0, got"
+                f" {tuple(sample.shape)}, {tuple(model_output.shape)} and {temperature}"
+            )
+        if isinstance(timestep, torch.Tensor) and timestep.numel() != 1:
+            raise ValueError(f"timestep must be one step, got a tensor of shape {tuple(timestep.shape)}")
         if self.table is None:
             return super().step(
                 model_output, timestep, sample, temperature=temperature, generator=generator, return_dict=return_dict

@@ -21,7 +21,6 @@ Without stochasticity (S_churn 0) `churn` changes nothing and may be left out; t
 """
 
 import math
-import numbers
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +31,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+from .scheduler_arguments import check_generators, checked_arguments, is_of_kind, short
 
 
 @dataclass
@@ -88,8 +89,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             _check_number(name, value)
         if sigma_min >= sigma_max:
             raise ValueError(f"sigma_min={sigma_min} must be smaller than sigma_max={sigma_max}: swap them.")
-        if not _is_number(limit) or math.isnan(limit) or limit < S_min:
-            raise ValueError(f"S_max={S_max!r} must be a number >= S_min={S_min}, or None for no limit.")
+        if not is_of_kind(limit, float) or math.isnan(limit) or limit < S_min:
+            raise ValueError(f"S_max={short(S_max)} must be a number >= S_min={S_min}, or None for no limit.")
         if math.isinf(limit):
             self.register_to_config(S_max=None)
         self.num_inference_steps = self.timesteps = self.sigmas = None
@@ -130,14 +131,14 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         Raises ValueError for what is not the start of a step of the schedule.
         """
         entries = math.inf if self.timesteps is None else len(self.timesteps)
-        integer = isinstance(begin_index, numbers.Integral) and not isinstance(begin_index, bool)
-        if not integer or begin_index % self.order or not 0 <= begin_index < entries:
+        if not is_of_kind(begin_index, int) or begin_index % self.order or not 0 <= begin_index < entries:
             raise ValueError(
-                f"begin_index={begin_index!r} must be an even number in [0, {entries}): an entry of timesteps at which"
-                " a step starts, 2i for step i."
+                f"begin_index={short(begin_index)} must be an even number in [0, {entries}): an entry of timesteps at"
+                " which a step starts, 2i for step i."
             )
         self._begin_index = int(begin_index)
 
+    @checked_arguments(but="num_inference_steps")
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -170,8 +171,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
 
     def _karras_table(self, n: int) -> np.ndarray:
         """Equation 5, (n,) float64."""
-        if isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1:
-            raise ValueError(f"num_inference_steps={n!r} must be an integer >= 1.")
+        if not is_of_kind(n, int) or n < 1:
+            raise ValueError(f"num_inference_steps={short(n)} must be an integer >= 1.")
         try:
             first, last = (s ** (1 / self.config.rho) for s in (self.config.sigma_max, self.config.sigma_min))
             table = (first + np.arange(n) / max(n - 1, 1) * (last - first)) ** self.config.rho
@@ -184,12 +185,14 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             )
         return table
 
+    @checked_arguments
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """The sample, (batch, ...), as it is: the network scales its own input."""
         return sample
 
+    @checked_arguments
     def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | list[float] | torch.Tensor
     ) -> torch.Tensor:
         """x_0 + sigma epsilon, in the dtype of the samples.
 
@@ -197,11 +200,23 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             original_samples: x_0, (batch, ...).
             noise: epsilon of unit variance, the shape of the samples.
             timesteps: sigma, one or (batch,), any numbers >= 0; entries of `timesteps` are such.
+
+        Raises:
+            ValueError: for noise of another shape, another number of sigmas, and sigmas on the CPU out of range.
         """
+        if noise.shape != original_samples.shape:
+            raise ValueError(f"noise must have the shape {tuple(original_samples.shape)}, got {tuple(noise.shape)}.")
+        levels = torch.as_tensor(timesteps)
+        if levels.numel() not in (1, len(original_samples)) or not _are_levels(levels):
+            raise ValueError(
+                f"timesteps must be finite numbers >= 0, one or one a sample, {len(original_samples)}, got"
+                f" {short(timesteps)}."
+            )
         sigma = torch.as_tensor(timesteps, dtype=original_samples.dtype, device=original_samples.device)
         sigma = sigma.reshape(-1, *[1] * (original_samples.ndim - 1))
         return original_samples + sigma * noise.to(original_samples)
 
+    @checked_arguments
     def churn(
         self,
         sample: torch.Tensor,
@@ -232,6 +247,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("Pass only one of generator and noise: the noise is drawn, or it is given.")
         if noise is not None and noise.shape != sample.shape:
             raise ValueError(f"noise must have the shape of sample, {tuple(sample.shape)}, got {tuple(noise.shape)}.")
+        check_generators(generator, len(sample))
         x, config = sample.to(self.state_dtype(sample.device)), self.config
         sigma, gamma = self.sigmas[self._step_index].item(), 0.0
         if config.S_min <= sigma <= (math.inf if config.S_max is None else config.S_max):
@@ -243,6 +259,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             x = x + math.sqrt(self._sigma_hat**2 - sigma**2) * config.S_noise * noise.to(x)
         return x, self._sigma_hat
 
+    @checked_arguments
     def step(
         self,
         model_output: torch.Tensor,
@@ -271,6 +288,12 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
                 step with S_churn > 0 if `churn` was not called.
         """
         self._check_running()
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"model_output must have the shape {tuple(sample.shape)}, got {tuple(model_output.shape)}."
+            )
+        if self._start is not None and sample.shape != self._start.shape:
+            raise ValueError(f"sample must have the shape {tuple(self._start.shape)}, got {tuple(sample.shape)}.")
         dtype = self.state_dtype(sample.device)
         x, denoised = sample.to(dtype), model_output.to(dtype)
         sigma, sigma_next = self.sigmas[self._step_index : self._step_index + 2].tolist()
@@ -314,6 +337,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
 
     def _check_timestep(self, timestep: float | torch.Tensor, sigma: float):
         on_cpu = not isinstance(timestep, torch.Tensor) or timestep.device.type == "cpu"  # others would have to wait
+        if isinstance(timestep, torch.Tensor) and timestep.numel() != 1:
+            raise ValueError(f"timestep must be one sigma, got {short(timestep)}.")
         if on_cpu and not math.isclose(float(timestep), sigma, rel_tol=1e-4):
             which = "second" if self._slope is not None else "first"
             raise ValueError(
@@ -322,13 +347,16 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             )
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+def _are_levels(sigmas: torch.Tensor) -> bool:
+    """Whether they are finite and >= 0, if they are where they can be read at once."""
+    if sigmas.is_complex() or sigmas.device.type != "cpu":
+        return not sigmas.is_complex()
+    return bool((sigmas.isfinite() & (sigmas >= 0)).all())
 
 
 def _check_number(name: str, value: float, positive: bool = False):
-    if not _is_number(value) or not math.isfinite(value) or value < 0 or (positive and value == 0):
-        raise ValueError(f"{name}={value!r} must be a finite number {'> 0' if positive else '>= 0'}.")
+    if not is_of_kind(value, float) or not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name}={short(value)} must be a finite number {'> 0' if positive else '>= 0'}.")
 
 
 def _checked_sigmas(sigmas) -> np.ndarray:

@@ -35,11 +35,11 @@ def interpolated_edges(tables: dict[str, list[float]], steps: int) -> list[float
     return ((1 - share) * near + share * far).tolist()
 
 
-def times_of(timestep: float | list[float] | torch.Tensor) -> list[float]:
+def times_of(timestep: float | list[float] | np.ndarray | torch.Tensor) -> list[float]:
     """A timestep or several as Python's numbers; reads the device of a tensor that is on one."""
     if isinstance(timestep, torch.Tensor):
         return [float(t) for t in timestep.detach().reshape(-1).tolist()]
-    return [float(t) for t in timestep] if isinstance(timestep, list | tuple) else [float(timestep)]
+    return np.asarray(timestep, dtype=np.float64).reshape(-1).tolist()
 
 
 class StepEdges:
@@ -82,6 +82,8 @@ class StepEdges:
         if index is not None:
             return index
         times = times_of(timestep)
+        if not times:
+            raise ValueError("timestep must be one time or one a sample, got none")
         distances = [abs(edge - times[0]) for edge in self.edges]
         index = min(range(len(distances)), key=distances.__getitem__)
         if not distances[index] <= 2e-7 or any(t != times[0] for t in times):

@@ -39,9 +39,11 @@ def test_an_export_holds_code_and_file_stems(tmp_path):
     assert files == {
         "README.md",
         "boost_and_skip.py",
+        "call_arguments.py",
         "pixel_space.py",
         "respacing.py",
         "model_index.json",
+        "scheduler/scheduler_arguments.py",
         "scheduler/scheduler_config.json",
         "scheduler/scheduling_boost_and_skip.py",
         "unet/config.json",

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -198,11 +199,6 @@ def test_skip_cuts_every_table_at_each_call(name, spacing):
 @pytest.mark.parametrize(
     ("name", "config", "schedule"),
     [
-        ("ddpm", {}, {"timesteps": [900, 500, 499, 20, 0]}),
-        ("ddim", {}, {"timesteps": [900, 500, 499, 20, 0]}),
-        ("dpm", {}, {"timesteps": [900, 500, 499, 20, 0]}),
-        ("euler", {}, {"timesteps": [900, 500, 499, 20, 0]}),
-        ("euler", {}, {"sigmas": [14.0, 9.0, 4.0, 1.0, 0.3, 0.0]}),
         ("euler", {"use_karras_sigmas": True}, {"num_inference_steps": 9}),
         ("euler", {"use_exponential_sigmas": True}, {"num_inference_steps": 9}),
         ("euler", {"use_beta_sigmas": True}, {"num_inference_steps": 9}),
@@ -213,19 +209,15 @@ def test_skip_cuts_every_table_at_each_call(name, spacing):
         ("dpm", {"final_sigmas_type": "sigma_min"}, {"num_inference_steps": 9}),
     ],
 )
-def test_skip_cuts_custom_schedules_and_sigma_variants(name, config, schedule):
+def test_skip_cuts_sigma_variants(name, config, schedule):
     ours, uncut = PAIRS[name][1](**config, skip_steps=2), PAIRS[name][1](**config)
     ours.set_timesteps(**schedule)
     uncut.set_timesteps(**schedule)
     assert torch.equal(ours.timesteps, uncut.timesteps[2:])
-    if name == "ddim":
-        assert ours.num_inference_steps == len(schedule["timesteps"])
-    else:
-        stock = PAIRS[name][0](**config)
-        stock.set_timesteps(**schedule)
-        assert ours.num_inference_steps == stock.num_inference_steps
-    if hasattr(uncut, "sigmas"):
-        assert torch.equal(ours.sigmas, uncut.sigmas[2:])
+    stock = PAIRS[name][0](**config)
+    stock.set_timesteps(**schedule)
+    assert ours.num_inference_steps == stock.num_inference_steps
+    assert torch.equal(ours.sigmas, uncut.sigmas[2:])
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm"])
@@ -245,8 +237,8 @@ def test_initial_noise_sigma_of_euler_follows_the_first_kept_sigma(spacing):
     sigma = stock.sigmas[3].item()
     stock_formula = math.sqrt(1 + sigma**2) if spacing == "leading" else sigma
     assert float(ours.init_noise_sigma) == pytest.approx(2.5 * stock_formula, rel=1e-6)
-    ours.set_timesteps(sigmas=[12.0, 8.0, 5.0, 2.0, 1.0, 0.0])
-    stock_formula = math.sqrt(1 + 2.0**2) if spacing == "leading" else 2.0
+    ours.set_timesteps(sigmas=[12.0, 8.0, 5.0, 2.0, 1.0, 0.0])  # a list runs as given
+    stock_formula = math.sqrt(1 + 12.0**2) if spacing == "leading" else 12.0
     assert float(ours.init_noise_sigma) == pytest.approx(2.5 * stock_formula, rel=1e-6)
 
 
@@ -369,7 +361,8 @@ def test_ddpm_equals_the_loop_written_out(variance, spacing):
     else:
         ours = BoostAndSkipDDPMScheduler(**config, timestep_spacing=spacing)
         ours.set_timesteps(10)
-    expected = ancestral_loop(model, 2.5 * EPS.double(), table[3:], coefficients(), variance, gaussians(2))
+    kept = table if spacing == "custom" else table[3:]  # a list runs as given
+    expected = ancestral_loop(model, 2.5 * EPS.double(), kept, coefficients(), variance, gaussians(2))
     close(sample(ours, model, steps=None, seed=2), expected, atol=1e-4)
 
 
@@ -393,12 +386,11 @@ def test_ddim_equals_the_loop_written_out_with_true_neighbours(eta, kind, rederi
     else:
         ours = BoostAndSkipDDIMScheduler(**config, timestep_spacing=spacing, steps_offset=1)
         ours.set_timesteps(10)
-    assert ours.timesteps.tolist() == table[3:]
+    kept = table if spacing == "custom" else table[3:]  # a list runs as given
+    assert ours.timesteps.tolist() == kept
     noise = {"eta": eta, "seed": 2} if eta else {}
     alphas, options = coefficients(), {"kind": kind, "rederive": rederive}
-    expected = ddim_loop(
-        fake_model, 2.5 * EPS.double(), table[3:], alphas, eta, gaussians(2), last=alphas[0], **options
-    )
+    expected = ddim_loop(fake_model, 2.5 * EPS.double(), kept, alphas, eta, gaussians(2), last=alphas[0], **options)
     actual = sample(ours, steps=None, use_clipped_model_output=rederive, **noise)
     close(actual, expected)
     learned = sample(ours, fake_learned_model, steps=None, use_clipped_model_output=rederive, **noise)
@@ -422,7 +414,8 @@ def test_euler_equals_the_loop_written_out(kind, config, schedule):
     config = {**config, "beta_schedule": "scaled_linear", "prediction_type": kind}
     stock = EulerDiscreteScheduler(**config)
     stock.set_timesteps(**schedule)
-    timesteps, sigmas = stock.timesteps[3:], stock.sigmas[3:].tolist()
+    skip = 3 if "num_inference_steps" in schedule else 0  # a list runs as given
+    timesteps, sigmas = stock.timesteps[skip:], stock.sigmas[skip:].tolist()
     level = math.sqrt(1 + sigmas[0] ** 2) if config.get("timestep_spacing") == "leading" else sigmas[0]
     expected = euler_loop(fake_model, 2.5 * level * EPS.double(), timesteps, sigmas, kind)
     ours = BoostAndSkipEulerDiscreteScheduler(**config, gamma=2.5, skip_steps=3)
@@ -448,7 +441,8 @@ def test_dpm_equals_the_loop_written_out(config, schedule):
     config = {**config, "beta_schedule": "scaled_linear"}
     stock = DPMSolverMultistepScheduler(**config)
     stock.set_timesteps(**schedule)
-    timesteps, sigmas = stock.timesteps[3:], stock.sigmas[3:].tolist()
+    skip = 3 if "num_inference_steps" in schedule else 0  # a list runs as given
+    timesteps, sigmas = stock.timesteps[skip:], stock.sigmas[skip:].tolist()
     expected = dpm_loop(fake_model, 2.5 * EPS.double(), timesteps, sigmas)
     ours = BoostAndSkipDPMSolverMultistepScheduler(**config, gamma=2.5, skip_steps=3)
     ours.set_timesteps(**schedule)
@@ -673,11 +667,13 @@ def test_signatures_that_pipelines_inspect(name):
     assert type(ours).__module__ == "diffusers_ext.schedulers.scheduling_boost_and_skip"
 
 
-def test_module_stands_alone(monkeypatch):
-    """As a file of a Hub repository: no sibling, nothing but torch, numpy and diffusers."""
+def test_module_stands_alone(monkeypatch, tmp_path):
+    """As files of a Hub repository: with its sibling, nothing but torch, numpy and diffusers."""
     tree = ast.parse(inspect.getsource(module))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert not any(getattr(node, "level", 0) for node in imports)
+    siblings = [node.module for node in imports if getattr(node, "level", 0)]
+    assert siblings == ["scheduler_arguments"]
+    imports = [node for node in imports if not getattr(node, "level", 0)]
     names = {
         name
         for node in imports
@@ -685,9 +681,11 @@ def test_module_stands_alone(monkeypatch):
     }
     assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"diffusers", "numpy", "torch"}
     monkeypatch.setitem(sys.modules, "diffusers_ext", None)
-    spec = importlib.util.spec_from_file_location("scheduling_alone", module.__file__)
-    alone = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(alone)
+    for name in (Path(module.__file__).stem, *siblings):
+        (tmp_path / "alone").mkdir(exist_ok=True)
+        shutil.copy(Path(module.__file__).with_name(f"{name}.py"), tmp_path / "alone")
+    monkeypatch.syspath_prepend(tmp_path)
+    alone = importlib.import_module("alone.scheduling_boost_and_skip")
     assert alone.SchedulerMixin is diffusers.SchedulerMixin  # diffusers looks for this name
     ours = alone.boost_and_skip(DDIMScheduler(), gamma=2.0, skip_steps=1)
     assert len(ours.betas) == 1000
@@ -721,11 +719,42 @@ def test_skip_steps_must_leave_a_step(name):
     ours = PAIRS[name][1](skip_steps=5)
     ours.set_timesteps(6)
     assert len(ours.timesteps) == 1
-    for schedule in ({"num_inference_steps": 5}, {"timesteps": [900, 3]}):
-        with pytest.raises(
-            ValueError, match=r"skip_steps=5 must be smaller than the number of steps.*has [52]: set more"
-        ):
-            ours.set_timesteps(**schedule)
+    with pytest.raises(ValueError, match=r"skip_steps=5 must be smaller than the number of steps.*has 5: set more"):
+        ours.set_timesteps(5)
+
+
+@both
+def test_a_list_runs_as_given(name):
+    """Also the schedule of the scheduler itself, which has no skipped steps any more. The boost holds."""
+    ours = PAIRS[name][1](skip_steps=2, gamma=3.0)
+    ours.set_timesteps(6)
+    kept = ours.timesteps.clone()
+    ours.set_timesteps(timesteps=kept)
+    assert torch.equal(ours.timesteps, kept) and len(kept) == 4
+    assert torch.isfinite(sample(ours, steps=None)).all()
+    boost = ours.init_noise_sigma / PAIRS[name][1].__mro__[2].init_noise_sigma.fget(ours) if name == "euler" else 3.0
+    assert boost == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("kind", ["karras_sigmas", "lu_lambdas", "exponential_sigmas", "beta_sigmas"])
+def test_equal_timesteps_are_walked_one_by_one(kind):
+    """A run may begin where noise levels round to one timestep; stock's search takes the second for the first."""
+    uncut = DPMSolverMultistepScheduler(**{f"use_{kind}": True})
+    uncut.set_timesteps(100)
+    skip = next(i for i in range(99) if uncut.timesteps[i] == uncut.timesteps[i + 1])
+    ours = BoostAndSkipDPMSolverMultistepScheduler.from_config(uncut.config, gamma=2.0, skip_steps=skip)
+    ours.set_timesteps(100)
+    expected = dpm_loop(fake_model, 2.0 * EPS.double(), ours.timesteps, ours.sigmas.tolist())
+    close(sample(ours, steps=None), expected)
+
+
+@both
+def test_image_to_image_that_the_skip_leaves_no_step(name):
+    ours = PAIRS[name][1](skip_steps=4, gamma=2.0)
+    ours.set_timesteps(10)
+    with pytest.raises(ValueError, match=r"strength leaves no step: skip_steps=4 .* strength > .* 4 / 10"):
+        ours.add_noise(EPS, EPS, ours.timesteps[6:7])
+    assert ours.add_noise(EPS, EPS, ours.timesteps[5:6]).shape == EPS.shape
 
 
 # ------------------------------------------------------------------------------------------------------ boost_and_skip
@@ -874,7 +903,7 @@ def test_authors_loops_step_by_step(case, monkeypatch):
         gamma=about["gamma"],
         skip_steps=about["Delta_t"],
     )
-    ours.set_timesteps(timesteps=tensors["timestep_map"].flip(0).tolist())
+    ours.set_timesteps(timesteps=tensors["timestep_map"].flip(0).tolist()[about["Delta_t"] :])
     assert ours.timesteps.tolist() == tensors["network_t"][:, 0].tolist()
     noises = tensors.get("step_noise")
     tolerance = {"atol": about["tolerance"]["recommended_atol"], "rtol": about["tolerance"]["recommended_rtol"]}
@@ -1065,7 +1094,7 @@ def test_pipelines_run_from_prompt_to_image_and_take_custom_timesteps(stable_dif
     stable_diffusion(
         **options, timesteps=[900, 500, 100], callback_on_step_end=lambda _, i, t, kw: seen.append(int(t)) or kw
     )
-    assert seen == [500, 100]
+    assert seen == [900, 500, 100]
 
 
 def test_pipeline_saves_and_loads_with_the_scheduler(stable_diffusion, tmp_path):

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, UNet2DMode
 from ..hub.downloads import check_source
 from ..models import EDM2UNet2DModel
 from ..pipelines import ADMUpsamplerPipeline, BoostAndSkipPipeline, EDM2Pipeline
+from ..pipelines.call_arguments import checked_arguments
 from ..runs.files import new_folder, staged_folder
 from ..schedulers import EDMHeunScheduler
 from .edm2 import read_edm2
@@ -17,6 +18,7 @@ from .guided_diffusion_check import SourceNetwork, conversion_error
 from .tensor_files import checked_cast
 
 
+@checked_arguments
 def convert_guided_diffusion(
     path: str | Path,
     folder: str | Path,
@@ -59,6 +61,7 @@ def convert_guided_diffusion(
     return pipeline, error
 
 
+@checked_arguments
 def convert_edm2(
     path: str | Path,
     folder: str | Path,

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from ..casting import dtype_option
 from ..hub.downloads import check_source
 from ..pipelines import DiscreteDiffusionPipeline
+from ..pipelines.call_arguments import checked_arguments
 from ..runs.files import new_folder, staged_folder
 from ..schedulers import CTMCScheduler
 from .sedd import load_countdown, load_sedd, sedd_scheduler
@@ -16,6 +17,7 @@ from .tauldr import load_tauldr, tauldr_scheduler
 from .tensor_files import check_finite, checked_cast
 
 
+@checked_arguments
 def convert_sedd(
     source: str | Path,
     folder: str | Path,
@@ -44,6 +46,7 @@ def convert_sedd(
     return _written(model, scheduler, loaded, folder, dtype)
 
 
+@checked_arguments
 def convert_countdown(
     checkpoint: str | Path,
     folder: str | Path,
@@ -62,6 +65,7 @@ def convert_countdown(
     return _written(model, CTMCScheduler(vocab_size=model.config.vocab_size), None, folder, dtype)
 
 
+@checked_arguments
 def convert_tauldr(
     checkpoint: str | Path,
     config: str | Path,

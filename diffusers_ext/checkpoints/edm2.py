@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..models.edm2_unet import EDM2UNet2DModel
+from ..pipelines.call_arguments import checked_arguments
 from .safe_pickle import PickledObject, as_numbers, safe_load
 from .tensor_files import check_finite, check_size, checked_cast
 
@@ -31,6 +32,7 @@ class EDM2Checkpoint:
     latent_bias: list[float] | None = None
 
 
+@checked_arguments
 def load_edm2(path: str | Path, torch_dtype: torch.dtype | None = None) -> EDM2UNet2DModel:
     """The averaged network ("ema") of an EDM2 checkpoint, in evaluation mode.
 

@@ -14,6 +14,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.utils import logging
 
 from ..models.adm_unet import ADMUNet2DModel
+from ..pipelines.call_arguments import checked_arguments
 from ..pipelines.respacing import respaced_timesteps
 from .tensor_files import check_names, checked_cast, read_tensors
 
@@ -152,6 +153,7 @@ class ADMLayout:
         return 1 + level * (self.num_res_blocks + 1)
 
 
+@checked_arguments
 def load_guided_diffusion(
     path: str | Path, preset: str | None = None, **flags
 ) -> tuple[UNet2DModel | ADMUNet2DModel, DDPMScheduler]:

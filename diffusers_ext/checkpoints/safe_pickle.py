@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from ..hub.damage import HEAD, other_kind
+from ..pipelines.call_arguments import checked_arguments
 
 MAX_OPCODES = 1_000_000  # some twenty times what the largest EDM2 network takes
 MAX_LINE = 4_096  # bytes of an argument of the old text protocol, whose conversion is quadratic
@@ -48,6 +49,7 @@ class PickledObject:
     state: dict = field(default_factory=dict, repr=False)
 
 
+@checked_arguments
 def safe_load(path: str | Path) -> Any:
     """Read a pickle file as plain data; see the module for what comes out.
 

@@ -8,6 +8,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..models import SEDDTransformer
+from ..pipelines.call_arguments import checked_arguments
 from ..schedulers import CTMCScheduler
 from .tensor_files import check_names, checked_cast, read_json, read_tensors, refusing
 
@@ -24,6 +25,7 @@ RENAMED = (
 INV_FREQ = "rotary_emb.inv_freq"
 
 
+@checked_arguments
 def load_sedd(path: str | Path, revision: str | None = None) -> SEDDTransformer:
     """A SEDD network, in float32 and evaluation mode; `model(tokens, sigma).sample` are log scores.
 
@@ -55,6 +57,7 @@ def load_sedd(path: str | Path, revision: str | None = None) -> SEDDTransformer:
     return _filled(model, _renamed(state), path)
 
 
+@checked_arguments
 def sedd_scheduler(path: str | Path, revision: str | None = None, **overrides) -> CTMCScheduler:
     """The scheduler that belongs to a SEDD checkpoint: its kernel, vocabulary and noise schedule.
 
@@ -75,6 +78,7 @@ def sedd_scheduler(path: str | Path, revision: str | None = None, **overrides) -
     return CTMCScheduler(**{**settings, **overrides})
 
 
+@checked_arguments
 def load_countdown(path: str | Path, num_heads: int | None = None) -> SEDDTransformer:
     """A network of Jump Your Steps' CountDown experiment, in float32 and evaluation mode.
 

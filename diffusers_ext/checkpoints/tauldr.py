@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from ..models import CTMCSequenceTransformer, CTMCUNet
+from ..pipelines.call_arguments import checked_arguments
 from ..schedulers import CTMCScheduler
 from .tensor_files import check_finite, check_size, read_torch_file, refusing
 
@@ -43,6 +44,7 @@ LAYERS = ("num_layers", "num_output_FFresiduals", "num_res_blocks")
 MOST_LAYERS = 1000
 
 
+@checked_arguments
 def load_tauldr(
     checkpoint: str | Path, config: str | Path, weights: str = "ema", integer_time: bool = True
 ) -> CTMCUNet | CTMCSequenceTransformer:
@@ -74,6 +76,7 @@ def _check_shapes(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> Non
         raise ValueError(f"{len(different)} tensors differ, such as {first}")
 
 
+@checked_arguments
 def tauldr_scheduler(config: str | Path, **overrides) -> CTMCScheduler:
     """The scheduler that belongs to a tauLDR checkpoint: its kernel, noise and tau-leaping down to t = 0.01.
 

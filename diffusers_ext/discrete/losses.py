@@ -3,9 +3,11 @@
 import torch
 import torch.nn.functional as F
 
+from ..pipelines.call_arguments import checked_arguments
 from ..schedulers import CTMCScheduler
 
 
+@checked_arguments
 def score_entropy(
     scheduler: CTMCScheduler,
     log_score: torch.Tensor,
@@ -21,12 +23,16 @@ def score_entropy(
     for the current token x; 0 where s is the log of r. log_score: s, (batch, length, vocab), float32 is wise. noisy,
     original: x and x_0, (batch, length) int64. timesteps: (batch,).
 
-    Raises ValueError for kernels that do not predict scores.
+    Raises ValueError for kernels that do not predict scores, and for other shapes.
     """
+    _check_tokens(scheduler, "log_score", log_score, noisy, original)
+    if timesteps.shape != original.shape[:1]:
+        raise ValueError(f"timesteps must be ({len(original)},), got {tuple(timesteps.shape)}")
     sigma_bar = scheduler.sigma_bar(timesteps).unsqueeze(1)
     return scheduler.kernel.score_entropy(log_score, noisy, original, sigma_bar)
 
 
+@checked_arguments
 def score_entropy_loss(
     scheduler: CTMCScheduler,
     log_score: torch.Tensor,
@@ -48,6 +54,7 @@ def score_entropy_loss(
     return loss * scheduler.sigma(timesteps) if weighting == "sigma" else loss
 
 
+@checked_arguments
 def x0_cross_entropy(
     scheduler: CTMCScheduler, logits: torch.Tensor, noisy: torch.Tensor, original: torch.Tensor
 ) -> torch.Tensor:
@@ -56,6 +63,7 @@ def x0_cross_entropy(
     The part of tauLDR's loss (2205.14987, section 3.2) that trains a network of x_0 for any kernel. logits: (batch,
     length, vocab); the mask's column is left out. A sample without masks has the loss 0.
     """
+    _check_tokens(scheduler, "logits", logits, noisy, original)
     if scheduler.mask_token_id is None:
         return F.cross_entropy(logits.transpose(1, 2), original, reduction="none").mean(dim=1)
     masked = noisy == scheduler.mask_token_id
@@ -63,6 +71,7 @@ def x0_cross_entropy(
     return each.sum(dim=1) / masked.sum(dim=1).clamp(min=1)
 
 
+@checked_arguments
 @torch.no_grad()
 def likelihood_bound(
     model: torch.nn.Module,
@@ -86,6 +95,11 @@ def likelihood_bound(
 
     Raises ValueError for other kernels.
     """
+    if num_times < 1 or batch_size < 1 or not 0 < first_time < 1:
+        raise ValueError(
+            f"need num_times >= 1, batch_size >= 1 and 0 < first_time < 1, got {num_times=}, {batch_size=} and"
+            f" {first_time=}"
+        )
     device, sums = next(model.parameters()).device, []
     for original in tokens.split(batch_size):
         original, total = original.to(device).long(), 0
@@ -98,6 +112,16 @@ def likelihood_bound(
             total = total + score_entropy_loss(scheduler, log_score, noisy, original, timesteps).cpu().double()
         sums.append(total / num_times / tokens.shape[1])
     return torch.cat(sums)
+
+
+def _check_tokens(scheduler: CTMCScheduler, name: str, output, noisy: torch.Tensor, original: torch.Tensor) -> None:
+    expected = (*original.shape, scheduler.config.vocab_size)
+    integers = not (original.is_floating_point() or noisy.is_floating_point())
+    if original.ndim != 2 or not integers or noisy.shape != original.shape or output.shape != expected:
+        raise ValueError(
+            f"original and noisy must be integers (batch, length) and {name} (batch, length, vocab_size), got"
+            f" {tuple(original.shape)}, {tuple(noisy.shape)} and {tuple(output.shape)}"
+        )
 
 
 def _log_score(scheduler: CTMCScheduler, output, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..pipelines.call_arguments import checked_arguments
+
 REST = -1
 LOWEST_PITCH, HIGHEST_PITCH = 36, 81  # of the Bach chorales
 NUM_TOKENS = HIGHEST_PITCH - LOWEST_PITCH + 2  # token 0 is a rest, token k the pitch 35 + k
@@ -21,6 +23,7 @@ BLACK_KEYS = (1, 3, 6, 8, 10)  # semitones above C
 COLOURS = ((204, 68, 75), (230, 159, 0), (0, 133, 120), (44, 90, 160), (120, 94, 150))
 
 
+@checked_arguments
 def pitches_to_tokens(pitches: np.ndarray) -> np.ndarray:
     """uint8 tokens of MIDI pitches, of the same shape. Raises ValueError for pitches that have no token."""
     pitches = np.asarray(pitches)
@@ -32,6 +35,7 @@ def pitches_to_tokens(pitches: np.ndarray) -> np.ndarray:
     return np.where(pitches == REST, 0, pitches - LOWEST_PITCH + 1).astype(np.uint8)
 
 
+@checked_arguments
 def tokens_to_pitches(tokens: np.ndarray) -> np.ndarray:
     """Grids (..., steps, 4) int64 of sequences (..., 4 steps), in which the voices of a step follow each other.
 
@@ -52,12 +56,14 @@ def tokens_to_pitches(tokens: np.ndarray) -> np.ndarray:
     return pitches.reshape(*tokens.shape[:-1], -1, VOICES)
 
 
+@checked_arguments
 def notes(voice: np.ndarray) -> list[tuple[int, int, int]]:
     """(first step, step after the last, pitch) of each note of one voice, (steps,) pitches."""
     edges = [0, *(np.flatnonzero(np.diff(voice)) + 1).tolist(), len(voice)]
     return [(a, b, int(voice[a])) for a, b in pairwise(edges) if a < b and voice[a] != REST]
 
 
+@checked_arguments
 def write_midi(
     path: str | Path,
     pitches: np.ndarray,
@@ -113,6 +119,7 @@ def _variable_length(number: int) -> bytes:
     return bytes(reversed(groups))
 
 
+@checked_arguments
 def piano_roll(pitches: np.ndarray, steps_per_beat: int = 4, width: int = 10, height: int = 6) -> Image.Image:
     """A picture of a grid (steps, voices): time to the right, pitch upwards, a colour a voice, a line a beat.
 

@@ -20,6 +20,7 @@ from ..metrics import (
     precision_recall,
     rarity_score,
 )
+from ..pipelines.call_arguments import checked_arguments
 from ..shipped import load_shipped_classifier
 from .cache import cache_path, load_features, save_features
 from .extractors import FeatureExtractor, load_extractor
@@ -54,6 +55,7 @@ FRECHET = ("frechet", *PUBLISHED)
 NEIGHBOURS = {"knn_distance": 5, "lof": 20, "rarity": 3, "precision_recall": 3}  # k of each metric
 
 
+@checked_arguments(but="metrics k")
 def evaluate_images(
     generated: str | Path,
     reference: str | Path,
@@ -133,6 +135,7 @@ def print_evaluation(result: dict, console: Console) -> None:
     console.print(table)
 
 
+@checked_arguments
 @torch.no_grad()
 def evaluate_digits(
     images: torch.Tensor, labels: torch.Tensor, metrics: Sequence[str] | None = None
@@ -150,15 +153,16 @@ def evaluate_digits(
     the samples inside the real manifold; None if none is), inside (their share), frechet; precision and recall (k 3)
     against as many training images as there are samples.
 
-    Raises ValueError for unknown or repeated metrics.
+    Raises ValueError for images and labels of another form or range, and for unknown or repeated metrics.
     """
-    classifier, reference = load_shipped_classifier()
-    classifier, labels = classifier.to(images.device), labels.to(images.device)
-    outputs = [classifier(batch * 2 - 1) for batch in images.split(500)]
-    features = torch.cat([output.features for output in outputs])
-    recognised = torch.cat([output.logits for output in outputs]).argmax(1) == labels
+    _check_digits(images, labels)
     _chosen_features("classifier", metrics)  # refuses fid and fd_dinov2
     metrics = _chosen_metrics(metrics, statistics_only=False)
+    classifier, reference = load_shipped_classifier()
+    classifier, labels = classifier.to(images.device), labels.to(images.device)
+    outputs = [classifier(batch.float() * 2 - 1) for batch in images.split(500)]
+    features = torch.cat([output.features for output in outputs])
+    recognised = torch.cat([output.logits for output in outputs]).argmax(1) == labels
     numbers: dict[str, float | None] = {"recognised": recognised.cpu().double().mean().item()}
     if "knn_distance" in metrics:
         alone, k = features[recognised], NEIGHBOURS["knn_distance"]
@@ -168,6 +172,20 @@ def evaluate_digits(
         real = reference.features[: len(features)] if name == "precision_recall" else reference.features
         numbers.update(_numbers(features, real, statistics, [name], NEIGHBOURS))
     return numbers
+
+
+def _check_digits(images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Raises ValueError for what are no digits in [0, 1] and their labels."""
+    if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1:] != (1, 28, 28) or not len(images):
+        shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"images must be a tensor (count, 1, 28, 28), got {shape}")
+    if not images.is_floating_point() or not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(
+            f"images must be floating point in [0, 1], got {images.dtype} from {images.min()} to {images.max()}"
+        )
+    whole = isinstance(labels, torch.Tensor) and not (labels.is_floating_point() or labels.dtype == torch.bool)
+    if not whole or labels.shape != images.shape[:1] or not (labels.min() >= 0 and labels.max() <= 9):
+        raise ValueError(f"labels must be integers in [0, 9], a tensor of one an image, got {labels!r:.200}")
 
 
 def _numbers(features, reference, statistics, metrics: Sequence[str], k: Mapping[str, int]) -> dict[str, float | None]:

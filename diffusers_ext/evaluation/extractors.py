@@ -16,6 +16,7 @@ from torch import nn
 from ..hub.downloads import check_source
 from ..machine.versions import best_device
 from ..metrics.features import as_features
+from ..pipelines.call_arguments import checked_arguments
 
 EXTRACTORS = ("classifier", "dinov2", "inception")
 DINOV2 = "facebook/dinov2-large"
@@ -47,6 +48,7 @@ class FeatureExtractor:
         return features
 
 
+@checked_arguments
 def load_extractor(
     features: str | Callable | FeatureExtractor = "classifier",
     model: str | Path | None = None,

@@ -13,6 +13,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from ..pipelines.call_arguments import checked_arguments
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 GREY_MODES = {"1", "L", "LA"}
 COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}  # of 8 bits a channel
@@ -89,6 +91,7 @@ class ArrayImages:
 ImageSet = EncodedImages | ArrayImages
 
 
+@checked_arguments
 def open_images(path: str | Path) -> ImageSet:
     """A set of images: `len(images)`, `images.batches(batch_size)`, `images.content_hash()`.
 
@@ -120,6 +123,7 @@ def open_images(path: str | Path) -> ImageSet:
     return _encoded(path, names, lambda names: _zip_files(path, names))
 
 
+@checked_arguments
 def read_images(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
     """A whole set and its labels: uint8 (count, height, width, channels), and arr_1 of an .npz, int64 (count,).
 

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, UNet2DModel
 
 from ..evaluation import read_images
 from ..metrics.features import check_k
+from ..pipelines.call_arguments import checked_arguments
 from ..sampling import cycled_labels, sample_batches, sample_to_folder, to_uint8
 from .features import extract_features
 
@@ -94,11 +95,18 @@ def _every_class(base: DiffusionPipeline) -> torch.Tensor | None:
     return None if one is None else cycled_labels(base, 10_000).unique()
 
 
+@checked_arguments
 def channels_first(images: np.ndarray) -> torch.Tensor:
-    """uint8 (count, height, width, channels) as `read_images` has it, to (count, channels, height, width)."""
+    """uint8 (count, height, width, channels) as `read_images` has it, to (count, channels, height, width).
+
+    Raises ValueError for another shape.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images must be (count, height, width, channels), got {images.shape}")
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
+@checked_arguments
 def velocity_network(
     images: torch.Tensor, num_classes: int | None = None, block_out_channels: Sequence[int] = (24, 64, 96)
 ) -> UNet2DModel:
@@ -109,6 +117,11 @@ def velocity_network(
 
     Raises ValueError for images that are not square or cannot be halved that often, and for other channels.
     """
+    if images.ndim != 4 or (num_classes is not None and num_classes < 1):
+        raise ValueError(
+            "images must be (count, channels, size, size) and num_classes None or >= 1, got"
+            f" {tuple(images.shape)} and {num_classes}"
+        )
     channels, height, width = images.shape[1:]
     halvings = len(block_out_channels) - 1
     if height != width or height % 2**halvings:

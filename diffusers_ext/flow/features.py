@@ -7,16 +7,21 @@ from torch.nn import functional as F
 
 from ..evaluation.extractors import IMAGENET_MEAN, IMAGENET_STD, load_extractor
 from ..hub.downloads import check_source
+from ..pipelines.call_arguments import checked_arguments
 
 POOLINGS = ("patch", "cls")
 CLASSIFIER_WEIGHT = 3.0  # of its squared distance beside that of pixels; docs/flow_postprocessing.md has the search
 
 
+@checked_arguments
 def pixel_features(images: torch.Tensor) -> torch.Tensor:
-    """The samples themselves, flattened: (n, ...) to (n, d)."""
+    """The samples themselves, flattened: (n, ...) to (n, d). Raises ValueError for fewer dimensions."""
+    if images.ndim < 2:
+        raise ValueError(f"images must be (n, ...), got {tuple(images.shape)}")
     return images.flatten(1)
 
 
+@checked_arguments
 def classifier_features(device: str | torch.device | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
     """The 64 features of the shipped digit classifier, of images (n, 1, 28, 28) in [-1, 1], as (n, 64) on the CPU."""
     extractor = load_extractor("classifier", device=device)
@@ -28,6 +33,7 @@ def classifier_features(device: str | torch.device | None = None) -> Callable[[t
     return features
 
 
+@checked_arguments
 def combined_features(
     parts: Sequence[tuple[Callable[[torch.Tensor], torch.Tensor], float]], real: torch.Tensor
 ) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -115,6 +121,7 @@ def feature_name(features: str | Callable[[torch.Tensor], torch.Tensor]) -> str:
     return getattr(features, "name", None) or getattr(features, "__qualname__", type(features).__qualname__)
 
 
+@checked_arguments
 def extract_features(
     images: torch.Tensor,
     extractor: Callable[[torch.Tensor], torch.Tensor] = pixel_features,
@@ -126,8 +133,10 @@ def extract_features(
     images: uint8 in [0, 255], then shown to the extractor in [-1, 1], or floating point as they are. on_batch: called
     with the number of samples of each finished batch.
 
-    Raises ValueError for an extractor that does not return one row a sample.
+    Raises ValueError for no images, a batch_size below 1 and an extractor that does not return one row a sample.
     """
+    if batch_size < 1 or not images.ndim or not len(images):
+        raise ValueError(f"batch_size must be >= 1 and images (n, ...), got {batch_size} and {tuple(images.shape)}")
     features = []
     for batch in images.split(batch_size):
         found = extractor(as_unit(batch))

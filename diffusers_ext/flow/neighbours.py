@@ -14,6 +14,7 @@ from ..checkpoints.tensor_files import read_tensors
 from ..metrics import nearest_neighbours
 from ..metrics.features import as_feature_pair, check_k
 from ..metrics.search import BLOCK, SPARE, distance
+from ..pipelines.call_arguments import checked_arguments
 from ..runs.files import replacing
 
 METHODS = ("exact", "ivf")
@@ -45,6 +46,7 @@ class Neighbours:
         return cls(**tensors)
 
 
+@checked_arguments
 def find_neighbours(
     queries,
     reference,
@@ -86,6 +88,7 @@ def find_neighbours(
     return Neighbours(torch.from_numpy(indices), torch.from_numpy(distances.astype(np.float32)))
 
 
+@checked_arguments
 def balanced_weights(indices: torch.Tensor, num_real: int, iterations: int = 20) -> torch.Tensor:
     r"""Probabilities (n, k) of drawing a sample's neighbours that visit real samples as evenly as their lists allow.
 

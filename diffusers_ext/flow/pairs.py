@@ -1,10 +1,12 @@
 """What a flow is trained on: pairs of generated samples and their real neighbours, and the loss."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
+from ..pipelines.call_arguments import checked_arguments
 from ..pipelines.flow_postprocessing import velocity
 from .features import as_unit
 
@@ -38,8 +40,9 @@ class Pairs:
         return x0, x1, t, None if self.labels is None else self.labels[rows].to(device)
 
 
+@checked_arguments
 def flow_loss(
-    model, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None = None
+    model: Callable, x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None = None
 ) -> torch.Tensor:
     r"""The rectified-flow loss (arXiv 2209.03003; as used in arXiv 2503.10638), a scalar.
 
@@ -47,6 +50,17 @@ def flow_loss(
 
     averaged over all entries. x0, x1: generated and real samples (batch, ...). t: (batch,) in [0, 1]. class_labels:
     (batch,) for a conditional model.
+
+    Raises ValueError for other shapes, and for labels that are no integers.
     """
+    if x0.shape != x1.shape or t.shape != x0.shape[:1]:
+        raise ValueError(
+            f"x0 and x1 must have one shape (batch, ...) and t be (batch,), got {tuple(x0.shape)}, {tuple(x1.shape)},"
+            f" {tuple(t.shape)}"
+        )
+    if class_labels is not None and (class_labels.shape != t.shape or class_labels.is_floating_point()):
+        raise ValueError(
+            f"class_labels must be integers (batch,), got {class_labels.dtype} {tuple(class_labels.shape)}"
+        )
     time = t.view(-1, *[1] * (x0.ndim - 1))
     return F.mse_loss(velocity(model, (1 - time) * x0 + time * x1, t, class_labels).float(), x1 - x0)

@@ -1,5 +1,6 @@
 """Training of a postprocessing flow: rectified flow from generated samples to their nearest real neighbours."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from ..pipelines.call_arguments import checked_arguments
 from ..runs.provenance import hash_of
 from .features import as_unit, feature_name
 from .neighbours import Neighbours, balanced_weights
@@ -17,6 +19,7 @@ from .training_run import TrainedFlow, TrainingRun
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
+@checked_arguments
 def train_postprocessing_flow(
     samples: torch.Tensor,
     real: torch.Tensor,
@@ -83,6 +86,7 @@ def train_postprocessing_flow(
     """
     _check_choices(optimizer, features)
     _check_counts(steps=steps, batch_size=batch_size, log_every=log_every, checkpoint_every=checkpoint_every)
+    _check_rates(learning_rate, weight_decay, ema_decay, max_grad_norm)
     sample_labels = _check_data(model, samples, real, sample_labels)
     held_out = _number_held_out(validation_samples, len(samples))
     accelerator = Accelerator(mixed_precision=mixed_precision)
@@ -138,6 +142,17 @@ def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
+
+
+def _check_rates(learning_rate: float, weight_decay: float, ema_decay: float, max_grad_norm: float | None) -> None:
+    for name, value, fine, allowed in (
+        ("learning_rate", learning_rate, learning_rate > 0, "> 0"),
+        ("weight_decay", weight_decay, weight_decay >= 0, ">= 0"),
+        ("ema_decay", ema_decay, 0 <= ema_decay <= 1, "in [0, 1]"),
+        ("max_grad_norm", max_grad_norm or 1.0, max_grad_norm is None or max_grad_norm > 0, "> 0 or None"),
+    ):
+        if not (math.isfinite(value) and fine):
+            raise ValueError(f"{name} must be a finite number {allowed}, got {value}")
 
 
 def _number_held_out(wanted: int | None, samples: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 
+from ..pipelines.call_arguments import checked_arguments
 from ..runs.kept import Kept
 
 
@@ -59,6 +60,7 @@ class DistanceTable:
         return self.values[candidate.key]
 
 
+@checked_arguments
 def search_interval(
     distance: Callable[[GuidedSteps], float], guidance_scales: Iterable[float], num_steps: int
 ) -> IntervalSearch:
@@ -93,6 +95,7 @@ def search_interval(
     return IntervalSearch(next(iter(ordered)), everywhere[0], ordered)
 
 
+@checked_arguments
 def coarse_to_fine(value: Callable[[int], float], low: int, high: int) -> int:
     """The integer of [low, high] with the least value found: every fourth one, then closer around the best."""
     spacing = 4 if high - low >= 8 else max(1, (high - low) // 2)
@@ -106,13 +109,18 @@ def coarse_to_fine(value: Callable[[int], float], low: int, high: int) -> int:
     return min(values, key=values.get)
 
 
+@checked_arguments
 def sigma_bounds(sigmas: list[float], candidate: GuidedSteps) -> tuple[float, float]:
     """(sigma_lo, sigma_hi] that guides exactly the candidate's steps.
 
     sigmas: of each step's start, decreasing, and 0 after the last one. Each bound is the geometric middle between the
     last step inside and the first outside, so that round-off cannot move it; 0 and infinity at the ends.
+
+    Raises ValueError for a candidate that reaches beyond the sigmas.
     """
     first, last = candidate.first, candidate.last
+    if not 0 <= first <= last <= len(sigmas) - 2:
+        raise ValueError(f"sigmas must hold one more than the steps, {first} to {last} of the candidate, got {sigmas}")
     high = float("inf") if first == 0 else (sigmas[first] * sigmas[first - 1]) ** 0.5
     low = 0.0 if last == len(sigmas) - 2 else (sigmas[last] * sigmas[last + 1]) ** 0.5
     return low, high

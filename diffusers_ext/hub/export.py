@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
+from ..pipelines.call_arguments import checked_arguments
 from ..runs.files import staged_folder
 from .cards import code_card, license_of, model_card, pipeline_card
 from .sources import copy_class, from_library, source_of, with_siblings
 
 
+@checked_arguments
 def export_pipeline(
     pipeline: DiffusionPipeline, folder: str | Path, license: str | None = None, repo_id: str | None = None
 ) -> Path:
@@ -40,6 +42,7 @@ def export_pipeline(
     return folder
 
 
+@checked_arguments
 def export_model(
     model: ModelMixin, folder: str | Path, license: str | None = None, repo_id: str | None = None
 ) -> Path:
@@ -58,6 +61,7 @@ def export_model(
     return folder
 
 
+@checked_arguments
 def export_code(cls: type[DiffusionPipeline], folder: str | Path, repo_id: str | None = None) -> Path:
     """Write a pipeline's code, without weights, and a card to a new folder; returns it.
 

@@ -8,9 +8,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from ..pipelines.call_arguments import checked_arguments
 from .export import export_model, export_pipeline
 
 
+@checked_arguments
 def push_to_hub(
     exported: DiffusionPipeline | ModelMixin,
     repo_id: str,
@@ -42,6 +44,7 @@ def check_push(repo_id: str) -> None:
         raise ValueError(f"nobody is logged in to push to {repo_id!r}; run `hf auth login`, or set HF_TOKEN")
 
 
+@checked_arguments
 def push_folder(folder: str | Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
     """Push an exported folder to a repository on the Hub, made if there is none; returns the address of the commit.
 

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from ..pipelines.call_arguments import checked_arguments
 from ..runs.processes import Processes
 from ..schedulers import CTMCScheduler
 from .costs import FLOOR
@@ -104,6 +105,7 @@ class KLUB:
     interval cost one evaluation each. Raises ValueError for rates that are not finite, and for times out of order.
     """
 
+    @checked_arguments
     def __init__(
         self,
         model: Callable,
@@ -134,6 +136,7 @@ class KLUB:
         self._starts: dict[int, _Start] = {}
         self.values: dict[tuple, float] = {}
 
+    @checked_arguments
     def __call__(self, t1: float, t2: float, t3: float) -> float:
         """The objective, a mean over sequences and positions."""
         key = self._rounded(t1, t2, t3)

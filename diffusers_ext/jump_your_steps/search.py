@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.utils import logging
 
+from ..pipelines.call_arguments import checked_arguments
 from ..runs.kept import Kept
 from ..runs.lock import lock
 from ..runs.processes import Processes
@@ -24,6 +25,7 @@ METHODS = ("exact", "hierarchical", "golden")
 GRID_SIZES = {"exact": 256, "hierarchical": 256, "golden": 1024}
 
 
+@checked_arguments
 def optimize_timesteps(
     model: Callable,
     scheduler: CTMCScheduler,
@@ -283,6 +285,8 @@ def _numbers(numbers: Sequence[int], method: str) -> list[int]:
 
 def _first(data: torch.Tensor, num_samples: int | None) -> torch.Tensor:
     data = torch.as_tensor(data)
+    if data.ndim != 2 or not len(data):
+        raise ValueError(f"data must be (sequences, length), got {tuple(data.shape)}")
     if num_samples is None:
         return data
     if not 1 <= num_samples <= len(data):

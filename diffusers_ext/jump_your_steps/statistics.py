@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import gather_object
 
+from ..pipelines.call_arguments import checked_arguments
 from ..runs.kept import Kept
 from ..runs.processes import Processes
 from ..schedulers import CTMCScheduler
@@ -47,6 +48,7 @@ class RateStatistics:
     Raises ValueError for arguments out of range and, when computing, for network outputs that are not finite.
     """
 
+    @checked_arguments
     def __init__(
         self,
         model: Callable,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoints.tensor_files import read_torch_file
+from ..pipelines.call_arguments import checked_arguments
 from ..runs.files import replacing
 from ..schedulers import CTMCScheduler
 from ..schedulers.timestep_edges import check_edges
@@ -65,6 +66,7 @@ class TimestepTables:
 
     # JSON
 
+    @checked_arguments
     def save(self, path: str | Path, notes: Mapping | None = None) -> Path:
         """Write a JSON file, which appears whole or not at all. notes: further entries, JSON-able."""
         path = Path(path)
@@ -81,6 +83,7 @@ class TimestepTables:
         return path
 
     @classmethod
+    @checked_arguments
     def load(cls, path: str | Path) -> "TimestepTables":
         """Read what `save` wrote. Raises ValueError for another file."""
         try:
@@ -96,6 +99,7 @@ class TimestepTables:
     # The authors' files
 
     @classmethod
+    @checked_arguments
     def from_index_lists(cls, path: str | Path, scheduler: CTMCScheduler) -> "TimestepTables":
         """The schedules that the authors' code saves: a .pt file with a list of lists of indices.
 
@@ -123,11 +127,13 @@ class TimestepTables:
     # Schedulers
 
     @classmethod
+    @checked_arguments
     def of(cls, scheduler: CTMCScheduler) -> "TimestepTables":
         """The tables in a scheduler's config."""
         config = scheduler.config
         return cls(config.timestep_tables or {}, chain_of(scheduler), config.timestep_table_info or {})
 
+    @checked_arguments
     def apply_to(self, scheduler: CTMCScheduler) -> CTMCScheduler:
         """A scheduler with these tables in its config, which `set_timesteps(n)` takes, and `save_pretrained` writes.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from ..pipelines.call_arguments import checked_arguments
 from .features import as_features
 
 ROWS = 4096  # rows converted to float64 at a time
@@ -138,6 +139,7 @@ class FeatureStatistics:
         return statistics
 
 
+@checked_arguments
 def feature_statistics(batches: np.ndarray | torch.Tensor | Iterable) -> FeatureStatistics:
     """Mean and covariance of features that need not fit in memory.
 

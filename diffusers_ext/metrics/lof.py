@@ -2,11 +2,13 @@
 
 import numpy as np
 
+from ..pipelines.call_arguments import checked_arguments
 from .features import as_feature_pair, check_k
 
 ROWS = 4096  # samples scored at a time
 
 
+@checked_arguments(but="k")
 def local_outlier_factor(features, reference, k: int = 20) -> float:
     r"""Mean local outlier factor of the samples, fitted on the reference: higher = more outlying.
 

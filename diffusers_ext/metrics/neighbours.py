@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..pipelines.call_arguments import checked_arguments
 from .features import as_feature_pair, check_k
 from .search import nearest, smallest_sphere
 
@@ -26,6 +27,7 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
+@checked_arguments(but="k")
 def nearest_neighbours(queries, reference, k: int, exclude_self: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest reference points of every query, in Euclidean distance, nearest first.
 
@@ -45,6 +47,7 @@ def nearest_neighbours(queries, reference, k: int, exclude_self: bool = False) -
     return nearest(queries, reference, int(k), exclude_self)
 
 
+@checked_arguments(but="k")
 def average_knn_distance(features, reference, k: int = 5) -> float:
     r"""AvgkNN: mean distance of the samples to their k nearest real points (arXiv 2203.17260). Higher = more minority.
 
@@ -60,6 +63,7 @@ def average_knn_distance(features, reference, k: int = 5) -> float:
     return float(nearest(features, reference, int(k))[0].mean())
 
 
+@checked_arguments(but="k")
 def rarity_score(features, reference, k: int = 3) -> RarityScore:
     r"""Rarity score (Han et al., ICLR 2023, arXiv 2206.08549): higher = in a sparser place of the real data.
 
@@ -80,6 +84,7 @@ def rarity_score(features, reference, k: int = 3) -> RarityScore:
     return RarityScore(float(scores[inside].mean()) if inside.any() else float("nan"), float(inside.mean()), scores)
 
 
+@checked_arguments(but="k")
 def precision_recall(features, reference, k: int = 3) -> PrecisionRecall:
     r"""Improved precision and recall (Kynkäänniemi et al., NeurIPS 2019, arXiv 1904.06991).
 

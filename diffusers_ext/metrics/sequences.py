@@ -5,7 +5,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..pipelines.call_arguments import checked_arguments
 
+
+@checked_arguments
 def countdown_sequences(
     count: int, length: int = 256, num_vocabs: int = 32, generator: torch.Generator | None = None
 ) -> torch.Tensor:
@@ -24,6 +27,7 @@ def countdown_sequences(
     return torch.stack(columns, dim=1)
 
 
+@checked_arguments
 def countdown_wrong(sequences: torch.Tensor) -> torch.Tensor:
     """Which transitions are wrong, (n, length - 1) bool: after a token other than 0 comes only the next smaller one.
 
@@ -34,6 +38,7 @@ def countdown_wrong(sequences: torch.Tensor) -> torch.Tensor:
     return (before != 0) & (after != before - 1)
 
 
+@checked_arguments
 def countdown_errors(sequences: torch.Tensor) -> torch.Tensor:
     """Share of wrong transitions of each sequence, (n,) float32; the strict rate is the mean.
 
@@ -42,6 +47,7 @@ def countdown_errors(sequences: torch.Tensor) -> torch.Tensor:
     return countdown_wrong(sequences).float().mean(dim=1)
 
 
+@checked_arguments
 def countdown_errors_original(sequences: torch.Tensor) -> torch.Tensor:
     """The error rate as the authors' `check_err` counts it, (n,) float32, for comparison with their tables.
 
@@ -65,6 +71,7 @@ class HistogramDistance:
     outlier_share: torch.Tensor
 
 
+@checked_arguments
 def histogram_distance(
     generated: torch.Tensor, reference: torch.Tensor, num_tokens: int, prefix_length: int = 0
 ) -> HistogramDistance:
@@ -88,6 +95,7 @@ def histogram_distance(
     return HistogramDistance(hellinger=hellinger, outlier_share=(p * (q == 0)).sum(dim=1))
 
 
+@checked_arguments
 @torch.no_grad()
 def generative_perplexity(
     model: torch.nn.Module, tokens: torch.Tensor, batch_size: int = 8, average: str = "tokens"
@@ -117,6 +125,7 @@ def generative_perplexity(
     return float(torch.exp((torch.stack(means).cpu().double() * weights).sum() / weights.sum()))
 
 
+@checked_arguments
 def unigram_entropy(tokens: torch.Tensor) -> torch.Tensor:
     """Entropy in nats of the token frequencies within each sequence, (n,) float32. tokens: (n, length) integers.
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from ..pipelines.call_arguments import checked_arguments
 from ..pipelines.pixel_space import NotFiniteError
 from .labels import hashed
 
@@ -25,6 +26,7 @@ def draws_sequences(pipe: DiffusionPipeline) -> bool:
     return is_discrete(pipe) and pipe.model.config.get("shape") is None
 
 
+@checked_arguments(but="prompts")
 def sample_batches(
     pipe: DiffusionPipeline,
     count: int,
@@ -52,6 +54,7 @@ def sample_batches(
         yield draw(pipe, rows, seed, inputs, call)
 
 
+@checked_arguments
 def sample_images(
     pipe: DiffusionPipeline,
     labels: torch.Tensor,
@@ -114,6 +117,7 @@ def _as_tensor(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images
 
 
+@checked_arguments(but="images")
 def to_uint8(images: torch.Tensor | np.ndarray, rows: range) -> np.ndarray:
     """Images in [0, 1] as uint8 (batch, height, width, channels).
 
@@ -121,7 +125,7 @@ def to_uint8(images: torch.Tensor | np.ndarray, rows: range) -> np.ndarray:
 
     Raises ValueError for another number of images than rows, and for values that are not finite.
     """
-    images = _as_tensor(images)
+    images = _as_tensor(images) if getattr(images, "ndim", 4) == 4 else images
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or len(images) != len(rows):
         got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"the pipeline must give {len(rows)} images (batch, channels, height, width), got {got}")

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from rich.progress import Progress
 
+from ..pipelines.call_arguments import checked_arguments
 from ..runs.files import changed_files, check_folder, hash_files, remove_leftovers, sync_folder
 from ..runs.kept import Kept
 from ..runs.lock import lock
@@ -46,15 +47,16 @@ class Sampled:
     kind: str = "images"
 
 
+@checked_arguments(but="prompts")
 def sample_to_folder(
     pipe: DiffusionPipeline,
     folder: str | Path,
     count: int,
     labels: Sequence[int] | torch.Tensor | str | None = None,
     prompts: Sequence[str] | None = None,
-    images: np.ndarray | None = None,
-    tokens: np.ndarray | None = None,
-    given: np.ndarray | None = None,
+    images: np.ndarray | torch.Tensor | None = None,
+    tokens: np.ndarray | torch.Tensor | None = None,
+    given: np.ndarray | torch.Tensor | None = None,
     seed: int = 0,
     batch_size: int = 32,
     format: str | None = None,
@@ -108,6 +110,8 @@ def sample_to_folder(
     pipe.set_progress_bar_config(disable=True)
     device = pipe._execution_device.type
     processes = Processes(accelerator or start_processes(device))
+    if cpu_threads < 1:
+        raise ValueError(f"cpu_threads must be >= 1, got {cpu_threads}")
     threads = cpu_threads if device == "cpu" else None
     settings = {
         "count": count,

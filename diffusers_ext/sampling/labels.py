@@ -7,7 +7,10 @@ from hashlib import sha256
 import torch
 from diffusers import DiffusionPipeline
 
+from ..pipelines.call_arguments import checked_arguments
 
+
+@checked_arguments
 def cycled_labels(pipe: DiffusionPipeline, count: int, labels: Sequence[int] | None = None) -> torch.Tensor | None:
     """count labels (count,), the given ones or every class of the model in turn; None for an unconditional model.
 
@@ -15,6 +18,8 @@ def cycled_labels(pipe: DiffusionPipeline, count: int, labels: Sequence[int] | N
 
     Raises ValueError for labels given to a pipeline that takes none, for those that it has not, and for an empty list.
     """
+    if count < 1:
+        raise ValueError(f"count must be >= 1, got {count}")
     if labels is None:
         labels = _classes(pipe)
         if labels is None:
@@ -32,6 +37,7 @@ def cycled_labels(pipe: DiffusionPipeline, count: int, labels: Sequence[int] | N
     return labels[torch.arange(count) % len(labels)]
 
 
+@checked_arguments
 def random_labels(pipe: DiffusionPipeline, count: int, seed: int) -> torch.Tensor:
     """count labels (count,), uniform over the model's classes; label i depends on seed + i alone.
 
