@@ -48,9 +48,9 @@ def shipped_models() -> dict[str, Path]:
 
 
 @checked_arguments
-def resolve_model(name: str) -> str:
+def resolve_model(name: str | Path) -> str:
     """The folder of a shipped model by its name; anything else (a path, a Hub id) as it is."""
-    return str(shipped_models().get(name, name))
+    return str(shipped_models().get(str(name), name))
 
 
 def check_name(model: str, others: Iterable[str] = ()) -> None:
@@ -86,7 +86,7 @@ def load_shipped_classifier(name: str = "mnist-classifier") -> tuple[ImageClassi
 
 @checked_arguments
 def load_pipeline(
-    model: str,
+    model: str | Path,
     pipeline: str | None = None,
     trust_remote_code: bool = False,
     dtype: torch.dtype | None = None,
@@ -111,7 +111,7 @@ def load_pipeline(
     folder = Path(resolve_model(model))
     if not folder.is_dir() or not str(model):
         check_name(str(model))
-        folder = download_pipeline(model, cls, trust_remote_code=trust_remote_code, **kwargs)
+        folder = download_pipeline(str(model), cls, trust_remote_code=trust_remote_code, **kwargs)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"model {model!r} is no pipeline: {folder} has no model_index.json")
     _check_trust(model, folder, trust_remote_code)
@@ -143,7 +143,7 @@ def _no_bars_of_components() -> Iterator[None]:
 
 
 @checked_arguments
-def load_network(model: str, trust_remote_code: bool = False) -> ModelMixin:
+def load_network(model: str | Path, trust_remote_code: bool = False) -> ModelMixin:
     """A shipped network by name, or the one in a folder, such as `ImageClassifier.save_pretrained` or an export wrote.
 
     Raises ValueError for a folder that holds no network or a damaged one, and for code that must run and is not

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from ..pipelines.call_arguments import checked_arguments
@@ -24,7 +25,7 @@ COLOURS = ((204, 68, 75), (230, 159, 0), (0, 133, 120), (44, 90, 160), (120, 94,
 
 
 @checked_arguments
-def pitches_to_tokens(pitches: np.ndarray) -> np.ndarray:
+def pitches_to_tokens(pitches: np.ndarray | torch.Tensor) -> np.ndarray:
     """uint8 tokens of MIDI pitches, of the same shape. Raises ValueError for pitches that have no token."""
     pitches = np.asarray(pitches)
     outside = (pitches != REST) & ((pitches < LOWEST_PITCH) | (pitches > HIGHEST_PITCH))
@@ -36,7 +37,7 @@ def pitches_to_tokens(pitches: np.ndarray) -> np.ndarray:
 
 
 @checked_arguments
-def tokens_to_pitches(tokens: np.ndarray) -> np.ndarray:
+def tokens_to_pitches(tokens: np.ndarray | torch.Tensor) -> np.ndarray:
     """Grids (..., steps, 4) int64 of sequences (..., 4 steps), in which the voices of a step follow each other.
 
     Raises ValueError for tokens of no pitch and for lengths that are no multiple of 4.
@@ -57,8 +58,9 @@ def tokens_to_pitches(tokens: np.ndarray) -> np.ndarray:
 
 
 @checked_arguments
-def notes(voice: np.ndarray) -> list[tuple[int, int, int]]:
+def notes(voice: np.ndarray | torch.Tensor) -> list[tuple[int, int, int]]:
     """(first step, step after the last, pitch) of each note of one voice, (steps,) pitches."""
+    voice = np.asarray(voice)
     edges = [0, *(np.flatnonzero(np.diff(voice)) + 1).tolist(), len(voice)]
     return [(a, b, int(voice[a])) for a, b in pairwise(edges) if a < b and voice[a] != REST]
 
@@ -66,7 +68,7 @@ def notes(voice: np.ndarray) -> list[tuple[int, int, int]]:
 @checked_arguments
 def write_midi(
     path: str | Path,
-    pitches: np.ndarray,
+    pitches: np.ndarray | torch.Tensor,
     steps_per_beat: int = 4,
     beats_per_minute: float = 80.0,
     program: int = 19,
@@ -120,7 +122,9 @@ def _variable_length(number: int) -> bytes:
 
 
 @checked_arguments
-def piano_roll(pitches: np.ndarray, steps_per_beat: int = 4, width: int = 10, height: int = 6) -> Image.Image:
+def piano_roll(
+    pitches: np.ndarray | torch.Tensor, steps_per_beat: int = 4, width: int = 10, height: int = 6
+) -> Image.Image:
     """A picture of a grid (steps, voices): time to the right, pitch upwards, a colour a voice, a line a beat.
 
     The rows of black keys are shaded, the lines of every fourth beat darker. width, height: of a cell in pixels. The
