@@ -3,7 +3,7 @@
 import math
 from numbers import Real
 
-from .timestep_edges import check_edges
+from .timestep_tables import check_tables
 
 
 def check_config(config) -> None:
@@ -11,11 +11,11 @@ def check_config(config) -> None:
     choices = {
         "kernel": ("absorbing", "uniform", "gaussian", "birth_death"),
         "noise_schedule": ("loglinear", "cosine", "arccos", "geometric", "exponential", "constant"),
-        "sampler": ("euler", "tweedie", "gillespie"),
+        "sampler": ("euler", "tweedie", "theta_trapezoidal", "gillespie"),
         "prediction_type": ("log_score", "x0", "probabilities"),
         "jumps": (None, "categorical", "poisson"),
         "time_conditioning": ("sigma_bar", "timestep"),
-        "timestep_spacing": ("uniform", "table", "interpolated_table"),
+        "timestep_spacing": ("table", "uniform"),
     }
     for name, allowed in choices.items():
         if config[name] not in allowed:
@@ -39,11 +39,17 @@ def check_config(config) -> None:
         raise ValueError(f"time_exponential must be > 1, got {config.time_exponential}")
     if refusal := _refusal(config):
         raise ValueError(refusal)
-    for name in ("timestep_tables", "timestep_table_info"):
-        if not isinstance(config[name], dict | None):
-            raise ValueError(f"{name} must be a dictionary by number of steps or None, got {config[name]!r:.200}")
-    for name, table in (config.timestep_tables or {}).items():
-        check_edges(table, f"timestep_tables[{name!r}]", steps=name)
+    check_tables(config.timestep_tables, config.timestep_table_info)
+
+
+def check_source(config, changes: dict) -> None:
+    """Raise ValueError for the config of another scheduler, which says nothing of a kernel and a vocabulary."""
+    missing = [name for name in ("kernel", "vocab_size") if name not in {**config, **changes}]
+    if missing and "_class_name" in config:
+        raise ValueError(
+            f"this is the config of {config['_class_name']}, without {' and '.join(missing)}, and defaults would mean"
+            " another model; pass the config of a CTMCScheduler, or build CTMCScheduler(kernel=..., vocab_size=...)"
+        )
 
 
 def _refusal(config) -> str | None:

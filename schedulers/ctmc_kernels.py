@@ -17,6 +17,7 @@ import math
 import torch
 
 from .ctmc_draws import clocks, clocks_for_tokens, draw_tokens, integers, replay_tokens
+from .ctmc_inputs import column
 
 KEPT_BYTES = 2**28  # of matrices that a kernel keeps on a device
 
@@ -60,6 +61,15 @@ class AbsorbingKernel:
         """
         return x0.masked_fill(_moved(x0, sigma, noise, generator), self.mask)
 
+    def perturb_by_count(self, x0, uniforms: torch.Tensor, num_decoded: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_t with `num_decoded` tokens a sample unmasked, those with the largest uniforms; the largest of the others.
+
+        Masked at a share u of moved tokens are those with uniforms below u, so that is the share at which it happens.
+        """
+        order = uniforms.argsort(dim=1, stable=True)[:, : x0.shape[1] - num_decoded]
+        last = uniforms.gather(1, order[:, -1:])[:, 0] if order.shape[1] else torch.zeros(len(x0), device=x0.device)
+        return x0.scatter(1, order, self.mask), last
+
     def jumps_from(self, x: torch.Tensor) -> torch.Tensor:
         """Q[x, y], diagonal 0."""
         rates = torch.zeros(len(x), self.vocab_size, device=x.device)
@@ -75,6 +85,13 @@ class AbsorbingKernel:
         """p(x_0 | x) of its logits or of itself; the mask's column is not read. In place."""
         output[:, self.mask] = -math.inf if logits else 0
         return output.softmax(dim=1) if logits else output
+
+    def exposure(self, now: float, start: float, end: float) -> float:
+        """What `jumps_into` of a score at the total noise `now` is multiplied with, from noise `start` down to `end`.
+
+        The prediction of clean tokens is held: masks are decoded at the rate 1 / expm1 of the noise.
+        """
+        return math.expm1(now) * math.log(math.expm1(-start) / math.expm1(-end))
 
     def score(self, p0, x, sigma_bar: float, floor: float) -> torch.Tensor:
         """p(x_0 = y | x) / expm1(sigma_bar) at masked positions; in place."""
@@ -138,9 +155,9 @@ class UniformKernel:
         for a race.
         """
         if isinstance(noise, torch.Tensor):
-            column = _column(sigma, x0.device)
-            weights = (-torch.expm1(-column) / self.vocab_size).unsqueeze(-1).repeat(1, *noise.shape[1:])
-            stay = torch.exp(-column).expand(x0.shape).unsqueeze(-1)
+            total = column(sigma, x0.device).unsqueeze(1)
+            weights = (-torch.expm1(-total) / self.vocab_size).unsqueeze(-1).repeat(1, *noise.shape[1:])
+            stay = torch.exp(-total).expand(x0.shape).unsqueeze(-1)
             return replay_tokens(weights.scatter_add_(-1, x0.unsqueeze(-1), stay), noise)
         moved = _moved(x0, sigma, None if noise is None else noise[0], generator)
         targets = self.sample_prior(x0.shape, generator, x0.device) if noise is None else noise[1]
@@ -167,6 +184,10 @@ class UniformKernel:
         ratio = p0.div_(away + floor).scatter_(1, x, here)
         shared = ratio.sum(1, keepdim=True) * (-math.expm1(-target_sigma_bar) / self.vocab_size)
         return ratio.mul_(math.exp(-target_sigma_bar)).add_(shared)
+
+    def exposure(self, now: float, start: float, end: float) -> float:
+        """What `jumps_into` of a score is multiplied with, from noise `start` down to `end`; the score is held."""
+        return start - end
 
     def score(self, p0, x, sigma_bar: float, floor: float) -> torch.Tensor:
         return self._expected_ratio(p0, x, sigma_bar, sigma_bar, floor)
@@ -303,6 +324,10 @@ class ReversibleKernel:
         here = self._on(x.device, sigma_bar).T[x]
         return (p0 / here.add_(floor)) @ self._on(x.device, target_sigma_bar)
 
+    def exposure(self, now: float, start: float, end: float) -> float:
+        """What `jumps_into` of a score is multiplied with, from noise `start` down to `end`; the score is held."""
+        return start - end
+
     def score(self, p0, x, sigma_bar: float, floor: float) -> torch.Tensor:
         return self._expected_ratio(p0, x, sigma_bar, sigma_bar, floor)
 
@@ -356,16 +381,20 @@ def rest_stays(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return weights.scatter_(1, x.unsqueeze(1), (1 - weights.sum(1, keepdim=True)).clamp_(min=0))
 
 
-def _column(sigma: list[float], device) -> torch.Tensor:
-    """(batch, 1) float32; nothing is moved where all are the same."""
-    if all(one == sigma[0] for one in sigma):
-        return torch.full((len(sigma), 1), sigma[0], device=device, dtype=torch.float32)
-    return torch.tensor(sigma, dtype=torch.float32).unsqueeze(1).to(device)
+def stays_or_jumps(means: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Weights (n, vocab) of tokens whose jumps to each other one have these means; in place.
+
+    The current token x (n,), whose mean is 0, stays with probability exp(-M), M the sum of the means.
+    """
+    total = means.sum(1, keepdim=True)
+    jumps = -torch.expm1(-total)
+    means.mul_(jumps / total.clamp(min=torch.finfo(means.dtype).tiny))
+    return means.scatter_(1, x.unsqueeze(1), 1 - jumps)
 
 
 def _moved(x0: torch.Tensor, sigma: list[float], recorded: torch.Tensor | None, generator) -> torch.Tensor:
     """Where tokens (batch, length) jump at rate 1 within a time sigma, at least once; bool."""
-    column = _column(sigma, x0.device)
+    total = column(sigma, x0.device).unsqueeze(1)
     if recorded is None:
-        return clocks(x0.shape, generator, x0.device) < column
-    return recorded < -torch.expm1(-column)
+        return clocks(x0.shape, generator, x0.device) < total
+    return recorded < -torch.expm1(-total)

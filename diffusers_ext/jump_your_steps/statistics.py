@@ -5,7 +5,7 @@ kept for all grid points at once; then where F_ik depends on k by a factor at mo
 matrices with a row for each grid point, computed over some positions and tokens at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,10 +106,11 @@ class RateStatistics:
                     sums[cost] += self._pairs(cost, part)
         return sums
 
-    def is_sum(self, content: dict) -> bool:
-        """Whether what `accumulate` kept has a sum for each cost, of this grid."""
-        size = self.grid.size + 1
-        return content["batches"] > 0 and all(content[str(cost)].shape == (size, size) for cost in self.costs)
+    def is_sum(self, content: dict, parts: int = 1) -> bool:
+        """Whether what `accumulate` kept has a sum for each cost and part, of this grid."""
+        size, names = self.grid.size + 1, [sum_name(cost, part) for cost in self.costs for part in range(parts)]
+        begun = content["batches"] > 0 and len(content["evaluations"]) == parts
+        return begun and all(content[name].shape == (size, size) for name in names)
 
     # What the network says at all grid points
 
@@ -248,9 +249,11 @@ def accumulate(
     processes: Processes,
     kept: Kept | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[Cost, torch.Tensor], int]:
-    """The mean d(k, i) a sequence over the whole data, (grid, grid) float64, of each cost; and sequences that passed
-    the network for it, in all starts.
+    parts: Sequence[int] | None = None,
+) -> list[tuple[dict[Cost, torch.Tensor], int]]:
+    """The mean d(k, i) a sequence, (grid, grid) float64, of each cost, and how many sequences passed the network.
+
+    parts: numbers of sequences that follow each other in the data, with a result for each; by default all are one.
 
     The processes take batches in turn and add their sums in the order of the batches, so that the result does not
     depend on how many they are, but for what more or fewer threads round differently. kept: where the sums so far are
@@ -259,21 +262,41 @@ def accumulate(
 
     Raises ValueError for a file of something else, or begun with other settings.
     """
-    names, size = {cost: str(cost) for cost in statistics.costs}, statistics.grid.size + 1
-    sums = {name: torch.zeros(size, size, dtype=torch.float64) for name in names.values()}
-    begun = processes.agreed(lambda: kept and kept.load()) or {**sums, "batches": 0}
-    sums, done, evaluations = {name: begun[name] for name in sums}, begun["batches"], begun.get("evaluations", 0)
-    batches = torch.arange(statistics.data.count).split(batch_size)
+    parts = [statistics.data.count] if parts is None else list(parts)
+    batches = [
+        (p, rows) for p, part in enumerate(torch.arange(sum(parts)).split(parts)) for rows in part.split(batch_size)
+    ]
+    size = statistics.grid.size + 1
+    sums = {
+        sum_name(cost, p): torch.zeros(size, size, dtype=torch.float64)
+        for cost in statistics.costs
+        for p in range(len(parts))
+    }
+    begun = processes.agreed(lambda: kept and kept.load()) or {**sums, "batches": 0, "evaluations": [0] * len(parts)}
+    sums, done, evaluations = {name: begun[name] for name in sums}, begun["batches"], list(begun["evaluations"])
     while done < len(batches):
         number, before = done + processes.index, statistics.network.evaluations
-        mine = statistics.of(batches[number]) if number < len(batches) else None
+        mine = None
+        if number < len(batches):
+            part, rows = batches[number]
+            mine = part, statistics.of(rows), statistics.network.evaluations - before
         for one in [mine] if processes.count == 1 else gather_object([mine]):
             if one is not None:
-                sums = {name: sums[name] + one[cost] for cost, name in names.items()}
+                part, found, made = one
+                for cost in statistics.costs:
+                    sums[sum_name(cost, part)] = sums[sum_name(cost, part)] + found[cost]
+                evaluations[part] += made
                 done += 1
-        evaluations += processes.total(statistics.network.evaluations - before)
         if kept is not None and processes.is_main:
             kept.save(**sums, batches=done, evaluations=evaluations)
         if on_progress is not None:
-            on_progress(min(done * batch_size, statistics.data.count), statistics.data.count)
-    return {cost: sums[name] / statistics.data.count for cost, name in names.items()}, evaluations
+            on_progress(sum(len(rows) for _, rows in batches[:done]), sum(parts))
+    return [
+        ({cost: sums[sum_name(cost, p)] / count for cost in statistics.costs}, evaluations[p])
+        for p, count in enumerate(parts)
+    ]
+
+
+def sum_name(cost: Cost, part: int) -> str:
+    """Under which the sum of a cost over the sequences of a part is kept."""
+    return str(cost) if part == 0 else f"{cost}, part {part}"
