@@ -281,8 +281,8 @@ def check_start(scheduler) -> None:
     """Raise ValueError where the edges as set do not begin at 1, where all is noise."""
     if (start := float(scheduler.edges[0])) != 1:
         raise ValueError(
-            f"timesteps must begin at 1, where sampling starts from noise alone, got {start}; to go on from tokens at a"
-            " time in between, call the scheduler's step in a loop of your own"
+            f"timesteps must begin at 1, where sampling starts from noise alone, got {start}; to go on from tokens at"
+            " a time in between, call the scheduler's step in a loop of your own"
         )
 
 

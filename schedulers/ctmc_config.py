@@ -1,9 +1,8 @@
 """What the configuration of CTMCScheduler may hold."""
 
 import math
+from collections.abc import Collection
 from numbers import Real
-
-from .timestep_tables import check_tables
 
 
 def check_config(config) -> None:
@@ -39,16 +38,20 @@ def check_config(config) -> None:
         raise ValueError(f"time_exponential must be > 1, got {config.time_exponential}")
     if refusal := _refusal(config):
         raise ValueError(refusal)
-    check_tables(config.timestep_tables, config.timestep_table_info)
 
 
-def check_source(config, changes: dict) -> None:
-    """Raise ValueError for the config of another scheduler, which says nothing of a kernel and a vocabulary."""
+def check_source(config, changes: dict, known: Collection[str]) -> None:
+    """Raise ValueError for the config of another scheduler, which says nothing of a kernel and a vocabulary.
+
+    changes: what is given beside it. known: names of the settings of this scheduler.
+    """
     missing = [name for name in ("kernel", "vocab_size") if name not in {**config, **changes}]
-    if missing and "_class_name" in config:
+    foreign = sorted(name for name in config if not name.startswith("_") and name not in known)
+    if missing and foreign:
         raise ValueError(
-            f"this is the config of {config['_class_name']}, without {' and '.join(missing)}, and defaults would mean"
-            " another model; pass the config of a CTMCScheduler, or build CTMCScheduler(kernel=..., vocab_size=...)"
+            f"this is the config of {config.get('_class_name', 'another scheduler')}, with {foreign[0]} and without"
+            f" {' and '.join(missing)}, whose defaults would mean another model; pass the config of a CTMCScheduler,"
+            " or build CTMCScheduler(kernel=..., vocab_size=...)"
         )
 
 

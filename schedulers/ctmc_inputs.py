@@ -71,10 +71,3 @@ def counts_of(num_decode, device: torch.device, batch: int) -> int | torch.Tenso
     if counts.ndim == 0 and not on_device:
         return int(counts)
     return counts.to(device).expand(batch)
-
-
-def column(times: list[float], device: torch.device) -> torch.Tensor:
-    """(batch,) float32; nothing is moved where all are the same."""
-    if all(time == times[0] for time in times):
-        return torch.full((len(times),), times[0], device=device, dtype=torch.float32)
-    return torch.tensor(times, dtype=torch.float32).to(device)

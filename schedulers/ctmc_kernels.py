@@ -16,8 +16,7 @@ import math
 
 import torch
 
-from .ctmc_draws import clocks, clocks_for_tokens, draw_tokens, integers, replay_tokens
-from .ctmc_inputs import column
+from .ctmc_draws import clocks, clocks_for_tokens, column, draw_tokens, integers, replay_tokens
 
 KEPT_BYTES = 2**28  # of matrices that a kernel keeps on a device
 

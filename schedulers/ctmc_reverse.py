@@ -59,9 +59,10 @@ class ReverseChain:
         return output.sub_(excess).clamp_(max=LARGEST_LOG_SCORE), excess
 
     def largest(self, output: torch.Tensor) -> torch.Tensor:
-        """The logarithm of the largest prediction (..., vocab) of each row up to what they share; -inf: none is possible.
+        """The logarithm of the largest prediction of each row of (..., vocab), of logits and scores as they are.
 
-        -inf rules a token out, so this is what must be finite; NaN and inf come through. The mask's column is not read.
+        -inf rules a token out, so this is what must be finite; NaN and inf come through. The mask's column is not
+        read.
         """
         largest = output[..., : self.kernel.num_real_tokens].amax(dim=-1)
         return largest.log() if self.prediction_type == "probabilities" else largest

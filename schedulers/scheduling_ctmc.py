@@ -11,15 +11,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from .ctmc_config import check_config, check_source
-from .ctmc_draws import Generators
+from .ctmc_draws import Generators, column
 from .ctmc_forward import ForwardChain
-from .ctmc_inputs import batch_times, check_number, check_step_inputs, column, counts_of, spans
+from .ctmc_inputs import batch_times, check_number, check_step_inputs, counts_of, spans
 from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel, build_kernel
 from .ctmc_noise_schedules import NoiseSchedule, build_noise_schedule
 from .ctmc_reverse import ReverseChain
 from .ctmc_samplers import CHUNK, Sampler, build_sampler, check_recorded, chunks, denoise, groups, movable
 from .timestep_edges import StepEdges, check_edges, times_of
-from .timestep_tables import interpolated_edges, tables_for
+from .timestep_tables import check_tables, interpolated_edges, tables_for
 
 
 @dataclass
@@ -105,6 +105,7 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
         Q_sigma: float = 512.0,
     ):
         check_config(self.config)
+        check_tables(timestep_tables, timestep_table_info)
         self.kernel: AbsorbingKernel | UniformKernel | ReversibleKernel = build_kernel(self.config)
         self._noise: NoiseSchedule = build_noise_schedule(self.config)
         self.reverse = ReverseChain(self.kernel, self._noise, prediction_type, eps_ratio)
@@ -116,7 +117,7 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config, return_unused_kwargs: bool = False, **kwargs):
         """As of every scheduler. Raises ValueError for the config of one that knows no tokens."""
-        check_source(config, kwargs)
+        check_source(config, kwargs, cls._get_init_keys(cls))
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @property

@@ -67,13 +67,14 @@ def _check_belongs(data: str, sequences: torch.Tensor, loaded: np.ndarray, confi
     known = config.get("sequence_length") or config.get("shape")
     if known and sequences.shape[1] != (length := _length(config)):
         raise ValueError(
-            f"{data!r} holds sequences of {sequences.shape[1]} tokens, this model's have {length}; cut them so, or give"
-            " data of this model"
+            f"{data!r} holds sequences of {sequences.shape[1]} tokens, this model's have {length}; cut them so, or"
+            " give data of this model"
         )
     least, most = int(loaded.min()), int(loaded.max())
     if least < 0 or most >= tokens:
         raise ValueError(
-            f"data must hold tokens in [0, {tokens}), the scheduler's vocabulary without its mask, got {least} to {most}"
+            f"data must hold tokens in [0, {tokens}), the scheduler's vocabulary without its mask, got"
+            f" {least} to {most}"
         )
     if most + 1 < ENOUGH * tokens:
         logger.warning(

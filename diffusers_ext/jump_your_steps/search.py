@@ -90,6 +90,11 @@ def optimize_timesteps(
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    if scheduler.sampler.evaluations_per_step > 1:
+        raise ValueError(
+            f"tables are about steps that hold one prediction, and sampler={scheduler.config.sampler!r} makes"
+            f" {scheduler.sampler.evaluations_per_step} a step; optimise with sampler='euler', whose tables it takes"
+        )
     cost = _cost(method, objective, alpha, held)
     free_end = _free_end(last_edge, method, scheduler)
     numbers = _numbers(num_inference_steps, method)
