@@ -48,6 +48,10 @@ class AbsorbingKernel:
     def sample_prior(self, shape, generator, device) -> torch.Tensor:
         return torch.full(shape, self.mask, device=device)
 
+    def draw_noise(self, length: int, generator: torch.Generator) -> torch.Tensor:
+        """Noise of one sequence in a form that `perturb` replays, on the generator's device."""
+        return torch.rand(length, generator=generator)
+
     def noise_shapes(self, shape: tuple[int, ...]) -> list:
         """Of recorded noise that `perturb` takes for tokens (batch, length)."""
         return [shape]
@@ -143,6 +147,11 @@ class UniformKernel:
     def sample_prior(self, shape, generator, device) -> torch.Tensor:
         return integers(self.vocab_size, shape, generator, device)
 
+    def draw_noise(self, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise of one sequence in a form that `perturb` replays, on the generator's device."""
+        uniforms = torch.rand(length, generator=generator)
+        return uniforms, torch.randint(self.vocab_size, (length,), generator=generator)
+
     def noise_shapes(self, shape: tuple[int, ...]) -> list:
         """Of recorded noise that `perturb` takes for tokens (batch, length)."""
         return [[shape, shape], (*shape, self.vocab_size)]
@@ -183,6 +192,16 @@ class UniformKernel:
         ratio = p0.div_(away + floor).scatter_(1, x, here)
         shared = ratio.sum(1, keepdim=True) * (-math.expm1(-target_sigma_bar) / self.vocab_size)
         return ratio.mul_(math.exp(-target_sigma_bar)).add_(shared)
+
+    def law_given_others(self, score: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The law of x_t at each position that its scores imply; in place."""
+        score.scatter_(1, x.unsqueeze(1), 1)
+        return score.div_(score.sum(1, keepdim=True))
+
+    def law_at(self, law: torch.Tensor, made: torch.Tensor, sigma_bar: float) -> torch.Tensor:
+        """The law of x at a smaller total noise, of `law_given_others` made at another, (..., vocab)."""
+        growth = (made - sigma_bar).exp().to(law)
+        return (growth * (law - 1 / self.vocab_size) + 1 / self.vocab_size).clamp(min=0)
 
     def exposure(self, now: float, start: float, end: float) -> float:
         """What `jumps_into` of a score is multiplied with, from noise `start` down to `end`; the score is held."""
@@ -293,6 +312,10 @@ class ReversibleKernel:
         law = self._initial.to(torch.float32).to(device)
         return draw_tokens(law.expand(len(ticks), -1), ticks).view(shape)
 
+    def draw_noise(self, length: int, generator: torch.Generator) -> torch.Tensor:
+        """Noise of one sequence in a form that `perturb` replays, on the generator's device."""
+        return torch.rand(length, self.vocab_size, generator=generator)
+
     def noise_shapes(self, shape: tuple[int, ...]) -> list:
         """Of recorded noise that `perturb` takes for tokens (batch, length)."""
         return [(*shape, self.vocab_size)]
@@ -322,6 +345,14 @@ class ReversibleKernel:
         """sum over x_0 of p0[x_0] P_target[x_0, y] / (P_t[x_0, x] + floor)."""
         here = self._on(x.device, sigma_bar).T[x]
         return (p0 / here.add_(floor)) @ self._on(x.device, target_sigma_bar)
+
+    def law_given_others(self, p0, x: torch.Tensor, sigma_bar: float, floor: float) -> torch.Tensor:
+        """The law of x_0 at each position by the others alone, not normalised; in place."""
+        return p0.div_(self._on(x.device, sigma_bar).T[x].add_(floor))
+
+    def law_at(self, law: torch.Tensor, made: torch.Tensor, sigma_bar: float) -> torch.Tensor:
+        """The law of x at a total noise, of `law_given_others`, (..., vocab), whenever it was made."""
+        return law @ self._on(law.device, sigma_bar)
 
     def exposure(self, now: float, start: float, end: float) -> float:
         """What `jumps_into` of a score is multiplied with, from noise `start` down to `end`; the score is held."""

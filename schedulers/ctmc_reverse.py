@@ -104,8 +104,25 @@ class ReverseChain:
             return self.x0_law(output)
         return self.kernel.clean_weights(output.exp_(), x, self.sigma_bar(time))
 
+    def law_given_others(self, output: torch.Tensor, x: torch.Tensor, time: float) -> torch.Tensor:
+        """What the network says of each position by the others alone; not of the absorbing kernel, see `x0_law`."""
+        if self.kernel.ordered:
+            return self.kernel.law_given_others(self.x0_law(output), x, self.sigma_bar(time), self.floor)
+        return self.kernel.law_given_others(self.score(output, x, time), x)
+
+    def rates_of_law(self, law: torch.Tensor, x: torch.Tensor, made: torch.Tensor, time: float) -> torch.Tensor:
+        """Rates out of tokens x (n,) at a time that `law_given_others` (..., n, vocab) of times `made` imply."""
+        now = self.kernel.law_at(law, made, self.sigma_bar(time))
+        here = x.expand(now.shape[:-1])
+        score = now / now.gather(-1, here.unsqueeze(-1)).clamp(min=1e-12)
+        return self.kernel.jumps_into(score.flatten(0, -2), here.flatten(), self.sigma(time)).view_as(score)
+
+    def hazard(self, times: torch.Tensor) -> torch.Tensor:
+        """The rate at which a mask is decoded at times, of their shape and dtype."""
+        noise = self.noise if times.dtype == torch.float64 else self.noise.stable or self.noise
+        return noise.sigma(times) / noise.sigma_bar(times).expm1()
+
     def decoding_rates(self, times: torch.Tensor) -> torch.Tensor:
         """By which `clean_weights` of the absorbing kernel are rates of jumping at times, of their shape and dtype."""
         noise = self.noise.stable or self.noise
-        sigma = noise.sigma(times)
-        return sigma if self.predicts_scores else sigma / noise.sigma_bar(times).expm1()
+        return noise.sigma(times) if self.predicts_scores else self.hazard(times)
