@@ -152,9 +152,11 @@ class RateStatistics:
 
     def _laws(self, output: torch.Tensor, tokens: torch.Tensor, time) -> torch.Tensor:
         """The law of each position given the others, (batch, places, vocab_size) float32."""
-        self.network.rates(output, tokens, time)  # raises where something is not finite, and says where
         rows = output.float().flatten(0, 1).clone()
-        return self.scheduler.reverse.law_given_others(rows, tokens.flatten(), time).view(output.shape)
+        laws = self.scheduler.reverse.law_given_others(rows, tokens.flatten(), time)
+        if not laws.isfinite().all():
+            self.network.rates(output, tokens, time)  # raises, and says where
+        return laws.view(output.shape)
 
     # All pairs of grid points as products of matrices
 
