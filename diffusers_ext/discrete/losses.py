@@ -59,10 +59,8 @@ def x0_cross_entropy(
     if scheduler.mask_token_id is None:
         return F.cross_entropy(logits.transpose(1, 2), original, reduction="none").mean(dim=1)
     masked = noisy == scheduler.mask_token_id
-    each = (
-        F.cross_entropy(logits[..., : scheduler.kernel.num_real_tokens].transpose(1, 2), original, reduction="none")
-        * masked
-    )
+    real = logits[..., : scheduler.kernel.num_real_tokens].transpose(1, 2)
+    each = F.cross_entropy(real, original, reduction="none") * masked
     return each.sum(dim=1) / masked.sum(dim=1).clamp(min=1)
 
 
