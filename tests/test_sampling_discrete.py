@@ -192,7 +192,7 @@ def test_command(tmp_path):
         result = invoke(*common, "--output", tmp_path / name, "--format", "npz", *options)
         assert result.exit_code == 0, result.output
         drawn[name] = (tmp_path / name / "tokens_2x12.npz").read_bytes()
-    assert drawn["table"] == drawn["edges"] != drawn["even"] == drawn["plain"]
+    assert drawn["table"] == drawn["edges"] == drawn["plain"] != drawn["even"]
 
     refused = invoke(*common, "--output", tmp_path / "none", "--timesteps", "table")
     assert refused.exit_code == 1 and "no table for 50 steps; it has for: 2" in refused.output
