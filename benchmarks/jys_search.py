@@ -6,9 +6,9 @@
 
 On the small CountDown model of the goldens (16 tokens, length 48), 256 sequences, a grid of 256 intervals, one thread.
 "Plain" is the procedure of Jump Your Steps (2410.07761) written with this package's pieces, not its authors' code:
-every value of the objective evaluates the network at both times. "Golden" finds the same tables and keeps what it has at the start of each interval. "Exact"
-evaluates the network once at each grid point, for all numbers of steps, here of two grids. Error: strict rate of
-samples with the tables found, all by the same number of network calls.
+every value of the objective evaluates the network at both times. "Golden" finds the same tables and keeps what it has
+at the start of each interval. "Exact" evaluates the network once at each grid point, for all numbers of steps, here of
+two grids. Error: strict rate of samples with the tables found, all by the same number of network calls.
 """
 
 import resource

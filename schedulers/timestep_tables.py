@@ -45,7 +45,7 @@ def check_tables(tables, info) -> None:
         if not isinstance(entries, dict | None):
             raise ValueError(f"{name} must be a dictionary by number of steps or None, got {entries!r:.200}")
     for steps, edges in (tables or {}).items():
-        check_edges(edges, f"timestep_tables[{steps!r}]", steps=steps)
+        check_edges(edges, f"timestep_tables[{steps!r}]", steps=str(steps))
     for steps, entry in (info or {}).items():
         kinds = isinstance(entry, dict) and isinstance(entry.get("chain", {}), dict)
         if not kinds or not isinstance(entry.get("sampler", ""), str):
@@ -86,11 +86,11 @@ def tables_for(config: Mapping, counts_tokens: bool, chain) -> dict[int, list[fl
 def interpolated_edges(tables: Mapping[int, list[float]], steps: int, end: float) -> list[float]:
     r"""Edges for a number of steps out of tables: the one for it, or between the next smaller and the next larger.
 
-    A table is a curve over the share of its steps, and edges in between lie on its straight pieces. Where the last
-    edge lies above `end` (the smallest time), what is left there is removed at once, which is one more step down to
-    `end`: the curve of n steps then has n + 1 pieces. For m pieces between curves of a < m < b, the two are mixed with
-    the weight log(m / a) / log(b / a) of the larger; beyond the smallest and the largest table their own curve is
-    taken, so that one step is as long as the half of two, and 128 are those of 64 cut in two.
+    A table is a curve over the share of its steps, of straight pieces between its edges. Where the last edge lies
+    above `end` (the smallest time), what is left there is removed at once, which is one more step down to `end`: the
+    curve of n steps then has n + 1 pieces. m pieces between curves of a < m < b mix the two, with the weight
+    log(m / a) / log(b / a) of the larger. Beyond the smallest and the largest table their own curve is cut into m
+    pieces, so that twice as many are the old ones cut in two.
     """
     if steps in tables:
         return [float(t) for t in tables[steps]]

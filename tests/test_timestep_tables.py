@@ -129,11 +129,21 @@ def test_ordered_tokens_depend_on_their_rates():
         ({1: [1.0, float("nan")]}, "strictly decreasing"),
         ({0: [1.0]}, "at least two"),
         ({2: [0.9, 0.4, 0.1]}, "must begin at 1"),
+        ({2: None}, r"tables\[2\] must be at least two"),
+        ({"²": [1.0, 0.4, 0.1]}, "named by its number of steps"),
+        ({None: [1.0, 0.4]}, "named by its number of steps"),
+        (3, "timestep_tables must be a dictionary"),
     ],
 )
 def test_refused_edges(edges, message):
     with pytest.raises(ValueError, match=message):
         tables(tables=edges, info={})
+
+
+@pytest.mark.parametrize("info", [{4: None}, {4: [1]}, {4: {"chain": 3}}, 3])
+def test_refused_info(info):
+    with pytest.raises(ValueError, match="timestep_table_info"):
+        tables(info=info)
 
 
 def test_info_without_a_table():

@@ -8,7 +8,6 @@ from pathlib import Path
 from ..checkpoints.tensor_files import read_torch_file
 from ..runs.files import replacing
 from ..schedulers import CTMCScheduler
-from ..schedulers.timestep_edges import check_edges
 from ..schedulers.timestep_tables import chain_of as chain_of_config
 from ..schedulers.timestep_tables import check_chain, check_tables
 
@@ -35,14 +34,12 @@ class TimestepTables:
     info: Mapping[int, dict] = field(default_factory=dict)
 
     def __post_init__(self):
-        tables = {int(n): tuple(edges) for n, edges in sorted(self.tables.items(), key=lambda item: int(item[0]))}
-        for n, edges in tables.items():
-            check_edges(edges, f"tables[{n}]", steps=str(n))
-        info = {int(n): dict(entry) for n, entry in self.info.items()}
+        check_tables(self.tables, self.info)
+        tables = {int(n): edges for n, edges in sorted((self.tables or {}).items(), key=lambda item: int(item[0]))}
+        info = {int(n): dict(entry) for n, entry in (self.info or {}).items()}
         if unknown := sorted(set(info) - set(tables)):
             raise ValueError(f"info is about {unknown} steps, but there are tables for {sorted(tables)} only")
         info = {n: {"chain": dict(self.chain), **info.get(n, {})} for n in tables}
-        check_tables(None, info)
         object.__setattr__(self, "tables", {n: tuple(map(float, edges)) for n, edges in tables.items()})
         object.__setattr__(self, "chain", dict(self.chain))
         object.__setattr__(self, "info", info)
