@@ -18,8 +18,8 @@ from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel, buil
 from .ctmc_noise_schedules import NoiseSchedule, build_noise_schedule
 from .ctmc_reverse import ReverseChain
 from .ctmc_samplers import CHUNK, Sampler, build_sampler, check_recorded, chunks, denoise, groups, movable
-from .timestep_edges import StepEdges, check_edges, times_of
-from .timestep_tables import check_tables, interpolated_edges, tables_for
+from .timestep_edges import StepEdges, times_of
+from .timestep_tables import check_edges, check_tables, interpolated_edges, tables_for
 
 
 @dataclass
@@ -147,7 +147,7 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
         num_inference_steps: n steps between n + 1 edges, from 1 to `min_timestep` or the table's last edge. With
             timestep_spacing "table" they are the table for n, or lie between those for the next smaller and the next
             larger number of steps (`timestep_tables.interpolated_edges`).
-        timesteps: the n + 1 edges themselves, strictly decreasing in (0, 1]; they win.
+        timesteps: the n + 1 edges themselves, a list or (n + 1,), strictly decreasing in (0, 1]; they win.
 
         The network is evaluated at every edge, at the last one for the final denoising; theta_trapezoidal also in the
         middle of each step, gillespie not at a last edge <= `min_timestep`, where nothing is left to decode.
