@@ -121,7 +121,7 @@ class ThetaTrapezoidalSampler:
 
     def begin(self, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
         """Tokens at the ends of `times`, inside of the step. noise: uniforms (batch, length, vocab)."""
-        self._begun = output, sample, [start for start, _ in times]
+        self._begun = output, sample, times
 
         def weights(out, x, time, next_time):
             return stays_or_jumps(self.chain.held(out, x, time, time, next_time), x)
@@ -130,9 +130,13 @@ class ThetaTrapezoidalSampler:
 
     def finish(self, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
         """Tokens at the ends of `times`, where the step ends. Raises ValueError if no step was begun."""
-        if self._begun is None or self._begun[1].shape != sample.shape:
-            raise ValueError("this timestep is in the middle of a step of two; call step at the timestep before first")
-        (first, x_first, starts), self._begun = self._begun, None
+        begun, self._begun = self._begun, None
+        inside = [now for now, _ in times]
+        if begun is None or begun[1].shape != sample.shape or [then for _, then in begun[2]] != inside:
+            raise ValueError(
+                f"timestep={inside[0]} is in the middle of a step of two network calls; call step at the timestep"
+                " before, and then at this one, with the same batch"
+            )
         factor = 1 / (2 * self.theta * (1 - self.theta))
 
         def weights(out, x, time, next_time, before, x_before, start):
@@ -140,7 +144,7 @@ class ThetaTrapezoidalSampler:
             means.sub_(self.chain.held(before, x_before, start, time, next_time), alpha=factor - 1)
             return stays_or_jumps(means.clamp_(min=0).scatter_(1, x.unsqueeze(1), 0), x)
 
-        earlier = first, x_first, starts
+        earlier = *begun[:2], [start for start, _ in begun[2]]
         return move(self.chain, weights, output, sample, times, generator, noise, earlier=earlier)
 
 

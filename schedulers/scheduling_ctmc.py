@@ -74,7 +74,6 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
     outside of what is listed, and for combinations without a meaning, with the reason.
     """
 
-    order = 1
     init_noise_sigma = 1.0  # tokens have no scale; for code that treats all schedulers alike
 
     @register_to_config
@@ -110,6 +109,7 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
         self._noise: NoiseSchedule = build_noise_schedule(self.config)
         self.reverse = ReverseChain(self.kernel, self._noise, prediction_type, eps_ratio)
         self.sampler: Sampler = build_sampler(self.config, self.reverse)
+        self.order = self.sampler.evaluations_per_step  # diffusers' name
         self._steps: StepEdges | None = None
         self.num_inference_steps: int | None = None
         self.timesteps: torch.Tensor | None = None

@@ -115,7 +115,10 @@ def test_two_calls_a_step_and_one_to_denoise():
     pipe.model.register_forward_pre_hook(lambda _, inputs: seen.append(round(float(inputs[1][0]), 6)))
     pipe(batch_size=2, timesteps=[1.0, 0.6, 0.1], generator=torch.Generator().manual_seed(0))
     assert seen == [1.0, 0.8, 0.6, 0.6, 0.35, 0.1, 0.1]  # a corrector's call at the end of each step
-    assert pipe.scheduler.sampler.evaluations_per_step == 2 and pipe.scheduler.num_inference_steps == 2
+    assert (
+        pipe.scheduler.sampler.evaluations_per_step == pipe.scheduler.order == 2
+        and pipe.scheduler.num_inference_steps == 2
+    )
     assert pipe.scheduler.edges.tolist() == [1.0, 0.6, 0.1] and pipe.num_timesteps == 5
 
 
@@ -141,7 +144,14 @@ def test_steps_out_of_order_are_refused():
     scheduler = CTMCScheduler(vocab_size=6, sampler="theta_trapezoidal")
     scheduler.set_timesteps(3)
     tokens, output = torch.full((2, 4), 5), torch.zeros(2, 4, 6)
-    with pytest.raises(ValueError, match="in the middle of a step of two"):
+    middle = pytest.raises(ValueError, match="in the middle of a step of two network calls")
+    with middle:
         scheduler.step(output, scheduler.timesteps[1], tokens)
+    scheduler.step(output, scheduler.timesteps[0], tokens)
+    with middle:
+        scheduler.step(output, scheduler.timesteps[3], tokens)
+    scheduler.step(output, scheduler.timesteps[0], tokens)
+    with middle:
+        scheduler.step(output[:1], scheduler.timesteps[1], tokens[:1])
     with pytest.raises(ValueError, match=r"next_timestep=0\.5: a step of sampler='theta_trapezoidal'"):
         scheduler.step(output, 1.0, tokens, next_timestep=0.5)
