@@ -62,11 +62,11 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         self,
         prompt: str | list[str] | None = None,
         suffix: str | list[str] | None = None,
-        tokens: torch.Tensor | None = None,
-        given: torch.Tensor | None = None,
+        tokens: torch.Tensor | np.ndarray | None = None,
+        given: torch.Tensor | np.ndarray | None = None,
         batch_size: int | None = None,
         sequence_length: int | None = None,
-        num_inference_steps: int = 128,
+        num_inference_steps: int | None = 128,
         timesteps: list[float] | None = None,
         sampler: str | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -83,8 +83,9 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         batch_size: number of samples; by default one for each prompt or row of tokens.
         sequence_length: by default that of `tokens`, or what the model's config says.
         num_inference_steps: steps of the schedule; the network runs once more for the final denoising (not with
-            gillespie), and once for each corrector step. timesteps: instead, all edges, decreasing in (0, 1].
-        sampler: "euler", "tweedie" or "gillespie" for this call.
+            gillespie at the end of time, twice a step with theta_trapezoidal), and once for each corrector step.
+            timesteps: instead, all edges, from 1 on decreasing in (0, 1].
+        sampler: "euler", "tweedie", "theta_trapezoidal" or "gillespie" for this call.
         generator: one, or one a sample, which makes a sample independent of its batch.
         output_type: "text", "tokens", or for models of images "pil", "np" (batch, height, width, channels) or "pt"
             (batch, channels, height, width), both in [0, 1]; None is "text" with a tokenizer, "pil" for images.
@@ -105,18 +106,19 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             scheduler.set_timesteps(num_inference_steps, device=device)
         else:
             scheduler.set_timesteps(timesteps=timesteps, device=device)
+            check_start(scheduler)
         self._num_timesteps = len(scheduler.timesteps)
         watch = FiniteWatch(self._num_timesteps)
 
         sample = torch.where(given, fixed, scheduler.sample_prior(tuple(fixed.shape), generator, device))
-        times, edges = scheduler.timesteps.tolist(), scheduler.edges.tolist()  # all that is read of the schedule
+        times = scheduler.timesteps.tolist()  # all that is read of the schedule
         clock = times[0]
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
                 clock = clock if scheduler.sampler.counts_tokens else times[i]
                 sample, clock = self._step(scheduler, watch, i, clock, sample, generator)
                 sample = torch.where(given, fixed, sample)
-                for time, size in self._corrections(scheduler.config, edges[i : i + 2]):
+                for time, size in scheduler.corrections(i):
                     corrected = self._correct(scheduler, watch, i, time, size, sample, generator)
                     sample = torch.where(given, fixed, corrected)
                 if callback_on_step_end is not None:
@@ -149,12 +151,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
     def _model_output(self, scheduler, watch: FiniteWatch, index: int, time, sample: torch.Tensor) -> torch.Tensor:
         output = self.model(sample, scheduler.model_time(time, len(sample), sample.device))
         output = output if isinstance(output, torch.Tensor) else output[0]
-        # -inf rules a token out, so what must be finite is the largest of a row; NaN and inf come through. The column
-        # of the mask is not read.
-        largest = output[..., : scheduler.kernel.num_real_tokens].amax(dim=-1)
-        if scheduler.config.prediction_type == "probabilities":
-            largest = largest.log()  # a row of zeros is no law
-        watch.see("the network's output", largest, index)
+        watch.see("the network's output", scheduler.reverse.largest(output), index)
         return output
 
     @staticmethod
@@ -165,14 +162,6 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
                 f"sample {first} of the batch still holds {int(masked[first])} masks after the last step; the network"
                 " gave no tokens for them, or the callback put them there"
             )
-
-    @staticmethod
-    def _corrections(config, edges: list[float]) -> list[tuple[float, float]]:
-        """(time, step size) of the corrector steps that follow the step between two edges."""
-        if len(edges) < 2 or edges[0] > config.corrector_entry_time:
-            return []
-        size = config.corrector_step_size_multiplier * (edges[0] - edges[1])
-        return [(edges[1], size)] * config.num_corrector_steps
 
     # Inputs
 
@@ -254,7 +243,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"sequence_length={sequence_length}, but tokens have the length {tokens.shape[-1]}")
         tokens = tokens.reshape(-1, tokens.shape[-1]).long()
         given = given.expand(tokens.shape)
-        real = scheduler.config.vocab_size - (scheduler.mask_token_id is not None)
+        real = scheduler.kernel.num_real_tokens
         outside = given & ((tokens < 0) | (tokens >= real))
         if outside.any():
             raise ValueError(f"given tokens must be in [0, {real}), got {tokens[outside].unique().tolist()}")
@@ -289,8 +278,17 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
 
     def _to_images(self, sample: torch.Tensor, output_type: str) -> list | np.ndarray | torch.Tensor:
         """Images of levels in channel-first order, the highest level 1."""
-        levels = self.scheduler.config.vocab_size - (self.scheduler.mask_token_id is not None)
+        levels = self.scheduler.kernel.num_real_tokens
         return as_output(sample.view(len(sample), *self._model_config("shape")).float() / (levels - 1), output_type)
+
+
+def check_start(scheduler) -> None:
+    """Raise ValueError where the edges as set do not begin at 1, where all is noise."""
+    if (start := float(scheduler.edges[0])) != 1:
+        raise ValueError(
+            f"timesteps must begin at 1, where sampling starts from noise alone, got {start}; to go on from tokens at"
+            " a time in between, call the scheduler's step in a loop of your own"
+        )
 
 
 def _zip_texts(prompt, suffix) -> list[tuple[str | None, str | None]]:

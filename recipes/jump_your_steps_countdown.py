@@ -49,7 +49,7 @@ def optimise(pipe, output: Path, samples: int, grid_size: int, alphas: list[floa
     kept = Kept(output / "statistics.safetensors", settings, statistics.is_sum)
     with Progress() as progress:
         bar = progress.add_task("one pass over the grid", total=samples)
-        means, _ = accumulate(
+        [(means, _)] = accumulate(
             statistics, batch_size, Processes(None), kept, lambda done, _: progress.update(bar, completed=done)
         )
     return tables_of(means, statistics.grid, steps)

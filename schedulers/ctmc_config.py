@@ -1,9 +1,9 @@
 """What the configuration of CTMCScheduler may hold."""
 
 import math
+from collections.abc import Collection
 
 from .scheduler_arguments import is_of_kind, short
-from .timestep_edges import check_edges
 
 
 def check_config(config) -> None:
@@ -11,11 +11,11 @@ def check_config(config) -> None:
     choices = {
         "kernel": ("absorbing", "uniform", "gaussian", "birth_death"),
         "noise_schedule": ("loglinear", "cosine", "arccos", "geometric", "exponential", "constant"),
-        "sampler": ("euler", "tweedie", "gillespie"),
+        "sampler": ("euler", "tweedie", "theta_trapezoidal", "gillespie"),
         "prediction_type": ("log_score", "x0", "probabilities"),
         "jumps": (None, "categorical", "poisson"),
         "time_conditioning": ("sigma_bar", "timestep"),
-        "timestep_spacing": ("uniform", "table", "interpolated_table"),
+        "timestep_spacing": ("table", "uniform"),
     }
     for name, allowed in choices.items():
         if config[name] not in allowed:
@@ -46,11 +46,21 @@ def check_config(config) -> None:
         raise ValueError(f"time_exponential must be > 1, got {config.time_exponential}")
     if refusal := _refusal(config):
         raise ValueError(refusal)
-    for name in ("timestep_tables", "timestep_table_info"):
-        if not isinstance(config[name], dict | None):
-            raise ValueError(f"{name} must be a dictionary by number of steps or None, got {config[name]!r:.200}")
-    for name, table in (config.timestep_tables or {}).items():
-        check_edges(table, f"timestep_tables[{name!r}]", steps=name)
+
+
+def check_source(config, changes: dict, known: Collection[str]) -> None:
+    """Raise ValueError for the config of another scheduler, which says nothing of a kernel and a vocabulary.
+
+    changes: what is given beside it. known: names of the settings of this scheduler.
+    """
+    missing = [name for name in ("kernel", "vocab_size") if name not in {**config, **changes}]
+    foreign = sorted(name for name in config if not name.startswith("_") and name not in known)
+    if missing and foreign:
+        raise ValueError(
+            f"this is the config of {config.get('_class_name', 'another scheduler')}, with {foreign[0]} and without"
+            f" {' and '.join(missing)}, whose defaults would mean another model; pass the config of a CTMCScheduler,"
+            " or build CTMCScheduler(kernel=..., vocab_size=...)"
+        )
 
 
 def _refusal(config) -> str | None:

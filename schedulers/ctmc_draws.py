@@ -106,3 +106,10 @@ def check_generators(generators: list[torch.Generator], batch: int) -> None:
 
 def _width(vocab_size: int) -> int:
     return math.isqrt(vocab_size - 1) + 1
+
+
+def column(times: list[float], device: torch.device) -> torch.Tensor:
+    """(batch,) float32; nothing is moved where all are the same."""
+    if all(time == times[0] for time in times):
+        return torch.full((len(times),), times[0], device=device, dtype=torch.float32)
+    return torch.tensor(times, dtype=torch.float32).to(device)

@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from .ctmc_draws import clocks, clocks_for_tokens, draw_tokens, integers, replay_tokens
+from .ctmc_draws import clocks, clocks_for_tokens, column, draw_tokens, integers, replay_tokens
 
 KEPT_BYTES = 2**28  # of matrices that a kernel keeps on a device
 
@@ -48,6 +48,10 @@ class AbsorbingKernel:
     def sample_prior(self, shape, generator, device) -> torch.Tensor:
         return torch.full(shape, self.mask, device=device)
 
+    def draw_noise(self, length: int, generator: torch.Generator) -> torch.Tensor:
+        """Noise of one sequence in a form that `perturb` replays, on the generator's device."""
+        return torch.rand(length, generator=generator)
+
     def noise_shapes(self, shape: tuple[int, ...]) -> list:
         """Of recorded noise that `perturb` takes for tokens (batch, length)."""
         return [shape]
@@ -59,6 +63,15 @@ class AbsorbingKernel:
         probability to a relative 1e-7 and however small it is.
         """
         return x0.masked_fill(_moved(x0, sigma, noise, generator), self.mask)
+
+    def perturb_by_count(self, x0, uniforms: torch.Tensor, num_decoded: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_t with `num_decoded` tokens a sample unmasked, those with the largest uniforms; the largest of the others.
+
+        Masked at a share u of moved tokens are those with uniforms below u, so that is the share at which it happens.
+        """
+        order = uniforms.argsort(dim=1, stable=True)[:, : x0.shape[1] - num_decoded]
+        last = uniforms.gather(1, order[:, -1:])[:, 0] if order.shape[1] else torch.zeros(len(x0), device=x0.device)
+        return x0.scatter(1, order, self.mask), last
 
     def jumps_from(self, x: torch.Tensor) -> torch.Tensor:
         """Q[x, y], diagonal 0."""
@@ -75,6 +88,13 @@ class AbsorbingKernel:
         """p(x_0 | x) of its logits or of itself; the mask's column is not read. In place."""
         output[:, self.mask] = -math.inf if logits else 0
         return output.softmax(dim=1) if logits else output
+
+    def exposure(self, now: float, start: float, end: float) -> float:
+        """What `jumps_into` of a score at the total noise `now` is multiplied with, from noise `start` down to `end`.
+
+        The prediction of clean tokens is held: masks are decoded at the rate 1 / expm1 of the noise.
+        """
+        return math.expm1(now) * math.log(math.expm1(-start) / math.expm1(-end))
 
     def score(self, p0, x, sigma_bar: float, floor: float) -> torch.Tensor:
         """p(x_0 = y | x) / expm1(sigma_bar) at masked positions; in place."""
@@ -127,6 +147,11 @@ class UniformKernel:
     def sample_prior(self, shape, generator, device) -> torch.Tensor:
         return integers(self.vocab_size, shape, generator, device)
 
+    def draw_noise(self, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise of one sequence in a form that `perturb` replays, on the generator's device."""
+        uniforms = torch.rand(length, generator=generator)
+        return uniforms, torch.randint(self.vocab_size, (length,), generator=generator)
+
     def noise_shapes(self, shape: tuple[int, ...]) -> list:
         """Of recorded noise that `perturb` takes for tokens (batch, length)."""
         return [[shape, shape], (*shape, self.vocab_size)]
@@ -138,9 +163,9 @@ class UniformKernel:
         for a race.
         """
         if isinstance(noise, torch.Tensor):
-            column = _column(sigma, x0.device)
-            weights = (-torch.expm1(-column) / self.vocab_size).unsqueeze(-1).repeat(1, *noise.shape[1:])
-            stay = torch.exp(-column).expand(x0.shape).unsqueeze(-1)
+            total = column(sigma, x0.device).unsqueeze(1)
+            weights = (-torch.expm1(-total) / self.vocab_size).unsqueeze(-1).repeat(1, *noise.shape[1:])
+            stay = torch.exp(-total).expand(x0.shape).unsqueeze(-1)
             return replay_tokens(weights.scatter_add_(-1, x0.unsqueeze(-1), stay), noise)
         moved = _moved(x0, sigma, None if noise is None else noise[0], generator)
         targets = self.sample_prior(x0.shape, generator, x0.device) if noise is None else noise[1]
@@ -167,6 +192,20 @@ class UniformKernel:
         ratio = p0.div_(away + floor).scatter_(1, x, here)
         shared = ratio.sum(1, keepdim=True) * (-math.expm1(-target_sigma_bar) / self.vocab_size)
         return ratio.mul_(math.exp(-target_sigma_bar)).add_(shared)
+
+    def law_given_others(self, score: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The law of x_t at each position that its scores imply; in place."""
+        score.scatter_(1, x.unsqueeze(1), 1)
+        return score.div_(score.sum(1, keepdim=True))
+
+    def law_at(self, law: torch.Tensor, made: torch.Tensor, sigma_bar: float) -> torch.Tensor:
+        """The law of x at a smaller total noise, of `law_given_others` made at another, (..., vocab)."""
+        growth = (made - sigma_bar).exp().to(law)
+        return (growth * (law - 1 / self.vocab_size) + 1 / self.vocab_size).clamp(min=0)
+
+    def exposure(self, now: float, start: float, end: float) -> float:
+        """What `jumps_into` of a score is multiplied with, from noise `start` down to `end`; the score is held."""
+        return start - end
 
     def score(self, p0, x, sigma_bar: float, floor: float) -> torch.Tensor:
         return self._expected_ratio(p0, x, sigma_bar, sigma_bar, floor)
@@ -273,6 +312,10 @@ class ReversibleKernel:
         law = self._initial.to(torch.float32).to(device)
         return draw_tokens(law.expand(len(ticks), -1), ticks).view(shape)
 
+    def draw_noise(self, length: int, generator: torch.Generator) -> torch.Tensor:
+        """Noise of one sequence in a form that `perturb` replays, on the generator's device."""
+        return torch.rand(length, self.vocab_size, generator=generator)
+
     def noise_shapes(self, shape: tuple[int, ...]) -> list:
         """Of recorded noise that `perturb` takes for tokens (batch, length)."""
         return [(*shape, self.vocab_size)]
@@ -302,6 +345,18 @@ class ReversibleKernel:
         """sum over x_0 of p0[x_0] P_target[x_0, y] / (P_t[x_0, x] + floor)."""
         here = self._on(x.device, sigma_bar).T[x]
         return (p0 / here.add_(floor)) @ self._on(x.device, target_sigma_bar)
+
+    def law_given_others(self, p0, x: torch.Tensor, sigma_bar: float, floor: float) -> torch.Tensor:
+        """The law of x_0 at each position by the others alone, not normalised; in place."""
+        return p0.div_(self._on(x.device, sigma_bar).T[x].add_(floor))
+
+    def law_at(self, law: torch.Tensor, made: torch.Tensor, sigma_bar: float) -> torch.Tensor:
+        """The law of x at a total noise, of `law_given_others`, (..., vocab), whenever it was made."""
+        return law @ self._on(law.device, sigma_bar)
+
+    def exposure(self, now: float, start: float, end: float) -> float:
+        """What `jumps_into` of a score is multiplied with, from noise `start` down to `end`; the score is held."""
+        return start - end
 
     def score(self, p0, x, sigma_bar: float, floor: float) -> torch.Tensor:
         return self._expected_ratio(p0, x, sigma_bar, sigma_bar, floor)
@@ -356,16 +411,20 @@ def rest_stays(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return weights.scatter_(1, x.unsqueeze(1), (1 - weights.sum(1, keepdim=True)).clamp_(min=0))
 
 
-def _column(sigma: list[float], device) -> torch.Tensor:
-    """(batch, 1) float32; nothing is moved where all are the same."""
-    if all(one == sigma[0] for one in sigma):
-        return torch.full((len(sigma), 1), sigma[0], device=device, dtype=torch.float32)
-    return torch.tensor(sigma, dtype=torch.float32).unsqueeze(1).to(device)
+def stays_or_jumps(means: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Weights (n, vocab) of tokens whose jumps to each other one have these means; in place.
+
+    The current token x (n,), whose mean is 0, stays with probability exp(-M), M the sum of the means.
+    """
+    total = means.sum(1, keepdim=True)
+    jumps = -torch.expm1(-total)
+    means.mul_(jumps / total.clamp(min=torch.finfo(means.dtype).tiny))
+    return means.scatter_(1, x.unsqueeze(1), 1 - jumps)
 
 
 def _moved(x0: torch.Tensor, sigma: list[float], recorded: torch.Tensor | None, generator) -> torch.Tensor:
     """Where tokens (batch, length) jump at rate 1 within a time sigma, at least once; bool."""
-    column = _column(sigma, x0.device)
+    total = column(sigma, x0.device).unsqueeze(1)
     if recorded is None:
-        return clocks(x0.shape, generator, x0.device) < column
-    return recorded < -torch.expm1(-column)
+        return clocks(x0.shape, generator, x0.device) < total
+    return recorded < -torch.expm1(-total)

@@ -1,8 +1,9 @@
 r"""Samplers of the reverse chain: how tokens at a time become tokens at an earlier one.
 
-Each says how many evaluations of the network one step takes, `evaluations_per_step`, whether its steps count decoded
-tokens instead of time, `counts_tokens`, and at which total noises it needs transitions, `noise_levels`. They know a
-`ReverseChain`; what is random comes from a generator, or is recorded noise to replay.
+Each says how many evaluations of the network one step takes, `evaluations_per_step`, at which times of a schedule they
+are, `evaluated`, what is done after each, `stages`, whether steps count decoded tokens instead of time,
+`counts_tokens`, the earliest time at which one may end, `least`, and at which total noises it needs transitions,
+`noise_levels`. They know a `ReverseChain`; what is random comes from a generator, or is recorded noise to replay.
 
 Tokens are worked on position by position, a bounded number at a time, so that memory does not grow with batch x
 length x vocab. Draws are made for all positions of a sample, also for those that do not move, so that the host need
@@ -16,8 +17,9 @@ from itertools import pairwise
 import torch
 
 from .ctmc_draws import Generators, clocks, clocks_a_token, clocks_for_tokens, draw_tokens, replay_tokens
-from .ctmc_kernels import rest_stays
+from .ctmc_kernels import rest_stays, stays_or_jumps
 from .ctmc_reverse import ReverseChain
+from .timestep_edges import StepEdges
 
 CHUNK = 2**22  # floats that are worked on at a time
 DRAWS = 2**24  # clocks that are drawn at a time, for whole samples
@@ -32,10 +34,14 @@ class EulerSampler:
     token, which are added and clamped to the vocabulary (tauLDR, 2205.14987).
     """
 
-    evaluations_per_step, counts_tokens = 1, False
+    evaluations_per_step, counts_tokens, least = 1, False, -math.inf
 
-    def __init__(self, chain: ReverseChain, jumps: str):
+    def __init__(self, chain: ReverseChain, jumps: str = "categorical"):
         self.chain, self.jumps = chain, jumps
+        self.stages = (self.step,)
+
+    def evaluated(self, edges: list[float], end: float) -> list[float]:
+        return list(edges)
 
     def noise_levels(self, edges: list[float]) -> list[float]:
         return [self.chain.sigma_bar(t) for t in edges]
@@ -64,12 +70,15 @@ class EulerSampler:
 class TweedieSampler:
     """Each token by its exact posterior given the network's prediction; the analytic sampler of SEDD (2310.16834)."""
 
-    evaluations_per_step, counts_tokens = 1, False
+    evaluations_per_step, counts_tokens, least = 1, False, 0.0
     jumps = "categorical"
 
     def __init__(self, chain: ReverseChain):
-        self.chain = chain
-        self.correct = EulerSampler(chain, self.jumps).correct
+        self.chain, self.stages = chain, (self.step,)
+        self.correct = EulerSampler(chain).correct
+
+    def evaluated(self, edges: list[float], end: float) -> list[float]:
+        return list(edges)
 
     def noise_levels(self, edges: list[float]) -> list[float]:
         levels = [self.chain.sigma_bar(t) for t in edges]
@@ -80,6 +89,65 @@ class TweedieSampler:
         return move(self.chain, self.chain.posterior_weights, output, sample, times, generator, noise)
 
 
+class ThetaTrapezoidalSampler:
+    r"""The theta-trapezoidal method (Ren et al., 2502.00234): two evaluations a step, of second order in its length.
+
+    From x at a time, a leap of the share theta of the step leads to x'; from there another leap with the jumps
+
+    .. math:: \Big(\alpha R'(x', y) - (\alpha - 1) R(x, y)\Big)_+, \quad \alpha = \frac{1}{2 \theta (1 - \theta)}
+
+    covers the rest, R' the rates of the network at x'. Both leaps hold the network's prediction rather than the rates
+    of the start: what of R follows from the time alone is integrated, see `ReverseChain.held`. A token stays with
+    probability exp(-M), M the sum of its expected jumps, and otherwise becomes y in proportion to them. With the
+    absorbing kernel masks are then decoded exactly as often as they should.
+
+    Between the two stages of a step the sampler keeps the first output and its tokens.
+    """
+
+    evaluations_per_step, counts_tokens, least = 2, False, math.ulp(0.0)
+    jumps, theta = "categorical", 0.5
+
+    def __init__(self, chain: ReverseChain):
+        self.chain, self.stages = chain, (self.begin, self.finish)
+        self.correct = EulerSampler(chain).correct
+        self._begun: tuple | None = None
+
+    def evaluated(self, edges: list[float], end: float) -> list[float]:
+        inside = [[now, now - self.theta * (now - then)] for now, then in pairwise(edges)]
+        return [*(time for both in inside for time in both), edges[-1]]
+
+    def noise_levels(self, edges: list[float]) -> list[float]:
+        return [self.chain.sigma_bar(t) for t in self.evaluated(edges, 0.0)]
+
+    def begin(self, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
+        """Tokens at the ends of `times`, inside of the step. noise: uniforms (batch, length, vocab)."""
+        self._begun = output, sample, times
+
+        def weights(out, x, time, next_time):
+            return stays_or_jumps(self.chain.held(out, x, time, time, next_time), x)
+
+        return move(self.chain, weights, output, sample, times, generator, noise)
+
+    def finish(self, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
+        """Tokens at the ends of `times`, where the step ends. Raises ValueError if no step was begun."""
+        begun, self._begun = self._begun, None
+        inside = [now for now, _ in times]
+        if begun is None or begun[1].shape != sample.shape or [then for _, then in begun[2]] != inside:
+            raise ValueError(
+                f"timestep={inside[0]} is in the middle of a step of two network calls; call step at the timestep"
+                " before, and then at this one, with the same batch"
+            )
+        factor = 1 / (2 * self.theta * (1 - self.theta))
+
+        def weights(out, x, time, next_time, before, x_before, start):
+            means = self.chain.held(out, x, time, time, next_time).mul_(factor)
+            means.sub_(self.chain.held(before, x_before, start, time, next_time), alpha=factor - 1)
+            return stays_or_jumps(means.clamp_(min=0).scatter_(1, x.unsqueeze(1), 0), x)
+
+        earlier = *begun[:2], [start for start, _ in begun[2]]
+        return move(self.chain, weights, output, sample, times, generator, noise, earlier=earlier)
+
+
 class GillespieSampler:
     """k-Gillespie (Jump Your Steps, 2410.07761): an exact number of masks is decoded, those that jump first."""
 
@@ -88,6 +156,26 @@ class GillespieSampler:
 
     def __init__(self, chain: ReverseChain):
         self.chain = chain
+
+    def evaluated(self, edges: list[float], end: float) -> list[float]:
+        """The last edge only where it lies above the end of time, so that there is something left to decode."""
+        return list(edges) if edges[-1] > end else list(edges[:-1])
+
+    def noise_levels(self, edges: list[float]) -> list[float]:
+        return []
+
+    def num_decode(self, sample: torch.Tensor, schedule: StepEdges, index: int, end: float) -> torch.Tensor:
+        """How many masks evaluation `index` of a schedule decodes, (batch,), see `CTMCScheduler.num_decode`."""
+        length, end = sample.shape[1], min(end, schedule.edges[-1])
+
+        def left_at(place: int) -> int:
+            if place >= schedule.evaluations:
+                return 0
+            return math.ceil(length * (schedule.points[place] - end) / (1 - end) - 1e-9 * length)
+
+        now, then = left_at(index), left_at(index + 1)
+        left = (sample == self.chain.kernel.mask).sum(dim=1)
+        return left if now == 0 else left + torch.div(-left * then, now, rounding_mode="floor")
 
     def step(self, output, sample, start: torch.Tensor, counts, generator: Generators, noise):
         r"""Tokens (batch, length), the time that passed (batch,) and whether all is decoded (batch,), on the device.
@@ -148,15 +236,19 @@ class GillespieSampler:
         return drawn
 
 
-Sampler = EulerSampler | TweedieSampler | GillespieSampler
+Sampler = EulerSampler | TweedieSampler | ThetaTrapezoidalSampler | GillespieSampler
+SAMPLERS = {
+    "euler": EulerSampler,
+    "tweedie": TweedieSampler,
+    "theta_trapezoidal": ThetaTrapezoidalSampler,
+    "gillespie": GillespieSampler,
+}
 
 
 def build_sampler(config, chain: ReverseChain) -> Sampler:
     """The sampler that a checked configuration names."""
-    if config.sampler == "tweedie":
-        return TweedieSampler(chain)
-    if config.sampler == "gillespie":
-        return GillespieSampler(chain)
+    if config.sampler != "euler":
+        return SAMPLERS[config.sampler](chain)
     return EulerSampler(chain, config.jumps or ("poisson" if chain.kernel.ordered else "categorical"))
 
 
@@ -171,12 +263,13 @@ def denoise(chain: ReverseChain, output, sample, times: Times, generator: Genera
 
 def move(
     chain: ReverseChain, weights: Callable, output, sample, times: Times, generator: Generators, noise,
-    everywhere: bool = False, columns: int | None = None,
+    everywhere: bool = False, columns: int | None = None, earlier: tuple | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """New tokens of every position that may jump, in proportion to weights.
 
     weights(output, x, time, next_time) acts on n positions, (n, vocab). columns: how many tokens there are to draw
-    from. everywhere: also where the absorbing kernel has decoded.
+    from. everywhere: also where the absorbing kernel has decoded. earlier: an output, its tokens and times before, of
+    which weights receives the same positions as well.
     """
     columns = output.shape[-1] if columns is None else columns
     check_recorded(noise, (*sample.shape, columns))
@@ -191,9 +284,12 @@ def move(
         new = x.clone()
         for chosen in chunks(all_of(x) if everywhere else movable(chain, x), CHUNK // output.shape[-1]):
             # no name for the weights, so that those of one chunk are gone before the next
-            out = chain.bounded(flat[chosen].float())[0]
-            new[chosen] = draw(weights(out, x[chosen], time, next_time)[:, :columns], draws[chosen])
-            del out
+            out, further = chain.bounded(flat[chosen].float())[0], ()
+            if earlier is not None:
+                before, x_before = (one[rows].flatten(0, 1)[chosen] for one in earlier[:2])
+                further = chain.bounded(before.float())[0], x_before, earlier[2][rows.start]
+            new[chosen] = draw(weights(out, x[chosen], time, next_time, *further)[:, :columns], draws[chosen])
+            del out, further
         result[rows] = new.view_as(sample[rows])
     return result
 

@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_discrete_ddim import DiscreteDDIMSchedulerOutput
 
 from .scheduler_arguments import checked_arguments
-from .timestep_edges import check_edges
+from .timestep_tables import check_tables, interpolated_edges
 
 
 class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
@@ -23,11 +23,12 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
 
     timestep_tables: {"8": [t_0, ..., t_8], ...}, strictly decreasing in (0, 1]; the last edge of each counts as 0.
     timestep_table_info: where each comes from, kept and not read. timestep_spacing: "table" takes the table for a
-        number of steps where there is one; "uniform", and every number without a table, is diffusers' scheduler.
+        number of steps, or interpolates between those for fewer and for more; "uniform", and "table" without any
+        table, is diffusers' scheduler.
     The other arguments are diffusers'.
 
     A pipeline takes it in place of its own: `pipe.scheduler = TableDiscreteDDIMScheduler.from_config(
-    pipe.scheduler.config, timestep_tables=..., timestep_spacing="table")`, and goes on counting steps from 0.
+    pipe.scheduler.config, timestep_tables=...)`, and goes on counting steps from 0.
 
     Raises ValueError for tables that do not decrease strictly in (0, 1], and for another spacing.
     """
@@ -43,7 +44,7 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
         corrector_selection_tau: float = 1.0,
         timestep_tables: dict[str, list[float]] | None = None,
         timestep_table_info: dict[str, dict] | None = None,
-        timestep_spacing: str = "uniform",
+        timestep_spacing: str = "table",
     ):
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be an integer >= 1, got {num_inference_steps}")
@@ -56,8 +57,7 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
         )
         if timestep_spacing not in ("uniform", "table"):
             raise ValueError(f'timestep_spacing must be "uniform" or "table", got {timestep_spacing!r}')
-        for name, table in (timestep_tables or {}).items():
-            check_edges(table, f"timestep_tables[{name!r}]", steps=name)
+        check_tables(timestep_tables, timestep_table_info)
         self._weights: dict[tuple[int, torch.device], torch.Tensor] = {}  # by vocab_size and device, for one schedule
 
     @checked_arguments
@@ -71,8 +71,10 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
     @property
     def table(self) -> list[float] | None:
         """The edges for the number of steps as set, or None where diffusers' even steps hold."""
-        tables = self.config.timestep_tables or {}
-        return tables.get(str(self.num_inference_steps)) if self.config.timestep_spacing == "table" else None
+        tables = {int(n): edges for n, edges in (self.config.timestep_tables or {}).items()}
+        if not tables or self.config.timestep_spacing == "uniform":
+            return None
+        return interpolated_edges(tables, self.num_inference_steps, end=1.0)  # no edge is above it: nothing is left
 
     def _alpha(self, step_index: int) -> float:
         """alpha at the start of a step; `step_correct` of diffusers reads it too."""

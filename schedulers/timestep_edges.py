@@ -1,38 +1,9 @@
-"""The edges of the steps of a schedule as data, tables of them, and which edge a timestep is."""
+"""The edges of the steps of a schedule as data, and which of its evaluations a timestep is."""
 
-import math
 from collections.abc import Callable
-from itertools import pairwise
-from numbers import Real
 
 import numpy as np
 import torch
-
-
-def check_edges(edges: list[float], name: str, steps: str | None = None) -> None:
-    """Raise ValueError unless the edges of a schedule decrease strictly in (0, 1], n + 1 of them for n steps."""
-    numbers = isinstance(edges, list | tuple) and all(isinstance(t, Real) and not isinstance(t, bool) for t in edges)
-    if not numbers or len(edges) < 2 or not all(a > b for a, b in pairwise(edges)) or edges[0] > 1 or edges[-1] <= 0:
-        raise ValueError(f"{name} must be at least two strictly decreasing numbers in (0, 1], got {edges!r:.200}")
-    if steps is not None and str(len(edges) - 1) != str(steps):
-        raise ValueError(f"{name} must be named by its number of steps and hold one edge more, got {len(edges)} edges")
-    if steps is not None and edges[0] != 1:
-        raise ValueError(f"{name} must begin at 1, where the prior is drawn, got {edges[0]!r}")
-
-
-def interpolated_edges(tables: dict[str, list[float]], steps: int) -> list[float]:
-    """Edges for a number of steps between those of two tables, by linear interpolation over the share of steps done.
-
-    Between the next smaller and the next larger number of steps they are mixed in proportion to the logarithms;
-    beyond the smallest and the largest table, these alone are stretched.
-    """
-    numbers = sorted(map(int, tables))
-    low = max((n for n in numbers if n < steps), default=numbers[0])
-    high = min((n for n in numbers if n > steps), default=numbers[-1])
-    share = 0.0 if low == high else math.log(steps / low) / math.log(high / low)
-    places = np.linspace(0, 1, steps + 1)
-    near, far = (np.interp(places, np.linspace(0, 1, n + 1), tables[str(n)]) for n in (low, high))
-    return ((1 - share) * near + share * far).tolist()
 
 
 def times_of(timestep: float | list[float] | np.ndarray | torch.Tensor) -> list[float]:
@@ -45,16 +16,19 @@ def times_of(timestep: float | list[float] | np.ndarray | torch.Tensor) -> list[
 class StepEdges:
     """The edges of the steps as set, on the host, beside the timesteps of the network, on its device.
 
-    edges: n + 1 times. evaluated: at how many of the first the network is called. conditioning: what it receives at
-    times (n,) float64. `timesteps` and `model_times`: (evaluated,) float32, on the device.
+    edges: n + 1 times. evaluated: the times at which the network is called, in order: the edges, the last one where
+    something is left to denoise, and times within a step for samplers that evaluate it there. conditioning: what it
+    receives at times (n,) float64. `timesteps` and `model_times`: (evaluated,) float32, on the device. `points`: what
+    was evaluated and the last edge, on the host.
 
     A timestep taken from `timesteps`, by a loop or an index, is known by the tensor that it is a view of and by its
     place there, which the host knows; the device is only read for timesteps from elsewhere.
     """
 
-    def __init__(self, edges: list[float], evaluated: int, conditioning: Callable, device=None):
-        self.edges = edges
-        rounded = torch.tensor(edges[:evaluated], dtype=torch.float32)
+    def __init__(self, edges: list[float], evaluated: list[float], conditioning: Callable, device=None):
+        self.edges, self.evaluations = edges, len(evaluated)
+        self.points = evaluated if evaluated[-1] == edges[-1] else [*evaluated, edges[-1]]
+        rounded = torch.tensor(evaluated, dtype=torch.float32)
         both = torch.stack([rounded, conditioning(rounded.double()).float()])
         self.timesteps, self.model_times = both.to(device).unbind()
         self.timesteps = self.timesteps.clone()  # the base of its views, and of nothing else
@@ -77,18 +51,18 @@ class StepEdges:
         return times_of(timestep) if index is None else [self._rounded[index]]
 
     def index(self, timestep) -> int:
-        """Which edge a timestep is, the same for the whole batch. Raises ValueError for one that is none."""
+        """Which of `points` a timestep is, the same for the whole batch. Raises ValueError for one that is none."""
         index = self.known(timestep)
         if index is not None:
             return index
         times = times_of(timestep)
         if not times:
             raise ValueError("timestep must be one time or one a sample, got none")
-        distances = [abs(edge - times[0]) for edge in self.edges]
+        distances = [abs(point - times[0]) for point in self.points]
         index = min(range(len(distances)), key=distances.__getitem__)
         if not distances[index] <= 2e-7 or any(t != times[0] for t in times):
             raise ValueError(
-                f"timestep={timestep} is not one of the schedule's {[round(t, 6) for t in self.edges]}; pass one of"
+                f"timestep={timestep} is not one of the schedule's {[round(t, 6) for t in self.points]}; pass one of"
                 " them, or say where the step ends with next_timestep= (num_decode= for gillespie)"
             )
         return index

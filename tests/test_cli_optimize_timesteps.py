@@ -184,6 +184,8 @@ def test_interrupted_and_gone_on(model, tmp_path, monkeypatch):
         (("--data", "floats.npy"), "must hold integers (count, length), got float64"),
         (("--data", "large.npy"), "data must hold tokens in [0, 5)"),
         (("--data", "missing.npy"), "No such file"),
+        (("--data", "long.npy"), "holds sequences of 11 tokens, this model's have 10"),
+        (("--data", "negative.npy"), "data must hold tokens in [0, 5), the scheduler's vocabulary without its mask"),
     ],
 )
 def test_refusals_in_one_line(model, tmp_path, monkeypatch, options, message):
@@ -191,6 +193,8 @@ def test_refusals_in_one_line(model, tmp_path, monkeypatch, options, message):
     np.savez("empty.npz", other=np.zeros(3))
     np.save("floats.npy", np.zeros((2, 10)))
     np.save("large.npy", np.full((2, 10), 5))
+    np.save("long.npy", np.full((2, 11), 4))
+    np.save("negative.npy", np.full((2, 10), -1))
     (tmp_path / "text.txt").write_text("words")
     given = () if "--data" in options else ("--data", "countdown")
     result = invoke(model, *given, "--output", "out", *SMALL, *options)
@@ -206,6 +210,15 @@ def test_other_pipelines_are_refused(tmp_path):
 def test_a_folder_that_is_not_empty(model, tmp_path):
     result = invoke(model, "--data", "countdown", "--output", model)
     assert result.exit_code == 1 and "is not empty" in result.output
+
+
+@pytest.mark.parametrize(("tokens", "warned"), [(3, True), (4, False)])
+def test_data_with_few_of_the_tokens_is_pointed_out(model, tmp_path, monkeypatch, tokens, warned):
+    pipe, said = DiscreteDiffusionPipeline.from_pretrained(model), []
+    monkeypatch.setattr(model_folder.logger, "warning", said.append)
+    np.save(tmp_path / "few.npy", np.arange(20).reshape(2, 10) % tokens)
+    read_sequences(str(tmp_path / "few.npy"), pipe, 2)
+    assert ("no token above 2, and the model's vocabulary has 5" in "".join(said)) == warned
 
 
 def test_text_is_cut_into_sequences(model, tmp_path):

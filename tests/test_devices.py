@@ -517,7 +517,7 @@ def test_discrete_ddim_on_a_device(spacing):
 
 
 @pytest.mark.parametrize("negative_zeros", [False, True], ids=["floored", "negative zeros"])
-@pytest.mark.parametrize("sampler", ["euler", "tweedie", "gillespie"])
+@pytest.mark.parametrize("sampler", ["euler", "tweedie", "theta_trapezoidal", "gillespie"])
 def test_coarse_draws_leave_no_mask_and_draw_no_impossible_token(sampler, negative_zeros):
     """With draws of 3 bits a uniform is exactly 0 one time in eight, and so is an exponential."""
     scheduler = CTMCScheduler(vocab_size=6, prediction_type="probabilities", sampler=sampler)

@@ -49,8 +49,8 @@ def test_off_is_stock(temperature, correct):
     stock = sampled(DiscreteDDIMScheduler(), temperature=temperature, correct=correct)
     for scheduler in (
         TableDiscreteDDIMScheduler(),
-        TableDiscreteDDIMScheduler(timestep_tables={"4": TABLE}),
-        TableDiscreteDDIMScheduler(timestep_tables={"5": [*TABLE[:4], 0.05, 1e-5]}, timestep_spacing="table"),
+        TableDiscreteDDIMScheduler(timestep_tables={"4": TABLE}, timestep_spacing="uniform"),
+        TableDiscreteDDIMScheduler(timestep_tables={}),
     ):
         assert torch.equal(sampled(scheduler, temperature=temperature, correct=correct), stock)
 
@@ -59,6 +59,18 @@ def test_off_is_stock(temperature, correct):
 def test_a_table_of_even_steps_is_stock(correct):
     scheduler = TableDiscreteDDIMScheduler(timestep_tables={"4": EVEN}, timestep_spacing="table")
     assert torch.equal(sampled(scheduler, correct=correct), sampled(DiscreteDDIMScheduler(), correct=correct))
+
+
+def test_steps_without_a_table_are_interpolated():
+    """Between the next smaller and the next larger number; the last edge counts as 0 and is no step."""
+    tables = {"2": [1.0, 0.4, 1e-5], "4": TABLE}
+    scheduler = TableDiscreteDDIMScheduler(timestep_tables=tables)
+    for steps in (1, 2, 3, 4, 9):
+        scheduler.set_timesteps(steps)
+        alphas = [scheduler._alpha(i) for i in range(steps + 1)]
+        assert alphas[0] == 0 and alphas[-1] == 1 and all(a < b for a, b in pairwise(alphas))
+    scheduler.set_timesteps(8)  # four steps cut in two
+    assert [scheduler._alpha(i) for i in (0, 2, 4, 6)] == pytest.approx([1 - t for t in TABLE[:4]])
 
 
 def test_a_table_changes_steps_and_corrections():

@@ -128,7 +128,7 @@ def test_on_a_device_it_is_told_at_the_end():
 # Discrete samplers
 
 
-@pytest.mark.parametrize("sampler", ["euler", "tweedie", "gillespie"])
+@pytest.mark.parametrize("sampler", ["euler", "tweedie", "theta_trapezoidal", "gillespie"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_discrete_samplers_name_step_and_sample(sampler, value):
     pipe = build("text")
@@ -175,7 +175,7 @@ def law_of_tokens(kernel, sampler, shift):
 
 
 @pytest.mark.parametrize("shift", [-200.0, -90.0, 90.0, 200.0, 3000.0])
-@pytest.mark.parametrize("sampler", ["euler", "tweedie", "gillespie"])
+@pytest.mark.parametrize("sampler", ["euler", "tweedie", "theta_trapezoidal", "gillespie"])
 def test_log_scores_of_any_size_draw_the_law(sampler, shift):
     """exp() of them overflows or vanishes, and then the first token was drawn, or none."""
     found = law_of_tokens("absorbing", sampler, shift)

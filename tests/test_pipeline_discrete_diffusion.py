@@ -218,6 +218,8 @@ def test_sampling_needs_less_than_two_vocabulary_sized_tensors():
         ("text", {"batch_size": 0}, "batch_size must be"),
         ("text", {"sampler": "ddim"}, "sampler must be one of"),
         ("text", {"timesteps": [0.5, 0.6]}, "strictly decreasing"),
+        ("text", {"timesteps": [0.5, 0.1]}, "timesteps must begin at 1, where sampling starts from noise"),
+        ("sequence", {"timesteps": torch.tensor([0.99, 0.1])}, "timesteps must begin at 1"),
         ("text", {"callback_on_step_end_tensor_inputs": ["latents"]}, "has .'latents'.; allowed are"),
         ("sequence", {"prompt": "abc"}, "need a tokenizer"),
         ("sequence", {"output_type": "text"}, "needs a tokenizer"),

@@ -133,7 +133,7 @@ def test_ctmc(data):
         "kernel": draw(at(["absorbing", "uniform", "gaussian", "birth_death", "other"])),
         "vocab_size": draw(mostly(st.just(vocab))),
         "noise_schedule": draw(at(["loglinear", "cosine", "arccos", "geometric", "exponential", "constant"])),
-        "sampler": draw(at(["euler", "tweedie", "gillespie"])),
+        "sampler": draw(at(["euler", "tweedie", "theta_trapezoidal", "gillespie"])),
         "prediction_type": draw(at(["log_score", "x0", "probabilities"])),
         "jumps": draw(at([None, None, "categorical", "poisson"])),
         "num_corrector_steps": draw(at([0, 0, 0, 1])),
@@ -143,7 +143,7 @@ def test_ctmc(data):
         "time_exponential": draw(mostly(st.floats(1.1, 100))),
         "constant_rate": draw(mostly(st.floats(0.1, 10))),
         "timestep_tables": draw(at([None, {"2": [1.0, 0.5, 0.1]}, {"2": [1.0, 1.0, 0.1]}, {"3": [1.0, 0.5]}])),
-        "timestep_spacing": draw(at(["uniform", "table", "interpolated_table"])),
+        "timestep_spacing": draw(at(["uniform", "table"])),
     }
     try:
         scheduler = CTMCScheduler(**config)

@@ -132,6 +132,7 @@ def test_what_cannot_be_asked_for_is_refused_before_a_folder_is_made(tmp_path):
         ("sequence", {"suffix": "a"}, "need a tokenizer"),
         ("sequence", {"sampler": "gillespie"}, "decodes a number of masks|nothing to add"),
         ("text", {"timesteps": [0.1, 0.2]}, "strictly decreasing"),
+        ("text", {"timesteps": [0.5, 0.1]}, "timesteps must begin at 1"),
         ("text", {"num_inference_steps": "10,10"}, "num_inference_steps must be"),
         ("text", {"labels": [1]}, "takes none"),
         ("text", {"gamma": 2.0}, "does not take gamma"),
@@ -191,7 +192,7 @@ def test_command(tmp_path):
         result = invoke(*common, "--output", tmp_path / name, "--format", "npz", *options)
         assert result.exit_code == 0, result.output
         drawn[name] = (tmp_path / name / "tokens_2x12.npz").read_bytes()
-    assert drawn["table"] == drawn["edges"] != drawn["even"] == drawn["plain"]
+    assert drawn["table"] == drawn["edges"] == drawn["plain"] != drawn["even"]
 
     refused = invoke(*common, "--output", tmp_path / "none", "--timesteps", "table")
     assert refused.exit_code == 1 and "no table for 50 steps; it has for: 2" in refused.output

@@ -2,12 +2,12 @@
 
 import itertools
 import json
-import logging
 import math
 
 import pytest
 import torch
 from contracts import public
+from diffusers import DDIMScheduler
 from discrete_goldens import GOLDENS, golden, tauldr_model
 from peak_memory import peak_bytes
 
@@ -631,10 +631,10 @@ def test_uniform_timesteps_and_their_edges():
     assert len(gillespie.timesteps) == 4 and len(gillespie.edges) == 5
 
 
-def test_tables_are_used_where_asked_for(tmp_path, caplog):
+def test_tables_are_used_but_where_even_steps_are_asked_for(tmp_path):
     tables = {"2": [1.0, 0.3, 1e-5], "4": [1.0, 0.7, 0.4, 0.2, 1e-5]}
     info = {"2": {"method": "by hand"}}
-    scheduler = CTMCScheduler(timestep_tables=tables, timestep_table_info=info, timestep_spacing="table")
+    scheduler = CTMCScheduler(timestep_tables=tables, timestep_table_info=info)
     scheduler.save_pretrained(tmp_path)
     again = CTMCScheduler.from_pretrained(tmp_path)
     assert public(again.config) == public(scheduler.config)
@@ -646,15 +646,17 @@ def test_tables_are_used_where_asked_for(tmp_path, caplog):
         assert one.edges.tolist() == [0.9, 0.5, 0.1]
     plain = CTMCScheduler.from_config(scheduler.config, timestep_spacing="uniform")
     plain.set_timesteps(4)
-    assert plain.edges.tolist() != tables["4"]
-    logger = logging.getLogger("diffusers")
-    logger.propagate, before = True, logger.propagate
-    try:
-        scheduler.set_timesteps(3)
-    finally:
-        logger.propagate = before
-    assert "only for ['2', '4']" in caplog.text
-    assert len(scheduler.edges) == 4
+    assert plain.edges.tolist() == torch.linspace(1, 1e-5, 5, dtype=torch.float64).tolist()
+
+
+def test_the_config_of_another_scheduler_is_refused():
+    saved = json.loads(DDIMScheduler().to_json_string())
+    for config, name in ((DDIMScheduler().config, "another scheduler"), (saved, "DDIMScheduler")):
+        with pytest.raises(ValueError, match=f"config of {name}, with beta_end and without kernel and vocab_size"):
+            CTMCScheduler.from_config(config)
+    with pytest.raises(ValueError, match="without kernel, whose"):
+        CTMCScheduler.from_config(DDIMScheduler().config, vocab_size=5)
+    assert CTMCScheduler.from_config(CTMCScheduler(vocab_size=5).config, sampler="tweedie").config.vocab_size == 5
 
 
 def test_config_is_json():
@@ -827,6 +829,18 @@ def test_a_step_needs_less_than_one_more_vocabulary_sized_tensor(sampler):
         ({"timestep_tables": {"2": [1.0, 0.5]}}, "hold one edge more, got 2"),
         ({"timestep_tables": {"2": [1.0, 0.5, 0.5]}}, "strictly decreasing"),
         ({"timestep_tables": {"two": [1.0, 0.5, 0.1]}}, "named by its number of steps"),
+        (
+            {"timestep_tables": {"02": [1.0, 0.5, 0.1]}},
+            r"timestep_tables\['02'\] must be named by its number of steps",
+        ),
+        ({"timestep_tables": {"2": [1.0, None, 0.1]}}, r"timestep_tables\['2'\] must be at least two"),
+        ({"timestep_tables": {"2": [0.9, 0.5, 0.1]}}, "must begin at 1"),
+        ({"timestep_tables": 3}, "timestep_tables must be a dictionary"),
+        ({"timestep_table_info": []}, "timestep_table_info must be a dictionary"),
+        ({"timestep_table_info": {"2": None}}, r"timestep_table_info\['2'\] must be a dictionary"),
+        ({"timestep_table_info": {"2": {"chain": 1}}}, r"timestep_table_info\['2'\] must be a dictionary"),
+        ({"timestep_table_info": {"2": {"sampler": 1}}}, r"timestep_table_info\['2'\] must be a dictionary"),
+        ({"timestep_spacing": "even"}, "timestep_spacing must be one of"),
     ],
 )
 def test_configurations_that_are_refused(config, message):

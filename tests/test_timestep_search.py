@@ -29,6 +29,7 @@ from diffusers_ext.jump_your_steps import KLUB, Cost, RateStatistics, TimestepTa
 from diffusers_ext.jump_your_steps import statistics as statistics_module
 from diffusers_ext.jump_your_steps.costs import Grid, cheapest_schedules, total_cost
 from diffusers_ext.jump_your_steps.golden import Bracket, golden_middle, hierarchical_tables, spread
+from diffusers_ext.jump_your_steps.tables import chain_of
 
 # The authors' schedules
 
@@ -388,9 +389,32 @@ def test_tables_for_any_number_of_steps():
     assert tables.info[8]["network_evaluations"] in (16 * 6, 17 * 6)
     assert tables.info[8] | {
         "method": "exact", "objective": "kl", "alpha": None, "held": "prediction", "last_edge": "free", "seed": 0,
-        "grid_size": 16, "num_samples": 6, "num_positions": 48, "sampler": "euler",
+        "grid_size": 16, "num_samples": 6, "num_report_samples": 2, "num_positions": 48, "sampler": "euler",
     } == tables.info[8]  # fmt: skip
+    assert tables.info[8]["chain"] == chain_of(CTMCScheduler(vocab_size=17))
     assert len(tables.info[8]["model"]["sha256"]) == 64 and tables.info[8]["versions"]["torch"]
+
+
+def test_chosen_on_one_part_and_reported_on_the_other():
+    """As if each part were all of the data; and what chose the table finds it better than what did not."""
+    both = countdown_tables(num_report_samples=3)
+    alone = countdown_tables(num_samples=3, num_report_samples=0)
+    assert both.tables == alone.tables and "bound" not in alone.info[4]
+    assert both.info[4]["bound_where_chosen"] == pytest.approx(alone.info[4]["bound_where_chosen"], rel=1e-4)
+    statistics = RateStatistics(
+        load_countdown(GOLDENS / "count_model.safetensors", num_heads=4),
+        CTMCScheduler(vocab_size=17),
+        golden("jys_search_euler_corrections").t["x0"].long()[:6],
+        grid_size=16,
+    )
+    costs = statistics.grid.step_costs(statistics.of(torch.arange(3, 6))[Cost()] / 3)
+    path = [statistics.grid.points.index(edge) for edge in both[4]]
+    assert both.info[4]["bound"] == pytest.approx(total_cost(costs, path, True), rel=1e-3)
+    assert both.info[4]["bound_of_even_steps"] == pytest.approx(
+        total_cost(costs, statistics.grid.even(4), True), rel=1e-3
+    )
+    counted = [tables.info[4]["network_evaluations"] for tables in (both, alone)]
+    assert counted[0] - both.info[4]["report_evaluations"] == counted[1] == 16 * 3
 
 
 def test_the_last_edge():
@@ -459,7 +483,7 @@ def test_a_progress_bar_by_default(capfd):
 
 def same_info(one: dict, other: dict) -> bool:
     """All that is recorded with a table; costs up to the last of their five digits, see `optimize_timesteps`."""
-    costs = {"bound", "bound_of_even_steps"} & set(one)
+    costs = {"bound", "bound_of_even_steps", "bound_where_chosen"} & set(one)
     rest = [{name: value for name, value in info.items() if name not in costs} for info in (one, other)]
     return rest[0] == rest[1] and all(one[name] == pytest.approx(other[name], rel=1.1e-4) for name in costs)
 
@@ -568,6 +592,9 @@ def test_two_processes_make_the_same_tables(tmp_path):
         ({"num_samples": 7}, r"num_samples must be in \[1, 6\], .* got 7"),
         ({"grid_size": 1}, "grid_size must be >= 2"),
         ({"batch_size": 0}, "batch_size must be >= 1"),
+        ({"num_report_samples": 6}, r"num_report_samples must be an integer in \[0, 6\), got 6"),
+        ({"num_report_samples": 2, "method": "golden"}, "golden records no bound"),
+        ({"sampler": "theta_trapezoidal"}, "tables are about steps that hold one prediction"),
     ],
 )
 def test_refused(options, message):

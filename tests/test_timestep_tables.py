@@ -1,6 +1,7 @@
 """Timestep tables on disk, in the scheduler's config, from the authors' files, and what is refused."""
 
 import json
+import math
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffusers_ext import CTMCScheduler
 from diffusers_ext.jump_your_steps import TimestepTables
 from diffusers_ext.jump_your_steps.tables import chain_of, times_of_counts
+from diffusers_ext.shipped import shipped_models
 
 SCHEDULER = CTMCScheduler(vocab_size=17)
 EDGES = {2: [1.0, 0.4, 1e-5], 4: [1.0, 0.7, 0.4, 0.1, 0.05]}
@@ -34,21 +36,20 @@ def test_edges_by_number_of_steps():
 
 def test_into_a_scheduler_and_back(tmp_path):
     filled = tables().apply_to(SCHEDULER)
-    assert SCHEDULER.config.timestep_tables is None and SCHEDULER.config.timestep_spacing == "uniform"
+    assert SCHEDULER.config.timestep_tables is None
     filled.save_pretrained(tmp_path)
     loaded = CTMCScheduler.from_pretrained(tmp_path)
     loaded.set_timesteps(4)
     assert loaded.edges.tolist() == EDGES[4]
     assert TimestepTables.of(loaded) == tables()
-    loaded.set_timesteps(3)
-    assert loaded.edges.tolist() == torch.linspace(1, 1e-5, 4, dtype=torch.float64).tolist()
+    assert TimestepTables.of(loaded).info[2] == {"chain": chain_of(SCHEDULER)}
 
 
 def test_tables_join_those_that_are_there():
     first = TimestepTables({2: [1.0, 0.3, 0.1], 8: torch.linspace(1, 0.1, 9).tolist()}, {}, {2: {"method": "golden"}})
     both = TimestepTables.of(tables().apply_to(first.apply_to(SCHEDULER)))
     assert sorted(both.tables) == [2, 4, 8] and both[2] == tuple(EDGES[2])
-    assert both.info == {4: {"method": "exact", "bound": 1.25}}  # the old table for 2 is gone, and its provenance
+    assert both.info[4]["bound"] == 1.25 and "method" not in both.info[2]  # the old table for 2, and its provenance
 
 
 OTHERS = {
@@ -65,9 +66,49 @@ def test_tables_of_another_chain(message):
         tables().apply_to(OTHERS[message])
 
 
-def test_the_sampler_does_not_matter():
-    scheduler = CTMCScheduler(vocab_size=17, sampler="tweedie", min_timestep=1e-4)
-    assert tables().apply_to(scheduler).config.sampler == "tweedie"
+def test_tables_of_another_chain_in_a_config():
+    """A config that was changed after the tables were made: refused where they would be used."""
+    changed = CTMCScheduler.from_config(tables().apply_to(SCHEDULER).config, eps=1e-2)
+    with pytest.raises(ValueError, match=r"made for eps=0.001, not 0.01 .*timestep_spacing=\"uniform\""):
+        changed.set_timesteps(4)
+    changed.set_timesteps(timesteps=[1.0, 0.5])
+    CTMCScheduler.from_config(changed.config, timestep_spacing="uniform").set_timesteps(4)
+
+
+def masks_left(scheduler: CTMCScheduler, length: int) -> list[int]:
+    """Of a sequence of masks, after each of gillespie's steps along the schedule as set."""
+    left, x = [], torch.full((1, length), scheduler.mask_token_id)
+    for index in range(len(scheduler.timesteps)):
+        x[0, : length - int((x == scheduler.mask_token_id).sum()) + scheduler.num_decode(x, index)[0]] = 0
+        left.append(int((x == scheduler.mask_token_id).sum()))
+    return left
+
+
+@pytest.mark.parametrize("sampler", ["euler", "tweedie", "theta_trapezoidal", "gillespie"])
+def test_a_free_last_edge_is_one_for_every_sampler(sampler):
+    """What is left there is removed by one more network call."""
+    made = tables(info={4: {"sampler": "euler"}}).apply_to(SCHEDULER)
+    scheduler = CTMCScheduler.from_config(made.config, sampler=sampler)
+    scheduler.set_timesteps(4)
+    assert scheduler.edges.tolist() == EDGES[4]
+    assert len(scheduler.timesteps) == (9 if sampler == "theta_trapezoidal" else 5)
+    if sampler == "gillespie":
+        assert masks_left(scheduler, 100) == [70, 40, 10, 5, 0]
+        scheduler.set_timesteps(2)  # its last edge is the end of time, where nothing is left
+        assert len(scheduler.timesteps) == 2 and masks_left(scheduler, 100) == [40, 0]
+
+
+def test_gillespie_takes_times_of_other_noise_as_shares():
+    """At a time of the cosine schedule as many tokens are masked as euler would have masked there, on average."""
+    euler = CTMCScheduler(vocab_size=17, noise_schedule="cosine")
+    made = TimestepTables({2: [1.0, 0.4, 0.2]}, chain_of(euler), {2: {"sampler": "euler"}}).apply_to(euler)
+    scheduler = CTMCScheduler.from_config(made.config, sampler="gillespie")
+    scheduler.set_timesteps(2)
+    masked = 1 - torch.exp(-euler.sigma_bar(torch.tensor([1.0, 0.4, 0.2], dtype=torch.float64)))
+    assert masks_left(scheduler, 1000)[:2] == pytest.approx((1000 * masked / masked[0])[1:].tolist(), abs=1.01)
+    back = TimestepTables({2: [1.0, 0.4, 0.2]}, chain_of(euler), {2: {"sampler": "gillespie"}})
+    with pytest.raises(ValueError, match=r"timestep_tables\['2'\] was made for sampler='gillespie'.*use 'gillespie'"):
+        back.apply_to(euler).set_timesteps(2)
 
 
 def test_ordered_tokens_depend_on_their_rates():
@@ -87,11 +128,22 @@ def test_ordered_tokens_depend_on_their_rates():
         ({2: [1.0, 0.2, 0.0]}, r"in \(0, 1\]"),
         ({1: [1.0, float("nan")]}, "strictly decreasing"),
         ({0: [1.0]}, "at least two"),
+        ({2: [0.9, 0.4, 0.1]}, "must begin at 1"),
+        ({2: None}, r"tables\[2\] must be at least two"),
+        ({"²": [1.0, 0.4, 0.1]}, "named by its number of steps"),
+        ({None: [1.0, 0.4]}, "named by its number of steps"),
+        (3, "timestep_tables must be a dictionary"),
     ],
 )
 def test_refused_edges(edges, message):
     with pytest.raises(ValueError, match=message):
         tables(tables=edges, info={})
+
+
+@pytest.mark.parametrize("info", [{4: None}, {4: [1]}, {4: {"chain": 3}}, 3])
+def test_refused_info(info):
+    with pytest.raises(ValueError, match="timestep_table_info"):
+        tables(info=info)
 
 
 def test_info_without_a_table():
@@ -171,38 +223,59 @@ def test_nothing_in_a_pt_file_is_executed(tmp_path, capsys):
     assert "run" not in capsys.readouterr().out
 
 
-# Interpolation, only where it is asked for
+# Interpolation
 
 
-def interpolating(steps: int, **edges) -> list[float]:
-    named = {"timestep_tables": edges or {str(n): list(e) for n, e in EDGES.items()}}
-    scheduler = CTMCScheduler(vocab_size=17, timestep_spacing="interpolated_table", **named)
+def edges_of(steps: int, tables=EDGES, **settings) -> list[float]:
+    named = {str(n): list(edges) for n, edges in tables.items()}
+    scheduler = CTMCScheduler(vocab_size=17, timestep_tables=named, **settings)
     scheduler.set_timesteps(steps)
     return scheduler.edges.tolist()
 
 
-def test_interpolation_keeps_what_is_there():
-    assert interpolating(4) == EDGES[4] and interpolating(2) == EDGES[2]
+def test_a_table_is_taken_as_it_is_by_default():
+    assert edges_of(4) == EDGES[4] and edges_of(2) == EDGES[2]
+    assert edges_of(2, timestep_spacing="uniform") == [1.0, (1 + 1e-5) / 2, 1e-5]
+    assert edges_of(2, {}) == [1.0, (1 + 1e-5) / 2, 1e-5]
 
 
 def test_interpolation_between_two_tables():
-    near, far = (torch.tensor(EDGES[n], dtype=torch.float64) for n in (2, 4))
-    share = (torch.tensor(3.0).log() - torch.tensor(2.0).log()) / torch.tensor(2.0).log()
-    thirds = torch.stack([near[0], near[0] / 3 + 2 * near[1] / 3, 2 * near[1] / 3 + near[2] / 3, near[2]])
-    fine = torch.stack([far[0], 2 * far[1] / 3 + far[2] / 3, far[2] / 3 + 2 * far[3] / 3, far[4]])
-    expected = (1 - share) * thirds + share * fine
-    assert interpolating(3) == pytest.approx(expected.tolist(), rel=1e-6)
+    """A free last edge stands before one more step, to the end of time."""
+    near = torch.tensor([1.0, 0.7, 0.4, 1e-5], dtype=torch.float64)  # of 2 steps and the denoising: 3 pieces
+    far = torch.tensor([1.0, 0.8, 0.6, 0.3, 0.1, 1e-5], dtype=torch.float64)  # 5 pieces
+    share = math.log(4 / 3) / math.log(5 / 3)
+    at_quarters = [
+        torch.tensor([1.0, 0.775, 0.55, 0.3 + 0.25e-5, 1e-5]),
+        torch.tensor([1.0, 0.75, 0.45, 0.15, 1e-5]),
+    ]
+    expected = (1 - share) * at_quarters[0] + share * at_quarters[1]
+    found = edges_of(3, {2: near[:3].tolist(), 4: far[:5].tolist()})
+    assert found == pytest.approx(expected[:4].tolist(), rel=1e-4)
 
 
 def test_interpolation_beyond_the_tables():
-    assert interpolating(1) == [1.0, 1e-5]
-    assert interpolating(8)[::2] == pytest.approx(EDGES[4], rel=1e-12)
-    for steps in (1, 3, 5, 7, 64):
-        edges = interpolating(steps)
-        assert len(edges) == steps + 1 and all(a > b for a, b in pairwise(edges))
+    free = {2: [1.0, 0.7, 0.4], 4: [1.0, 0.8, 0.6, 0.3, 0.1]}
+    assert edges_of(1, free) == pytest.approx([1.0, 0.55], rel=1e-12)  # in the middle of three pieces
+    assert edges_of(9, free)[::2] == pytest.approx(free[4], rel=1e-12)  # ten pieces are five cut in two
+    assert edges_of(8, {2: EDGES[2]})[::4] == pytest.approx(EDGES[2], rel=1e-12)
+    assert edges_of(1, {2: EDGES[2]}) == [1.0, 1e-5]
+    for steps in (1, 3, 5, 7, 64, 1000):
+        for some in (free, EDGES, {4: free[4]}):
+            edges = edges_of(steps, some)
+            assert len(edges) == steps + 1 and all(a > b > 0 for a, b in pairwise(edges)) and edges[0] == 1
 
 
-def test_without_tables_the_steps_are_even():
-    scheduler = CTMCScheduler(timestep_spacing="interpolated_table")
-    scheduler.set_timesteps(2)
-    assert scheduler.edges.tolist() == [1.0, (1 + 1e-5) / 2, 1e-5]
+SHIPPED = ("countdown-sedd", "jsb-sedd")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_tables(name):
+    """Any number of steps has edges, and the provenance of each table has chain, sampler and both bounds."""
+    path = shipped_models()[name] / "scheduler"
+    scheduler = CTMCScheduler.from_pretrained(path)
+    for steps in range(1, 130):
+        scheduler.set_timesteps(steps)
+        assert all(a > b > 0 for a, b in pairwise(scheduler.edges.tolist()))
+    for info in scheduler.config.timestep_table_info.values():
+        assert info["chain"] == chain_of(scheduler) and info["sampler"] == "euler"
+        assert 0 < info["bound"] < info["bound_of_even_steps"] and info["bound_where_chosen"] > 0

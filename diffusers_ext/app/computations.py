@@ -205,7 +205,7 @@ def draw_discrete(pipe: DiffusionPipeline, edges: list[float], picture: str, dra
         note = f"{countdown_errors(tokens).mean():.1%} of transitions wrong, red"
     elif pipe.tokenizer is not None:
         note = pipe.tokenizer.batch_decode(tokens)[0]
-    num_tokens = pipe.scheduler.config.vocab_size - (pipe.scheduler.mask_token_id is not None)
+    num_tokens = pipe.scheduler.kernel.num_real_tokens
     return sequences_picture(tokens, num_tokens, marked, *cell(*tokens.shape)), note
 
 

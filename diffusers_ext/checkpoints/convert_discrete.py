@@ -40,7 +40,7 @@ def convert_sedd(
         check_source(tokenizer)
     model, scheduler = load_sedd(source, revision), sedd_scheduler(source, revision)
     loaded = None if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
-    real = scheduler.config.vocab_size - (scheduler.mask_token_id is not None)
+    real = scheduler.kernel.num_real_tokens
     if loaded is not None and len(loaded) > real:
         raise ValueError(f"tokenizer {str(tokenizer)!r} has {len(loaded)} tokens, the network {real}; give its own")
     return _written(model, scheduler, loaded, folder, dtype)

@@ -43,6 +43,10 @@ from .options import DEVICE, MODEL, SEED, Finite
 @click.option(
     "--num-samples", type=click.IntRange(min=1), default=256, show_default=True, help="Sequences of the data."
 )
+@click.option(
+    "--num-report-samples", type=click.IntRange(min=0), default=None,
+    help="Of them, those that do not choose the tables and say what they cost; by default a quarter.",
+)  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--grid-size", type=click.IntRange(min=2), default=None, help="By default 256, of golden 1024.")
 @click.option(
@@ -57,7 +61,7 @@ from .options import DEVICE, MODEL, SEED, Finite
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
 def optimize_timesteps(
     model, data, output, num_inference_steps, method, objective, alpha, held, last_edge, sampler, num_samples,
-    batch_size, grid_size, num_positions, given_prefix, seed, device, trust_remote_code,
+    num_report_samples, batch_size, grid_size, num_positions, given_prefix, seed, device, trust_remote_code,
 ):  # fmt: skip
     """Optimise the timesteps of MODEL, a discrete diffusion model, once for each number of steps.
 
@@ -99,6 +103,7 @@ def optimize_timesteps(
     options = {
         "num_inference_steps": num_inference_steps, "method": method, "objective": objective, "alpha": alpha,
         "held": held, "last_edge": last_edge, "batch_size": batch_size, "grid_size": grid_size, "seed": seed,
+        "num_report_samples": num_report_samples,
     }  # fmt: skip
     settings = {
         **options, "num_positions": num_positions, "given_prefix": given_prefix, "data": hash_of(sequences),

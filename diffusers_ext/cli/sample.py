@@ -61,7 +61,7 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
     help="Guide in steps that start at noise levels sigma (of EDM) in (LO, HI]; by default in all.",
 )  # fmt: skip
 @click.option(
-    "--sampler", type=click.Choice(["euler", "tweedie", "gillespie"]), default=None,
+    "--sampler", type=click.Choice(["euler", "tweedie", "theta_trapezoidal", "gillespie"]), default=None,
     help="Of discrete diffusion; by default the scheduler's.",
 )  # fmt: skip
 @click.option(

@@ -60,7 +60,7 @@ def run_discrete(output: Path, device: str, console: Console, settings: Discrete
 def draw_countdowns(path: Path, device: str, settings: DiscreteSettings) -> tuple[list[dict], dict[str, Box]]:
     """Sample CountDown at each number of steps with the same seeds; a row and the place of a panel each."""
     pipe = load_pipeline(settings.countdown_model).to(device)
-    num_tokens = pipe.scheduler.config.vocab_size - (pipe.scheduler.mask_token_id is not None)
+    num_tokens = pipe.scheduler.kernel.num_real_tokens
     rows, panels = [], {}
     for steps in settings.countdown_steps:
         tokens, seconds = sample_tokens(pipe, settings.num_countdowns, settings.seed, steps)

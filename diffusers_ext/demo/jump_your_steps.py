@@ -73,7 +73,7 @@ def run_jump_your_steps(
 
 def make_tables(pipe, settings: JumpYourStepsSettings) -> dict[str, dict[int, list[float]]]:
     """Edges by name of the table and number of steps, from one pass of the network over a grid."""
-    length, tokens = pipe.model.config.sequence_length, pipe.scheduler.config.vocab_size - 1
+    length, tokens = pipe.model.config.sequence_length, pipe.scheduler.kernel.num_real_tokens
     data = countdown_sequences(settings.num_search, length, tokens, torch.Generator().manual_seed(settings.seed))
     statistics = RateStatistics(pipe.model, pipe.scheduler, data, (PAPER, OURS), grid_size=settings.grid_size)
     sums = statistics.of(torch.arange(len(data)))

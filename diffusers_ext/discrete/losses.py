@@ -67,7 +67,8 @@ def x0_cross_entropy(
     if scheduler.mask_token_id is None:
         return F.cross_entropy(logits.transpose(1, 2), original, reduction="none").mean(dim=1)
     masked = noisy == scheduler.mask_token_id
-    each = F.cross_entropy(logits[..., :-1].transpose(1, 2), original, reduction="none") * masked
+    real = logits[..., : scheduler.kernel.num_real_tokens].transpose(1, 2)
+    each = F.cross_entropy(real, original, reduction="none") * masked
     return each.sum(dim=1) / masked.sum(dim=1).clamp(min=1)
 
 
@@ -127,6 +128,6 @@ def _check_tokens(scheduler: CTMCScheduler, name: str, output, noisy: torch.Tens
 def _log_score(scheduler: CTMCScheduler, output, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
     """The network's log scores, or those that the scheduler makes of its p(x_0 | x_t), (batch, length, vocab)."""
     output = (output if isinstance(output, torch.Tensor) else output[0]).float()
-    if scheduler.config.prediction_type == "log_score":
+    if scheduler.reverse.predicts_scores:
         return output
     return scheduler.scores(output, timesteps, noisy).clamp(min=1e-30).log()

@@ -56,6 +56,11 @@ class Cost:
         if self.objective == "klub" and self.held != "rates":
             raise ValueError('objective="klub" is the paper\'s and about held rates; pass held="rates"')
 
+    @property
+    def holds_prediction(self) -> bool:
+        """Whether the prediction of clean tokens is held, or the rates."""
+        return self.held == "prediction"
+
     def __str__(self) -> str:
         alpha = "" if self.alpha is None else f" {self.alpha:g}"
         return f"{self.objective}{alpha} of held {self.held}"
@@ -105,7 +110,7 @@ class Grid:
         """
         if size < 2:
             raise ValueError(f"grid_size must be >= 2, got {size}")
-        if scheduler.config.sampler == "gillespie":
+        if scheduler.sampler.counts_tokens:
             points = torch.linspace(0, length, min(size, length) + 1, dtype=torch.float64).round().long()
             return cls(tuple(points.tolist()), True)
         points = torch.linspace(1, scheduler.config.min_timestep, size + 1, dtype=torch.float64)

@@ -27,7 +27,7 @@ class NoisyData:
         data = torch.as_tensor(data)
         if data.ndim != 2 or data.is_floating_point() or data.dtype == torch.bool or 0 in data.shape:
             raise ValueError(f"data must be integers (count, length), got {data.dtype} {tuple(data.shape)}")
-        real = scheduler.config.vocab_size - (scheduler.mask_token_id is not None)
+        real = scheduler.kernel.num_real_tokens
         if int(data.min()) < 0 or int(data.max()) >= real:
             raise ValueError(
                 f"data must hold tokens in [0, {real}), the scheduler's vocabulary without its mask, got"
@@ -60,7 +60,7 @@ class NoisyData:
         gillespie: at a count of decoded tokens, and the time (batch,) at which each sequence has it.
         """
         clean, noise = self.data[rows].to(device), _to(self._noise(rows), device)
-        if self.scheduler.config.sampler == "gillespie":
+        if self.scheduler.sampler.counts_tokens:
             tokens, time = self.scheduler.add_noise_by_count(clean, noise, int(time))
         else:
             tokens = self.scheduler.add_noise(clean, noise, time)
@@ -86,16 +86,9 @@ class NoisyData:
 
     def _drawn(self, generators: list[torch.Generator]):
         """Noise of one sequence a generator, in the form that `CTMCScheduler.add_noise` replays."""
-        kernel, vocab_size = self.scheduler.config.kernel, self.scheduler.config.vocab_size
-        if kernel == "absorbing":
-            return torch.stack([torch.rand(self.length, generator=g) for g in generators])
-        if kernel == "uniform":
-            uniforms, targets = [], []
-            for g in generators:
-                uniforms.append(torch.rand(self.length, generator=g))
-                targets.append(torch.randint(vocab_size, (self.length,), generator=g))
-            return torch.stack(uniforms), torch.stack(targets)
-        return torch.stack([torch.rand(self.length, vocab_size, generator=g) for g in generators])
+        drawn = [self.scheduler.kernel.draw_noise(self.length, generator) for generator in generators]
+        pair = isinstance(drawn[0], tuple)
+        return tuple(map(torch.stack, zip(*drawn, strict=True))) if pair else torch.stack(drawn)
 
 
 def _to(noise, device):

@@ -3,7 +3,8 @@
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..schedulers import CTMCScheduler
-from .tables import TimestepTables, check_chain
+from ..schedulers.timestep_tables import check_chain
+from .tables import TimestepTables
 
 SURVIVAL_AT_ONE = 1e-6  # the chain of discrete DDIM forgets everything by t = 1, where a rate would be infinite
 
@@ -31,7 +32,7 @@ def with_timestep_tables(scheduler: SchedulerMixin, tables: TimestepTables, voca
 
     if not isinstance(scheduler, DiscreteDDIMScheduler):
         raise ValueError(f"scheduler must be a DiscreteDDIMScheduler, got {type(scheduler).__name__}")
-    check_chain(tables.chain, discrete_ddim_chain(vocab_size))
+    check_chain(tables.chain, discrete_ddim_chain(vocab_size).config, type(scheduler).__name__)
     return TableDiscreteDDIMScheduler.from_config(
         scheduler.config,
         timestep_tables={str(n): list(edges) for n, edges in tables.tables.items()},

@@ -71,7 +71,7 @@ class RateNetwork:
                 f" {'not finite either' if not output[row, position].isfinite().all() else 'finite'}; check the"
                 " network's dtype and the scheduler's prediction_type"
             )
-        return rates[..., :-1] if self.scheduler.config.kernel == "absorbing" else rates
+        return rates[..., : self.scheduler.kernel.num_real_tokens]
 
 
 @dataclass
@@ -157,7 +157,7 @@ class KLUB:
     @property
     def gillespie(self) -> bool:
         """Whether the sampler is k-Gillespie, so that the objective is about numbers of tokens and not about times."""
-        return self.network.scheduler.config.sampler == "gillespie"
+        return self.network.scheduler.sampler.counts_tokens
 
     def _rounded(self, t1: float, t2: float, t3: float) -> tuple[float, float, float]:
         if self.gillespie:  # candidates that round to the same counts are the same, exactly

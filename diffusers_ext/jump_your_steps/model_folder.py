@@ -10,6 +10,7 @@ from shutil import copyfile
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 
 from ..hub.damage import read_json, refusing
 from ..hub.export import drop_paths
@@ -19,6 +20,8 @@ from ..runs.kept import check_same
 from .report import plot_tables
 from .tables import TimestepTables
 
+logger = logging.get_logger(__name__)
+ENOUGH = 0.75  # of the vocabulary, that the largest token of its data reaches
 TABLES, PLOT = "timestep_tables.json", "timestep_tables.png"
 CARD = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 
@@ -39,17 +42,37 @@ def read_sequences(data: str, pipe: DiffusionPipeline, count: int, seed: int = 0
     into sequences of the model's length; or "countdown", sequences of Jump Your Steps' CountDown task for the model's
     length and vocabulary, drawn with the seed.
 
-    Raises ValueError for other files and where there is no sequence in it.
+    Raises ValueError for other files, where there is no sequence in it, and for sequences of another length or with
+    other tokens than the model's. Warns of tokens that fill too little of its vocabulary to be of it.
     """
-    config = pipe.model.config
+    config, tokens = pipe.model.config, pipe.scheduler.kernel.num_real_tokens
     if data == "countdown":
-        tokens = pipe.scheduler.config.vocab_size - (pipe.scheduler.mask_token_id is not None)
-        length = _length(config)
-        return countdown_sequences(count, length, tokens, torch.Generator().manual_seed(seed))
+        return countdown_sequences(count, _length(config), tokens, torch.Generator().manual_seed(seed))
     content = check_data(data)
     if isinstance(content, str):
         return _tokens(data, content, pipe, count)
-    return torch.from_numpy(content[:count].astype(np.int64)).flatten(1)
+    sequences = torch.from_numpy(content[:count].astype(np.int64)).flatten(1)
+    _check_belongs(data, sequences, content, config, tokens)
+    return sequences
+
+
+def _check_belongs(data: str, sequences: torch.Tensor, loaded: np.ndarray, config, tokens: int) -> None:
+    known = config.get("sequence_length") or config.get("shape")
+    if known and sequences.shape[1] != (length := _length(config)):
+        raise ValueError(
+            f"{data!r} holds sequences of {sequences.shape[1]} tokens, this model's have {length}; cut them so, or"
+            " give data of this model"
+        )
+    least, most = int(loaded.min()), int(loaded.max())
+    if least < 0 or most >= tokens:
+        raise ValueError(
+            f"data must hold tokens in [0, {tokens}), the scheduler's vocabulary without its mask, got"
+            f" {least} to {most}"
+        )
+    if most + 1 < ENOUGH * tokens:
+        logger.warning(
+            f"{data!r} holds no token above {most}, and the model's vocabulary has {tokens}: is it data of this model?"
+        )
 
 
 def check_data(data: str) -> np.ndarray | str | None:

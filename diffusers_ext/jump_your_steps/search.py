@@ -39,6 +39,7 @@ def optimize_timesteps(
     last_edge: str | None = None,
     coupling: str = "data",
     num_samples: int | None = None,
+    num_report_samples: int | None = None,
     batch_size: int = 64,
     grid_size: int | None = None,
     num_positions: int | None = None,
@@ -58,6 +59,9 @@ def optimize_timesteps(
     model: called as model(tokens (batch, length), time (batch,)), such as a pipeline's; put in evaluation mode
         meanwhile. scheduler: its chain and its sampler; with "gillespie" the tables are about numbers of tokens.
     data: sequences like those to generate, (count, length) integers; the first num_samples are used, by default all.
+        exact and hierarchical choose the tables on all of these but the last num_report_samples, by default a quarter,
+        and say on the last what the steps cost on sequences that have not chosen them: info's "bound" and
+        "bound_of_even_steps", beside "bound_where_chosen".
     num_inference_steps: as of `CTMCScheduler.set_timesteps`; any numbers for "exact", else powers of two.
     method: "exact": the network runs once over a grid, then dynamic programming finds the steps of least total cost.
         "hierarchical": the paper's objective, whose best point in each interval is looked up on the same grid, level
@@ -88,15 +92,22 @@ def optimize_timesteps(
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    if scheduler.sampler.evaluations_per_step > 1:
+        raise ValueError(
+            f"tables are about steps that hold one prediction, and sampler={scheduler.config.sampler!r} makes"
+            f" {scheduler.sampler.evaluations_per_step} a step; optimise with sampler='euler', whose tables it takes"
+        )
     cost = _cost(method, objective, alpha, held)
     free_end = _free_end(last_edge, method, scheduler)
     numbers = _numbers(num_inference_steps, method)
     data = _first(data, num_samples)
     grid = _grid(method, scheduler, data.shape[1], grid_size)
+    num_report_samples = _num_report(num_report_samples, method, len(data))
     settings = {
         "method": method, "objective": cost.objective, "alpha": cost.alpha, "held": cost.held,
         "last_edge": "free" if free_end else "min_timestep", "grid_size": grid.size, "num_samples": len(data),
-        "seed": seed, "sampler": scheduler.config.sampler, "model": _described(model),
+        "num_report_samples": num_report_samples, "seed": seed, "sampler": scheduler.config.sampler,
+        "model": _described(model),
     }  # fmt: skip
     kept = {
         **settings, "chain": chain_of(scheduler), "batch_size": batch_size, "versions": drawing_versions(),
@@ -118,8 +129,10 @@ def optimize_timesteps(
                 model, scheduler, data, (cost,), grid_size=grid.size, given=given, seed=seed, noise=noise,
                 num_positions=num_positions,
             )  # fmt: skip
-            found, evaluations = _by_statistics(statistics, cost, numbers, method, free_end, batch_size, work)
-            further = {"num_positions": statistics.num_positions}
+            found, evaluations, reported = _by_statistics(
+                statistics, cost, numbers, method, free_end, batch_size, num_report_samples, work
+            )
+            further = {"num_positions": statistics.num_positions, "report_evaluations": reported}
     return _tables(found, grid, scheduler, {**settings, **further, "network_evaluations": evaluations})
 
 
@@ -139,35 +152,42 @@ def _evaluating(model: Callable) -> Iterator[None]:
 # Each method: grid indices for each number of steps and what is known of their quality, and how many sequences passed
 # the network in all starts
 
-Found = tuple[dict[int, tuple[list[int], dict]], int]
+Found = dict[int, tuple[list[int], dict]]
 
 
 def _by_statistics(
-    statistics: RateStatistics, cost: Cost, numbers: list[int], method: str, free_end: bool, batch_size: int, work
-) -> Found:
+    statistics: RateStatistics, cost: Cost, numbers: list[int], method: str, free_end: bool, batch_size: int,
+    num_report: int, work,
+) -> tuple[Found, int, int]:  # fmt: skip
+    """Chosen on the first sequences, reported on the last `num_report`; evaluations for both, and for the report."""
     if max(numbers) > statistics.grid.size - free_end:
         raise ValueError(
             f"{max(numbers)} steps do not fit on a grid of {statistics.grid.size} intervals; pass a larger grid_size,"
             " or fewer steps"
         )
+    parts = [statistics.data.count - num_report, *([num_report] if num_report else [])]
     with work.progress_bar(statistics.data.count) as on_progress:
-        kept = work.kept(statistics.is_sum, num_positions=statistics.num_positions)
-        means, evaluations = accumulate(statistics, batch_size, work.processes, kept, on_progress)
-    grid, divergence = statistics.grid, means[cost]
-    costs = grid.step_costs(divergence)
+        kept = work.kept(
+            lambda content: statistics.is_sum(content, len(parts)), num_positions=statistics.num_positions
+        )
+        (chosen_on, made), *report = accumulate(statistics, batch_size, work.processes, kept, on_progress, parts)
+    grid = statistics.grid
+    costs = grid.step_costs(chosen_on[cost])
     if method == "exact":
         paths = {n: path for n, (path, _) in cheapest_schedules(costs, numbers, free_end).items()}
     else:
-        paths = best_hierarchy(grid.points, divergence, numbers)
-    even = {n: total_cost(costs, grid.even(n), free_end) for n in paths}
-    found = {
-        n: (
-            path,
-            {"bound": _recorded(total_cost(costs, path, free_end)), "bound_of_even_steps": _recorded(even[n])},
-        )
-        for n, path in paths.items()
-    }
-    return found, evaluations
+        paths = best_hierarchy(grid.points, chosen_on[cost], numbers)
+    fresh = [grid.step_costs(means[cost]) for means, _ in report]
+
+    def quality(n: int) -> dict:
+        found = {"bound_where_chosen": _recorded(total_cost(costs, paths[n], free_end))}
+        for one in fresh:
+            found["bound"] = _recorded(total_cost(one, paths[n], free_end))
+            found["bound_of_even_steps"] = _recorded(total_cost(one, grid.even(n), free_end))
+        return found
+
+    reported = sum(evaluations for _, evaluations in report)
+    return {n: (path, quality(n)) for n, path in paths.items()}, made + reported, reported
 
 
 def _recorded(cost: float) -> float:
@@ -175,9 +195,9 @@ def _recorded(cost: float) -> float:
     return float(f"{cost:.5g}")
 
 
-def _golden(objective: KLUB, grid: Grid, numbers: list[int], work) -> Found:
-    levels, absorbing = levels_of(numbers), objective.network.scheduler.config.kernel == "absorbing"
-    bracket = Bracket.of_counts() if grid.counts else Bracket.of_times(grid.size, 1e-3 if absorbing else 1e-2)
+def _golden(objective: KLUB, grid: Grid, numbers: list[int], work) -> tuple[Found, int]:
+    levels, masks = levels_of(numbers), objective.network.scheduler.kernel.mask is not None
+    bracket = Bracket.of_counts() if grid.counts else Bracket.of_times(grid.size, 1e-3 if masks else 1e-2)
     kept = work.kept(lambda content: all(math.isfinite(value) for _, value in content["values"]))
     total = work.processes.total
     begun = work.processes.agreed(lambda: kept and kept.load()) or {"values": []}
@@ -258,7 +278,7 @@ def _cost(method: str, objective: str | None, alpha: float | None, held: str | N
 
 def _free_end(last_edge: str | None, method: str, scheduler: CTMCScheduler) -> bool:
     config = scheduler.config
-    draws = config.sampler != "gillespie" and (config.kernel == "absorbing" or config.prediction_type == "log_score")
+    draws = not scheduler.sampler.counts_tokens and scheduler.reverse.denoising_draws
     if last_edge is None:
         return method == "exact" and draws
     if last_edge not in ("free", "min_timestep"):
@@ -296,8 +316,20 @@ def _first(data: torch.Tensor, num_samples: int | None) -> torch.Tensor:
     return data[:num_samples]
 
 
+def _num_report(asked: int | None, method: str, count: int) -> int:
+    if method == "golden":
+        if asked:
+            raise ValueError(f"num_report_samples={asked}: golden records no bound; leave it out")
+        return 0
+    if asked is None:
+        return 0 if count == 1 else max(1, round(count / 4))
+    if isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked < count:
+        raise ValueError(f"num_report_samples must be an integer in [0, {count}), got {asked!r}")
+    return asked
+
+
 def _grid(method: str, scheduler: CTMCScheduler, length: int, size: int | None) -> Grid:
-    if method == "golden" and scheduler.config.sampler == "gillespie":
+    if method == "golden" and scheduler.sampler.counts_tokens:
         size = size or length
         if size != length:
             raise ValueError(f"grid_size={size}: golden with gillespie counts every token, {length}; leave it out")

@@ -5,7 +5,7 @@ kept for all grid points at once; then where F_ik depends on k by a factor at mo
 matrices with a row for each grid point, computed over some positions and tokens at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ PAIRWISE_POSITIONS = 64  # of each sequence, where grid points are compared pair
 class _Part:
     """Some positions of some sequences at all grid points.
 
-    values: (grid, n, columns) float32, reverse rates, or the laws p(x_0 | x) for held predictions of ordered tokens.
+    values: (grid, n, columns) float32, reverse rates, or laws given the other positions.
     tokens: (grid, n). times: (grid, n), at which they are. weight: (n,), how many positions each stands for.
     """
 
@@ -66,9 +66,7 @@ class RateStatistics:
         self.data = NoisyData(scheduler, data, given, seed, noise)
         self.grid = Grid.of(scheduler, self.data.length, grid_size)
         self.costs = costs
-        self.absorbing = scheduler.config.kernel == "absorbing"
-        self.ordered = scheduler.config.kernel in ("gaussian", "birth_death")
-        self._transitions: dict[int, torch.Tensor] = {}
+        self.absorbing = scheduler.kernel.mask is not None
         self.num_positions = self._positions_that_fit(num_positions)
 
     def _positions_that_fit(self, asked: int | None) -> int:
@@ -78,7 +76,7 @@ class RateStatistics:
                 raise ValueError(f"num_positions must be in [1, {length}], the sequence's length, got {asked}")
             return asked
         fit = STORE_BYTES // self._bytes_of_a_position()
-        pairwise = not self.absorbing and any(cost.held == "prediction" for cost in self.costs)
+        pairwise = not all(map(self._by_products, self.costs))
         return max(1, min(length, fit, PAIRWISE_POSITIONS if pairwise else length))
 
     def _bytes_of_a_position(self) -> int:
@@ -87,7 +85,11 @@ class RateStatistics:
 
     def _kind(self, cost: Cost) -> str:
         """What `_Part.values` hold for a cost."""
-        return "laws" if self.ordered and cost.held == "prediction" else "rates"
+        return "rates" if self._by_products(cost) else "laws"
+
+    def _by_products(self, cost: Cost) -> bool:
+        """Whether F_ik is R_i, or a law times a factor of k."""
+        return self.absorbing or not cost.holds_prediction
 
     @torch.no_grad()
     def of(self, rows: torch.Tensor) -> dict[Cost, torch.Tensor]:
@@ -102,23 +104,24 @@ class RateStatistics:
             parts = self._parts(some)
             for cost in self.costs:
                 part = parts[self._kind(cost)]
-                if cost.held == "rates" or self.absorbing:
+                if self._by_products(cost):
                     sums[cost] += self._products(cost, part)
                 else:
                     sums[cost] += self._pairs(cost, part)
         return sums
 
-    def is_sum(self, content: dict) -> bool:
-        """Whether what `accumulate` kept has a sum for each cost, of this grid."""
-        size = self.grid.size + 1
-        return content["batches"] > 0 and all(content[str(cost)].shape == (size, size) for cost in self.costs)
+    def is_sum(self, content: dict, parts: int = 1) -> bool:
+        """Whether what `accumulate` kept has a sum for each cost and part, of this grid."""
+        size, names = self.grid.size + 1, [sum_name(cost, part) for cost in self.costs for part in range(parts)]
+        begun = content["batches"] > 0 and len(content["evaluations"]) == parts
+        return begun and all(content[name].shape == (size, size) for name in names)
 
     # What the network says at all grid points
 
     def _parts(self, rows: torch.Tensor) -> dict[str, _Part]:
         places, weight = self._places(rows)
         kinds = {self._kind(cost) for cost in self.costs}
-        columns = self.scheduler.config.vocab_size - self.absorbing
+        columns = self.scheduler.kernel.num_real_tokens
         shape, device = (self.grid.size + 1, places.numel()), self.network.device
         tokens = torch.empty(shape, dtype=torch.int64, device=device)
         times = torch.empty(shape, device=device)
@@ -150,10 +153,12 @@ class RateStatistics:
         return places, (1 - given.gather(1, places)) * free / free.clamp(1, count)
 
     def _laws(self, output: torch.Tensor, tokens: torch.Tensor, time) -> torch.Tensor:
-        """p(x_0 | x) at each position, (batch, places, vocab_size) float32."""
-        if not output.isfinite().all():
+        """The law of each position given the others, (batch, places, vocab_size) float32."""
+        rows = output.float().flatten(0, 1).clone()
+        laws = self.scheduler.reverse.law_given_others(rows, tokens.flatten(), time)
+        if not laws.isfinite().all():
             self.network.rates(output, tokens, time)  # raises, and says where
-        return output.float().softmax(dim=-1) if self.scheduler.config.prediction_type == "x0" else output.float()
+        return laws.view(output.shape)
 
     # All pairs of grid points as products of matrices
 
@@ -161,7 +166,7 @@ class RateStatistics:
         """The sum of d(k, i) where F_ik is R_i, or a law that does not change times a factor of k; (grid, grid)."""
         size, columns = self.grid.size + 1, part.values.shape[-1]
         rates = part.values.sum(dim=-1)  # (grid, n)
-        laws = cost.held == "prediction"
+        laws = cost.holds_prediction
         masked = part.tokens == self.scheduler.mask_token_id if self.absorbing else torch.ones_like(part.tokens).bool()
         weights = masked * part.weight if laws or not self.grid.counts else masked * part.weight * part.times
         last = masked.sum(dim=0)  # a decoded position stays decoded: it matters at the first so many grid points
@@ -190,8 +195,8 @@ class RateStatistics:
         points = torch.tensor(self.grid.points, dtype=torch.float64)
         if self.grid.counts:
             return 1 / (self.data.length - points).clamp(min=1)
-        if cost.held == "prediction":
-            return self.scheduler.sigma(points) / self.scheduler.sigma_bar(points).expm1()
+        if cost.holds_prediction:
+            return self.scheduler.reverse.hazard(points)
         return torch.ones_like(points)
 
     # Pair by pair
@@ -200,48 +205,15 @@ class RateStatistics:
         """The sum of d(k, i) for held predictions whose rates are not a law times a factor of k; (grid, grid)."""
         size, vocab_size = self.grid.size + 1, part.values.shape[-1]
         sums = torch.zeros(size, size, dtype=torch.float64)
+        made = self.scheduler.sigma_bar(torch.tensor(self.grid.points, dtype=torch.float64))[:, None, None]
         for some in torch.arange(part.values.shape[1]).split(max(1, PART // (size * vocab_size))):
-            tokens, weight = part.tokens[:, some], part.weight[some]
-            laws = self._held_laws(part.values[:, some], tokens)
-            for k in range(size):
-                held = self._rates_of(laws[: k + 1], tokens[k], k)  # F_ik for all i up to k, the last of them R_k
+            weight, laws = part.weight[some], part.values[:, some]
+            for k, point in enumerate(self.grid.points):
+                # F_ik for all i up to k, the last of them R_k
+                held = self.scheduler.reverse.rates_of_law(laws[: k + 1], part.tokens[k, some], made[: k + 1], point)
                 d = cost.divergence(held[-1:], held).sum(dim=-1)
                 sums[k, : k + 1] += (d @ weight).cpu().double()
         return sums
-
-    def _held_laws(self, values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """What is held: the law of each position given the others, (grid, n, vocab_size), not always normalised.
-
-        Uniform kernel: of x_t, read off the rates, R(x, y) = sigma / vocab_size p_t(y) / p_t(x). Ordered tokens: of
-        x_0, which is p(x_0 | x) / P_{0t}[x_0, x], with the scheduler's floor in the denominator.
-        """
-        if not self.ordered:
-            sigma = self.scheduler.sigma(torch.tensor(self.grid.points, dtype=torch.float64)).to(values)
-            laws = (values * (values.shape[-1] / sigma)[:, None, None]).scatter(-1, tokens.unsqueeze(-1), 1)
-            return laws / laws.sum(dim=-1, keepdim=True)
-        seen = torch.stack([self._transition(k).T[x] for k, x in enumerate(tokens)])
-        return values / (seen + self.scheduler.config.eps_ratio)
-
-    def _rates_of(self, laws: torch.Tensor, tokens: torch.Tensor, k: int) -> torch.Tensor:
-        """Reverse rates out of tokens (n,) at grid point k that held laws (i, n, vocab_size) imply, 0 at the token."""
-        vocab_size, point = laws.shape[-1], self.grid.points[k]
-        here = tokens.expand(len(laws), -1).unsqueeze(-1)
-        if self.ordered:
-            now = laws @ self._transition(k)
-            rates = self.scheduler.rate_matrix(point).T.to(laws)[tokens]
-        else:
-            sigma_bar = self.scheduler.sigma_bar(torch.tensor(self.grid.points[: k + 1], dtype=torch.float64))
-            growth = (sigma_bar - sigma_bar[-1]).exp().to(laws)[:, None, None]
-            now = (growth * (laws - 1 / vocab_size) + 1 / vocab_size).clamp(min=0)
-            rates = float(self.scheduler.sigma(point)) / vocab_size
-        return (rates * now / now.gather(-1, here).clamp(min=1e-12)).scatter(-1, here, 0)
-
-    def _transition(self, k: int) -> torch.Tensor:
-        """P_{0t}, (vocab_size, vocab_size) float32, at grid point k."""
-        if k not in self._transitions:
-            matrix = self.scheduler.transition_matrix(self.grid.points[k])
-            self._transitions[k] = matrix.to(self.network.device, torch.float32)
-        return self._transitions[k]
 
 
 def accumulate(
@@ -250,9 +222,11 @@ def accumulate(
     processes: Processes,
     kept: Kept | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[Cost, torch.Tensor], int]:
-    """The mean d(k, i) a sequence over the whole data, (grid, grid) float64, of each cost; and sequences that passed
-    the network for it, in all starts.
+    parts: Sequence[int] | None = None,
+) -> list[tuple[dict[Cost, torch.Tensor], int]]:
+    """The mean d(k, i) a sequence, (grid, grid) float64, of each cost, and how many sequences passed the network.
+
+    parts: numbers of sequences that follow each other in the data, with a result for each; by default all are one.
 
     The processes take batches in turn and add their sums in the order of the batches, so that the result does not
     depend on how many they are, but for what more or fewer threads round differently. kept: where the sums so far are
@@ -261,21 +235,41 @@ def accumulate(
 
     Raises ValueError for a file of something else, or begun with other settings.
     """
-    names, size = {cost: str(cost) for cost in statistics.costs}, statistics.grid.size + 1
-    sums = {name: torch.zeros(size, size, dtype=torch.float64) for name in names.values()}
-    begun = processes.agreed(lambda: kept and kept.load()) or {**sums, "batches": 0}
-    sums, done, evaluations = {name: begun[name] for name in sums}, begun["batches"], begun.get("evaluations", 0)
-    batches = torch.arange(statistics.data.count).split(batch_size)
+    parts = [statistics.data.count] if parts is None else list(parts)
+    batches = [
+        (p, rows) for p, part in enumerate(torch.arange(sum(parts)).split(parts)) for rows in part.split(batch_size)
+    ]
+    size = statistics.grid.size + 1
+    sums = {
+        sum_name(cost, p): torch.zeros(size, size, dtype=torch.float64)
+        for cost in statistics.costs
+        for p in range(len(parts))
+    }
+    begun = processes.agreed(lambda: kept and kept.load()) or {**sums, "batches": 0, "evaluations": [0] * len(parts)}
+    sums, done, evaluations = {name: begun[name] for name in sums}, begun["batches"], list(begun["evaluations"])
     while done < len(batches):
         number, before = done + processes.index, statistics.network.evaluations
-        mine = statistics.of(batches[number]) if number < len(batches) else None
+        mine = None
+        if number < len(batches):
+            part, rows = batches[number]
+            mine = part, statistics.of(rows), statistics.network.evaluations - before
         for one in [mine] if processes.count == 1 else gather_object([mine]):
             if one is not None:
-                sums = {name: sums[name] + one[cost] for cost, name in names.items()}
+                part, found, made = one
+                for cost in statistics.costs:
+                    sums[sum_name(cost, part)] = sums[sum_name(cost, part)] + found[cost]
+                evaluations[part] += made
                 done += 1
-        evaluations += processes.total(statistics.network.evaluations - before)
         if kept is not None and processes.is_main:
             kept.save(**sums, batches=done, evaluations=evaluations)
         if on_progress is not None:
-            on_progress(min(done * batch_size, statistics.data.count), statistics.data.count)
-    return {cost: sums[name] / statistics.data.count for cost, name in names.items()}, evaluations
+            on_progress(sum(len(rows) for _, rows in batches[:done]), sum(parts))
+    return [
+        ({cost: sums[sum_name(cost, p)] / count for cost in statistics.costs}, evaluations[p])
+        for p, count in enumerate(parts)
+    ]
+
+
+def sum_name(cost: Cost, part: int) -> str:
+    """Under which the sum of a cost over the sequences of a part is kept."""
+    return str(cost) if part == 0 else f"{cost}, part {part}"

@@ -9,29 +9,15 @@ from ..checkpoints.tensor_files import read_torch_file
 from ..pipelines.call_arguments import checked_arguments
 from ..runs.files import replacing
 from ..schedulers import CTMCScheduler
-from ..schedulers.timestep_edges import check_edges
+from ..schedulers.timestep_tables import chain_of as chain_of_config
+from ..schedulers.timestep_tables import check_chain, check_tables
 
 FORMAT = "diffusers_ext timestep tables, 1"
-# What must agree between the scheduler that a table was made for and the one that it is given to: a time means
-# another amount of noise otherwise.
-NOISE = {
-    "loglinear": ("eps",),
-    "cosine": ("eps",),
-    "arccos": ("eps",),
-    "geometric": ("sigma_min", "sigma_max"),
-    "exponential": ("time_base", "time_exponential"),
-    "constant": ("constant_rate",),
-}
-ORDERED = ("rate_sigma", "Q_sigma")
 
 
 def chain_of(scheduler: CTMCScheduler) -> dict:
     """The settings of a scheduler that a table depends on: kernel, vocabulary and noise."""
-    config = scheduler.config
-    names = ["kernel", "vocab_size", "noise_schedule", *NOISE[config.noise_schedule]]
-    if config.kernel == "gaussian":
-        names += ORDERED
-    return {name: config[name] for name in names}
+    return chain_of_config(scheduler.config)
 
 
 @dataclass(frozen=True)
@@ -39,7 +25,7 @@ class TimestepTables:
     """Edges by number of steps, for one chain.
 
     tables: {n: (t_0, ..., t_n)}, strictly decreasing in (0, 1]. chain: what they are for, see `chain_of`; entries that
-    are missing are not compared. info: {n: provenance}, JSON-able.
+    are missing are not compared. info: {n: provenance}, JSON-able; each records the chain, and the sampler if known.
 
     Raises ValueError for edges that do not decrease strictly in (0, 1], or are not n + 1.
     """
@@ -49,12 +35,12 @@ class TimestepTables:
     info: Mapping[int, dict] = field(default_factory=dict)
 
     def __post_init__(self):
-        tables = {int(n): tuple(edges) for n, edges in sorted(self.tables.items(), key=lambda item: int(item[0]))}
-        for n, edges in tables.items():
-            check_edges(edges, f"tables[{n}]", steps=str(n))
-        info = {int(n): dict(entry) for n, entry in self.info.items()}
+        check_tables(self.tables, self.info)
+        tables = {int(n): edges for n, edges in sorted((self.tables or {}).items(), key=lambda item: int(item[0]))}
+        info = {int(n): dict(entry) for n, entry in (self.info or {}).items()}
         if unknown := sorted(set(info) - set(tables)):
             raise ValueError(f"info is about {unknown} steps, but there are tables for {sorted(tables)} only")
+        info = {n: {"chain": dict(self.chain), **info.get(n, {})} for n in tables}
         object.__setattr__(self, "tables", {n: tuple(map(float, edges)) for n, edges in tables.items()})
         object.__setattr__(self, "chain", dict(self.chain))
         object.__setattr__(self, "info", info)
@@ -117,11 +103,12 @@ class TimestepTables:
         if len(ends) != 1 or min(ends)[0] != 0 or min(ends)[1] == 0:
             raise ValueError(f"{str(path)!r}: every list must run from 0 to the size of the grid, got {sorted(ends)}")
         size = lists[0][-1]
-        if scheduler.config.sampler == "gillespie":
+        if scheduler.sampler.counts_tokens:
             tables = {len(entry) - 1: times_of_counts(entry, scheduler.config.min_timestep) for entry in lists}
         else:
             tables = {len(entry) - 1: [1 + i * (1e-5 - 1) / size for i in entry] for entry in lists}
-        info = {n: {"method": "imported", "file": Path(path).name, "grid_size": size} for n in tables}
+        made = {"method": "imported", "file": Path(path).name, "sampler": scheduler.config.sampler, "grid_size": size}
+        info = {n: dict(made) for n in tables}
         return cls(tables, chain_of(scheduler), info)
 
     # Schedulers
@@ -139,7 +126,7 @@ class TimestepTables:
 
         Tables that it has for other numbers of steps stay. Raises ValueError if the tables are for another chain.
         """
-        check_chain(self.chain, scheduler)
+        check_chain(self.chain, scheduler.config, type(scheduler).__name__)
         before = TimestepTables.of(scheduler)
         tables = {**before.tables, **self.tables}
         info = {**{n: entry for n, entry in before.info.items() if n not in self.tables}, **self.info}
@@ -148,17 +135,6 @@ class TimestepTables:
             timestep_tables={str(n): list(tables[n]) for n in sorted(tables)},
             timestep_table_info={str(n): info[n] for n in sorted(info)},
             timestep_spacing="table",
-        )
-
-
-def check_chain(chain: Mapping, scheduler: CTMCScheduler) -> None:
-    """Raise ValueError naming every setting in which a scheduler differs from what tables were made for."""
-    here = chain_of(scheduler)
-    different = [f"{name}={chain[name]!r}, not {here.get(name)!r}" for name in chain if chain[name] != here.get(name)]
-    if different:
-        raise ValueError(
-            f"these timestep tables were made for {'; '.join(different)} as this {type(scheduler).__name__} has;"
-            " optimise tables for this model, or pass the scheduler that they belong to"
         )
 
 

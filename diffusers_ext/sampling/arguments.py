@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 from diffusers import DiffusionPipeline
 
+from ..pipelines.discrete_diffusion import check_start
 from ..pipelines.guidance_interval import GuidanceInterval
 from ..pipelines.interval import interval_bounds
 from . import image_files, sequence_files
@@ -99,6 +100,7 @@ def check_discrete(pipe: DiffusionPipeline, inputs: dict[str, Sequence], call: d
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
     if call.get("timesteps") is not None:
         scheduler.set_timesteps(timesteps=call["timesteps"])
+        check_start(scheduler)
     elif "num_inference_steps" in call:
         scheduler.set_timesteps(call["num_inference_steps"])
 
