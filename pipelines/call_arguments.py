@@ -69,6 +69,9 @@ def is_of_kind(value, kind) -> bool:
         return NUMBERS[kind](value)
     if kind is torch.device:
         return _is_device(value)
+    if type(kind) is type(torch.LongTensor):  # on any device, and of any width if floating
+        same = isinstance(value, torch.Tensor) and value.is_floating_point() == kind.dtype.is_floating_point
+        return same and (value.is_floating_point() or value.dtype == kind.dtype)
     if kind is DiffusionPipeline:  # or what is called and placed like one
         return callable(value) or hasattr(value, "_execution_device")
     if (origin or kind) is collections.abc.Callable:

@@ -147,7 +147,7 @@ def test_dinov2_refuses_other_and_incomplete_models(tmp_path):
     model.save_pretrained(tmp_path / "part", state_dict=state)
     with pytest.raises(ValueError, match=r"lacks weights of its network, layernorm\.bias first: 2 in all"):
         load_extractor("dinov2", tmp_path / "part", "cpu")
-    with pytest.raises(OSError, match="missing"):
+    with pytest.raises(ValueError, match="missing.* is no folder, and no Hub id"):
         load_extractor("dinov2", tmp_path / "missing", "cpu")
 
 

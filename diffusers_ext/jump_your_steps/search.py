@@ -115,6 +115,7 @@ def optimize_timesteps(
     }  # fmt: skip
     if method == "golden":
         kept |= {"coupling": coupling, "average": average}
+        del kept["num_report_samples"]  # which it has no use for
     work = _Work(Processes(accelerator), None if resume is None else Path(resume), kept, progress)
     with _evaluating(model), work.locked():
         if method == "golden":

@@ -36,16 +36,20 @@ class Kept:
     def read(self) -> dict | None:
         """The content, whatever it was begun with. Only under `lock`: what killed starts left of it is removed.
 
-        Raises ValueError for a file of something else."""
+        Raises ValueError for a file of something else, and as `check` for one without the form that the run needs."""
         remove_leftovers(self.path.parent, self.path.name)
         if not self.path.exists():
             return None
+        content, whole = None, False
         try:
             content = _read(self.path)
-            if all(isinstance(content[name], dict) for name in self.begun_with) and self.is_whole(content):
-                return content
+            whole = all(isinstance(content[name], dict) for name in self.begun_with) and self.is_whole(content)
         except (ValueError, KeyError, TypeError, AttributeError, SafetensorError):
             pass
+        if whole:
+            return content
+        if isinstance(content, dict) and all(isinstance(content.get(name), dict) for name in self.begun_with):
+            self.check(content)
         raise ValueError(f"{self.path} was not written by this command; choose another output folder")
 
     def check(self, content: Mapping) -> None:
