@@ -1,14 +1,23 @@
 """What the first minute shows: help without a wait, the public names, classes that diffusers knows."""
 
+import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 from diffusers import DDPMPipeline, UNet2DModel
 
 import diffusers_ext
+from diffusers_ext import EDM2Pipeline, IntervalGuidance, cli, limit_to_interval
+from diffusers_ext.pipelines import DiTGuidanceIntervalPipeline
+from diffusers_ext.pipelines.interval import Interval
+from diffusers_ext.runs.lists import INTERVAL, ListsCommand
 from diffusers_ext.schedulers import BoostAndSkipDDPMScheduler
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +45,8 @@ def fresh(code: str, *arguments) -> subprocess.CompletedProcess:
         (["sample", "--help"], "--guidance-interval"),
         (["convert", "edm2", "-h"], "--uncond"),
         (["sample", "mnist-unet", "--sede", "1"], "No such option"),
+        (["sample", "mnist-unett", "--output", "out"], "did you mean mnist-unet?"),
+        (["sample", "mnist-unet", "--output", "out", "--dtype", "float61"], "'float16'"),
         (["demo", "--quick", "now"], "unexpected extra argument"),
     ],
     ids=" ".join,
@@ -68,6 +79,71 @@ def test_outputs_and_helpers_are_imported_from_their_rooms(name):
 def test_examples_import_from_the_top(path):
     imported = " ".join(IMPORT.findall(path.read_text(encoding="utf-8")))
     assert not set(re.findall(r"\w+", imported)) & {*diffusers_ext.__all__}
+
+
+def options(command: click.Command = cli.main) -> Iterator[click.Option]:
+    """Of a command and its subcommands."""
+    for name in getattr(command, "commands", {}):
+        yield from options(command.commands[name])
+    yield from (option for option in command.params if isinstance(option, click.Option))
+
+
+@pytest.mark.parametrize(("name", "off"), [("dtype", []), ("mixed_precision", ["no"])])
+def test_dtypes_have_one_spelling_and_the_short_names_mean_the_same(name, off):
+    found = [option for option in options() if option.name == name]
+    assert len(found) >= {"dtype": 7, "mixed_precision": 1}[name]
+    for option in found:
+        assert {*option.type.choices} - {"no"} <= {"float32", "float16", "bfloat16"}
+        for short, long in (("fp16", "float16"), ("bf16", "bfloat16")):
+            values = [option.process_value(click.Context(cli.main), spelling) for spelling in (short, long)]
+            assert values == [long if name == "dtype" else short] * 2  # accelerate has the short ones
+
+
+def test_options_of_one_name_are_one_option():
+    found: dict[str, set] = {}
+    for option in options():
+        if option.name in ("dtype", "device", "pipeline", "trust_remote_code", "cpu_threads"):
+            found.setdefault(option.name, set()).add((option.help, option.default, tuple(option.opts)))
+    assert {name: len(kinds) for name, kinds in found.items()} == dict.fromkeys(found, 1) and len(found) == 5
+
+
+@pytest.mark.parametrize(
+    "words", [["--metrics", "lof,frechet", "--k", "lof=7,rarity=4"], ["--metric", "lof", "--metric", "frechet"]]
+)
+def test_lists_of_words_have_commas_or_are_repeated(words, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("diffusers_ext.evaluation.evaluate_images", lambda *given: asked.update(given=given))
+    monkeypatch.setattr("diffusers_ext.evaluation.print_evaluation", lambda *given: None)
+    assert CliRunner().invoke(cli.main, ["evaluate", "a", "--reference", "b", *words]).exit_code == 0
+    assert asked["given"][3] == ["lof", "frechet"]
+    assert asked["given"][4] == ({"lof": 7, "rarity": 4} if "--k" in words else {})
+
+
+@pytest.mark.parametrize("words", [["0.28:5.42"], ["0.28,5.42"], ["0.28", "5.42"]])
+def test_an_interval_on_a_command_line(words):
+    @click.command(cls=ListsCommand)
+    @click.option("--guidance-interval", type=INTERVAL)
+    def command(guidance_interval):
+        click.echo(guidance_interval)
+
+    assert CliRunner().invoke(command, ["--guidance-interval", *words]).output == "[0.28, 5.42]\n"
+    for wrong in (["0.28"], ["5:1"], ["1:nan"], ["1:2:3"], ["low:high"]):
+        assert CliRunner().invoke(command, ["--guidance-interval", *wrong]).exit_code
+
+
+def test_every_call_takes_an_interval_in_one_form():
+    calls = [value for value in map(partial(getattr, diffusers_ext), diffusers_ext.__all__) if callable(value)]
+    calls += [cls.__call__ for cls in (EDM2Pipeline, DiTGuidanceIntervalPipeline)]
+    parameters = [inspect.signature(call).parameters for call in calls]
+    assert sum("guidance_interval" in names for names in parameters) >= 7
+    assert all("guidance_interval" in names for names in parameters if "sigma_lo" in names or "guided_steps" in names)
+
+    guider = IntervalGuidance(guidance_interval=(0.28, 5.42))
+    for limited in (guider, IntervalGuidance.from_config(guider.config)):
+        assert (limited.interval.sigma_lo, limited.interval.sigma_hi) == (0.28, 5.42)
+    assert limit_to_interval(guider, guidance_interval=(0, 3)).interval.sigma_hi == 3
+    with pytest.raises(ValueError, match=r"got sigma_lo=1, .*guidance_interval="):
+        Interval(1, guidance_interval=(1, 2))
 
 
 def test_a_saved_pipeline_loads_in_any_order_of_imports_and_nothing_is_said(tmp_path):

@@ -103,7 +103,7 @@ def compare_guidance_interval(
             chart = planned_steps(models, model, num_inference_steps, sigma_lo, sigma_hi)
             note = "stock sampler: guidance in all steps\n\nthis method: in the interval"
             return Pair(sheet(stock), sheet(ours), note, chart)
-        with GuidanceInterval(pipe, sigma_lo=sigma_lo, sigma_hi=sigma_hi) as interval:
+        with GuidanceInterval(pipe, guidance_interval=(sigma_lo, sigma_hi)) as interval:
             ours = draw(pipe, drawn, **call)
     steps, rows, saved = interval.report.steps, interval.report.rows, interval.report.rows_saved
     note = (

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from importlib.util import find_spec
 
 from ..hub.damage import read_json, reason
-from ..shipped import shipped_models
+from ..model_names import shipped_models
 from .computations import (
     LARGEST,
     PICTURES,

@@ -11,8 +11,8 @@ class Listed(click.ParamType):
 
     def convert(self, value, param, ctx):
         """The list; fails as click does for anything else."""
-        if isinstance(value, list):
-            return value
+        if isinstance(value, list | tuple):
+            return list(value)
         try:
             return [self.number(part) for part in value.split(",")]
         except ValueError:
@@ -20,7 +20,22 @@ class Listed(click.ParamType):
             self.fail(f"{value!r} is not {kind} between commas", param, ctx)
 
 
-INTEGERS, NUMBERS = Listed(int, "0,1,..."), Listed(float, "1.5,2,...")
+class Interval(Listed):
+    """The two ends of an interval of noise levels, LO:HI, or as in a list."""
+
+    def __init__(self):
+        super().__init__(float, "LO:HI")
+
+    def convert(self, value, param, ctx):
+        """[LO, HI]; raises ValueError unless 0 <= LO < HI."""
+        from ..pipelines.interval import Interval as Checked
+
+        interval = super().convert(value.replace(":", ",") if isinstance(value, str) else value, param, ctx)
+        Checked(guidance_interval=interval)
+        return interval
+
+
+INTEGERS, NUMBERS, INTERVAL = Listed(int, "0,1,..."), Listed(float, "1.5,2,..."), Interval()
 
 
 class ListsCommand(click.Command):

@@ -9,7 +9,7 @@ import numpy as np
 from diffusers import DiffusionPipeline
 
 from ..pipelines.guidance_interval import GuidanceInterval
-from ..pipelines.interval import interval_bounds
+from ..pipelines.interval import Interval
 from . import image_files, sequence_files
 from .draw import is_discrete
 from .labels import cycled_labels, random_labels
@@ -120,8 +120,8 @@ def limited_by(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextMana
     interval = call.get("guidance_interval")
     if interval is None:
         return nullcontext(), call
-    sigma_lo, sigma_hi = interval_bounds(interval)
+    Interval(guidance_interval=interval)  # says what bounds are allowed
     if "guidance_interval" in inspect.signature(pipe.__call__).parameters:
         return nullcontext(), call
     others = {name: value for name, value in call.items() if name != "guidance_interval"}
-    return GuidanceInterval(pipe, sigma_lo=sigma_lo, sigma_hi=sigma_hi), others
+    return GuidanceInterval(pipe, guidance_interval=interval), others
