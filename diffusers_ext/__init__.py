@@ -53,7 +53,7 @@ _HOMES = {
     "sample_to_folder": "sampling",
     "train_postprocessing_flow": "flow",
 }
-__all__ = list(_HOMES)
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str):
