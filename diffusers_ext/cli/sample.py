@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from ..runs.lists import INTEGERS, INTERVAL, ListsCommand
+from ..runs.lists import INTERVAL, LABELS, ListsCommand
 from .options import CPU_THREADS, DEVICE, DTYPE, MODEL, PIPELINE, SEED, TRUST_REMOTE_CODE, Finite, Schedule, Steps
 
 
@@ -43,8 +43,8 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
     help='Or a respacing, "10,10,5" or "ddim25", for pipelines that take one.',
 )  # fmt: skip
 @click.option(
-    "--class-labels", type=INTEGERS, default=None,
-    help="Labels to go through in turn; by default every class of a conditional model.",
+    "--class-labels", type=LABELS, default=None,
+    help="Labels to go through in turn, none for no label; by default every class of a conditional model.",
 )  # fmt: skip
 @click.option("--random-labels", is_flag=True, help="A random class for each image, from its seed.")
 @click.option("--prompt", default=None, metavar="TEXT", help="For text-to-image models, or where a text begins.")

@@ -143,7 +143,8 @@ def train_postprocessing(
     if accelerator.is_main_process:
         finished = write_flow(trained.model, result, record)
         said = f"{result} was finished before, after {steps} steps, nothing to do" if finished else f"wrote {result}"
-        click.echo(f"{said}; the loss is in {training / 'loss.png'}")
+        loss = next(name for name in ("loss.png", "history.json") if (training / name).exists())
+        click.echo(f"{said}; the loss is in {training / loss}")
     end_processes(accelerator)
 
 

@@ -46,6 +46,7 @@ def tune_interval(
     from rich.progress import Progress
 
     from ..evaluation import load_extractor
+    from ..evaluation.notes import few_images
     from ..guidance.tuning import RESULT, check_output, plot_search, print_search, reference_statistics
     from ..guidance.tuning import tune_interval as tune
     from ..machine.versions import best_device
@@ -73,6 +74,8 @@ def tune_interval(
             pipe, extractor, real, guidance_scales, labels, output, num_inference_steps, seed, batch_size, note
         )
     print_search(found, output)
+    if (note := few_images(num_samples, len(real[0]))) is not None:
+        click.echo(f"Note: {note}.")
     if finished and not tasks:
         click.echo(f"{output / RESULT} was finished before, nothing to do")
     if find_spec("matplotlib") is not None:

@@ -1,12 +1,14 @@
 """Lists of numbers on a command line, with commas or apart."""
 
+from collections.abc import Callable
+
 import click
 
 
 class Listed(click.ParamType):
     """Numbers of one type between commas."""
 
-    def __init__(self, number: type, name: str):
+    def __init__(self, number: Callable, name: str):
         self.number, self.name = number, name
 
     def convert(self, value, param, ctx):
@@ -16,8 +18,15 @@ class Listed(click.ParamType):
         try:
             return [self.number(part) for part in value.split(",")]
         except ValueError:
-            kind = "integers" if self.number is int else "numbers"
+            kind = "numbers" if self.number is float else "integers"
             self.fail(f"{value!r} is not {kind} between commas", param, ctx)
+
+
+class Labels(Listed):
+    """Class labels between commas, None for the word none: without a label."""
+
+    def __init__(self):
+        super().__init__(lambda part: None if part.strip() == "none" else int(part), "0,1,...|none")
 
 
 class Interval(Listed):
@@ -35,7 +44,8 @@ class Interval(Listed):
         return interval
 
 
-INTEGERS, NUMBERS, INTERVAL = Listed(int, "0,1,..."), Listed(float, "1.5,2,..."), Interval()
+INTEGERS, NUMBERS = Listed(int, "0,1,..."), Listed(float, "1.5,2,...")
+LABELS, INTERVAL = Labels(), Interval()
 
 
 class ListsCommand(click.Command):

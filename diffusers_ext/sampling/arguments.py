@@ -65,6 +65,11 @@ def check_call(pipe: DiffusionPipeline, inputs: dict, call: dict) -> None:
     reserved = sorted(set(call) & set(GIVEN_HERE))
     if reserved:
         raise ValueError(f"{', '.join(reserved)}: set by the sampling itself; leave it out")
+    if "images" in known and getattr(pipe, "base", None) is None:
+        raise ValueError(
+            f"{name} repairs images and has no base pipeline to draw them; in Python give it images, pipe(images=...),"
+            " or put a pipeline into it as its base"
+        )
     if not inputs and "prompt" in known and "batch_size" not in known:
         raise ValueError(f"{name} needs a prompt; give prompts (--prompt or --prompts)")
     if not inputs and "batch_size" not in known:
