@@ -530,9 +530,7 @@ def test_what_makes_numbers_misleading_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
     done = CliRunner().invoke(cli.main, ["evaluate", f"{tmp_path / 'png'}", "--reference", f"{tmp_path / 'jpeg'}"])
     printed = " ".join(done.output.split())
-    assert all(note in printed for note in (few, packed, "(lof) is left out: it needs scikit-learn")), (
-        done.output
-    )
+    assert all(note in printed for note in (few, packed, "(lof) is left out: it needs scikit-learn")), done.output
     assert few_images(192, 64) is None and few_images(191, 64)
     with pytest.warns(UserWarning, match="the real ones JPEG"):
         reference_statistics(tmp_path / "jpeg", load_extractor("classifier"))
