@@ -13,9 +13,9 @@ def shipped_models() -> dict[str, Path]:
     return {path.name: path for path in sorted(ASSETS.iterdir()) if (path / "README.md").is_file()}
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str | Path) -> str:
     """The folder of a shipped model by its name; anything else (a path, a Hub id) as it is."""
-    return str(shipped_models().get(name, name))
+    return str(shipped_models().get(str(name), name))
 
 
 def check_name(model: str, others: Iterable[str] = ()) -> None:
