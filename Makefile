@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 # Workers on all cores, each on one thread (tests/conftest.py); ARGS="-n 0" runs the tests in one process.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: help install demo test quick numeric lint format clean
+.PHONY: help install demo test quick numeric lint format release-check clean
 
 help:
 	@echo "make demo     sample a shipped model with and without each method; ARGS=--quick; results go to out/"
@@ -19,6 +19,7 @@ help:
 	@echo "make quick    run one case of every test: whether a change did harm, in 2 minutes"
 	@echo "make numeric  run the tests that compare numbers, with other kernels than usual"
 	@echo "make lint     check style and formatting with ruff; make format repairs them"
+	@echo "make release-check  build sdist and wheel into dist/, check their content and metadata, import the wheel"
 	@echo "make clean    remove $(VENV), builds and caches"
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt
@@ -47,6 +48,11 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+release-check: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python .ci/check_wheel.py dist/*.whl
 
 clean:
 	rm -rf $(VENV) build dist diffusers_ext.egg-info .pytest_cache .ruff_cache .hypothesis

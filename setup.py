@@ -46,7 +46,7 @@ setup(
     description="Research methods for diffusers: Boost-and-Skip, guidance interval, discrete and flow methods",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=[

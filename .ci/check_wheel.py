@@ -1,4 +1,4 @@
-"""Check a built wheel: what it holds, and that it imports from outside the checkout.
+"""Check a built wheel: what it holds, its metadata, and that it imports from outside the checkout.
 
     python .ci/check_wheel.py dist/diffusers_ext-*.whl
 
@@ -12,6 +12,8 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from packaging.metadata import ExceptionGroup, Metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {
@@ -61,6 +63,20 @@ def content_errors(names: list[str], expected: set[str]) -> list[str]:
     ]
 
 
+def metadata_errors(metadata: bytes, changelog: str) -> list[str]:
+    """What an index would refuse in METADATA, or show wrongly; and a release that the changelog does not have."""
+    try:
+        known = Metadata.from_email(metadata, validate=True)
+    except ExceptionGroup as group:
+        return [str(error) for error in group.exceptions]
+    released = known.version.is_prerelease or f"## [{known.version}]" in changelog
+    return [
+        *([] if known.description_content_type == "text/markdown" and known.description else ["no README in it"]),
+        *([] if known.requires_python and known.license_expression else ["no Python version or licence in it"]),
+        *([] if released else [f"CHANGELOG.md has no heading for {known.version}"]),
+    ]
+
+
 def import_errors(wheel: Path) -> list[str]:
     """Install the wheel alone, import it from another working directory, and see where it came from."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -85,7 +101,11 @@ def main() -> None:
     wheel = Path(sys.argv[1]).resolve()
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    errors = content_errors(names, expected_files()) or import_errors(wheel)
+        errors = content_errors(names, expected_files())
+        if not errors:
+            metadata = archive.read(next(name for name in names if name.endswith(".dist-info/METADATA")))
+            errors = metadata_errors(metadata, (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
+    errors = errors or import_errors(wheel)
     if errors:
         raise SystemExit("\n".join([f"{wheel.name} is wrong:", *errors]))
     print(f"{wheel.name}: {len(names)} files, as in the sources; imports outside the checkout")

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from diffusers_ext import EDM2_PRESETS, EDM2Pipeline, EDM2UNet2DModel, EDMHeunScheduler
+from diffusers_ext import EDM2Pipeline, EDM2UNet2DModel, EDMHeunScheduler
+from diffusers_ext.models import EDM2_PRESETS
 from diffusers_ext.models.edm2_unet import MPLayer
 
 

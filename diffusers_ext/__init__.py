@@ -1,17 +1,19 @@
 """Research methods for Hugging Face diffusers.
 
-Schedulers, models and pipelines are imported with the package, so that what `save_pretrained` wrote loads again in
-a fresh process; the workshop (`hub`, `metrics`, `shipped`, `cli`) is imported where it is used.
+The names below are imported when they are first asked for. What `save_pretrained` wrote loads again in a fresh process
+that imports this package and diffusers, in any order; see `registration`.
 """
 
 import os as _os
-import sys as _sys
+from importlib import import_module as _import_module
 
 from .machine.interruptions import guard_imports as _guard_imports
 
-_guard_imports()  # before the seconds that the others take
+_guard_imports()
 
-import diffusers as _diffusers
+from .registration import ROOMS as _ROOMS
+from .registration import loadable_class as _loadable_class
+from .registration import register_when_imported as _register_when_imported
 
 __version__ = "0.1.0.dev0"
 
@@ -22,40 +24,52 @@ if _os.path.isfile(_os.path.join(_root, "setup.py")) and _os.path.isfile(
 ):
     __path__.append(_root)
 
-from . import models, pipelines, schedulers
-from .models import *  # noqa: F403
-from .schedulers import *  # noqa: F403
-
-__all__ = ["__version__", *models.__all__, *pipelines.__all__, *schedulers.__all__]
-globals().update({name: getattr(pipelines, name) for name in pipelines.__all__ if name not in pipelines.LAZY})
+# What the first line of an example imports: the calls that begin a piece of work, and the classes that are built or
+# loaded by name. All else is imported from its room: outputs, helpers, single schedulers that `boost_and_skip` makes.
+_HOMES = {
+    "ADMUNet2DModel": "models",
+    "ADMUpsamplerPipeline": "pipelines",
+    "BoostAndSkipPipeline": "pipelines",
+    "CTMCScheduler": "schedulers",
+    "DiscreteDiffusionPipeline": "pipelines",
+    "EDM2Pipeline": "pipelines",
+    "EDM2UNet2DModel": "models",
+    "EDMHeunScheduler": "schedulers",
+    "FlowPostprocessingPipeline": "pipelines",
+    "GuidanceInterval": "pipelines",
+    "IntervalGuidance": "guidance.guiders",
+    "SEDDTransformer": "models",
+    "apply_guidance_interval": "pipelines",
+    "apply_guider": "pipelines",
+    "boost_and_skip": "schedulers",
+    "evaluate_images": "evaluation",
+    "export_pipeline": "hub",
+    "guidance_report": "pipelines",
+    "limit_to_interval": "guidance.guiders",
+    "load_pipeline": "shipped",
+    "optimize_timesteps": "jump_your_steps",
+    "remove_guidance_interval": "pipelines",
+    "remove_guider": "pipelines",
+    "sample_to_folder": "sampling",
+    "train_postprocessing_flow": "flow",
+}
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str):
-    if name in pipelines.LAZY:
-        return getattr(pipelines, name)
-    if name.startswith("AutoPipeline"):
-        _tell_auto_pipelines()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOMES:
+        value = getattr(_import_module(f".{_HOMES[name]}", __name__), name)
+    elif name in _ROOMS:
+        value = _import_module(f".{name}", __name__)
+    # A folder may name this package as the library of its classes, of which some are not listed above.
+    elif (value := _loadable_class(name)) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
-def _tell_auto_pipelines() -> None:
-    """AutoPipeline looks pipelines up by the task; to another task it leads to the stock pipelines."""
-    from diffusers.pipelines import auto_pipeline
-
-    name = "stable-diffusion-xl-guidance-interval"
-    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[name] = pipelines.StableDiffusionXLGuidanceIntervalPipeline
-    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING[name] = _diffusers.StableDiffusionXLImg2ImgPipeline
-    auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING[name] = _diffusers.StableDiffusionXLInpaintPipeline
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__version__"})
 
 
-# Saved pipelines and networks name their class alone, which DiffusionPipeline.from_pretrained and AutoModel look up on
-# diffusers. So a scheduler does for the classes that its config can be given to (`compatibles`), its own among them.
-_LOADED = (_diffusers.DiffusionPipeline, _diffusers.SchedulerMixin, _diffusers.ModelMixin)
-for _module in (pipelines, schedulers, models):
-    for _name in _module.__all__:
-        _value = None if _name in pipelines.LAZY else getattr(_module, _name)
-        if isinstance(_value, type) and issubclass(_value, _LOADED) and not hasattr(_diffusers, _name):
-            setattr(_diffusers, _name, _value)
-_diffusers.__getattr__ = __getattr__  # PEP 562; diffusers' own lazy names are looked up after it
-if "diffusers.pipelines.auto_pipeline" in _sys.modules:  # which takes seconds to import, so else when it is asked for
-    _tell_auto_pipelines()
+_register_when_imported()

@@ -1,10 +1,8 @@
-"""The small trained models that ship with the package, and how a model's name becomes something to load."""
+"""The front door: a shipped model, a folder or a Hub id becomes a pipeline or a network."""
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -18,13 +16,14 @@ from .casting import dtype_option
 from .hub.damage import read_json, refusing
 from .hub.downloads import download_pipeline
 from .hub.folders import check_model, check_model_folder, check_pipeline, check_pipeline_folder
+from .model_names import ASSETS, check_name, resolve_model
+from .model_names import shipped_models as shipped_models  # asked for here as well
 from .models import ImageClassifier
 from .pipelines import ADMUpsamplerPipeline, FlowPostprocessingPipeline
 from .pipelines.boost_and_skip import BOOST_AND_SKIP_CLASSES, BoostAndSkipPipeline
 from .pipelines.call_arguments import checked_arguments
 from .schedulers import boost_and_skip
 
-ASSETS = Path(__file__).parent / "assets"
 PIPELINES = {"adm-upsampler": ADMUpsamplerPipeline, "boost-and-skip": BoostAndSkipPipeline}
 
 
@@ -40,33 +39,6 @@ class Reference:
     covariance: torch.Tensor
     features: torch.Tensor
     labels: torch.Tensor
-
-
-def shipped_models() -> dict[str, Path]:
-    """Name and folder of each model that ships, in Hub layout."""
-    return {path.name: path for path in sorted(ASSETS.iterdir()) if (path / "README.md").is_file()}
-
-
-@checked_arguments
-def resolve_model(name: str | Path) -> str:
-    """The folder of a shipped model by its name; anything else (a path, a Hub id) as it is."""
-    return str(shipped_models().get(str(name), name))
-
-
-def check_name(model: str, others: Iterable[str] = ()) -> None:
-    """Raise ValueError for a model that is neither shipped nor a folder nor of a Hub id's form, owner/name.
-
-    others: names that are meant for something else.
-    """
-    path, known = Path(model), [*shipped_models(), *others]
-    if model in known or (model and path.is_dir()) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-        return
-    near = get_close_matches(model.lower(), known, 1)
-    told = "a file, not a folder" if path.is_file() else "no folder"
-    raise ValueError(
-        f"model {model!r} is {told}, no Hub id (owner/name) and none of {', '.join(known)}"
-        + (f"; did you mean {near[0]}?" if near else "")
-    )
 
 
 @checked_arguments

@@ -37,6 +37,8 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
         channels as an image or, with a learned variance, twice as many; the variance half is dropped for schedulers
         that do not read it.
     scheduler: `DDPMScheduler` for the original's sampler, or another one that walks integer timesteps.
+
+    Raises ValueError for a network of other channels.
     """
 
     model_cpu_offload_seq = "unet"
@@ -45,6 +47,8 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        if unet is not None:
+            _check_channels(unet.config.get("in_channels"), unet.config.get("out_channels"))
 
     @property
     def num_timesteps(self) -> int:
@@ -125,6 +129,14 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
         images = to_images(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _check_channels(taken: int | None, given: int | None) -> None:
+    if taken is None or taken % 2 or given not in (taken // 2, taken):
+        raise ValueError(
+            f"unet is no upsampler: it takes {taken} channels and gives {given}, where an upsampler takes those of a"
+            " noisy and of a small image, and gives those of one image or twice as many"
+        )
 
 
 def _read_npz(path: str | Path, class_labels) -> tuple[np.ndarray, object]:

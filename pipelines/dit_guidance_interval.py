@@ -16,7 +16,7 @@ from .guidance_layouts import Layout  # noqa: F401
 from .guided_run import Run  # noqa: F401
 from .guided_stage import Stage  # noqa: F401
 from .interceptors import RUN  # noqa: F401
-from .interval import interval_bounds
+from .interval import Interval  # noqa: F401
 from .layout_proof import Fit  # noqa: F401
 from .layout_source import propose  # noqa: F401
 from .rows import Rows  # noqa: F401
@@ -59,8 +59,7 @@ class DiTGuidanceIntervalPipeline(DiTPipeline):
         arguments = (class_labels, guidance_scale, generator, num_inference_steps, output_type, return_dict)
         if guidance_interval is None and guided_steps is None:
             return stock(self, *arguments)
-        sigma_lo, sigma_hi = (None, None) if guidance_interval is None else interval_bounds(guidance_interval)
-        interval = GuidanceInterval(self, sigma_lo=sigma_lo, sigma_hi=sigma_hi, guided_steps=guided_steps)
+        interval = GuidanceInterval(self, guidance_interval=guidance_interval, guided_steps=guided_steps)
         output = interval.run(stock, self, *arguments)
         self._guidance_report = interval.report
         return output

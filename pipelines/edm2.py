@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .call_arguments import checked_arguments, is_of_kind, short
-from .interval import Interval, StepStart, interval_bounds
+from .interval import Interval, StepStart
 from .pixel_space import (
     FiniteWatch,
     as_output,
@@ -200,8 +200,7 @@ class EDM2Pipeline(DiffusionPipeline):
         count = len(edges) - 1
         if guidance_interval is None and guided_steps is None:
             return range(count if self._guidance_scale != 1 else 0)
-        bounds = (None, None) if guidance_interval is None else interval_bounds(guidance_interval)
-        interval = Interval(*bounds, guided_steps)
+        interval = Interval(guided_steps=guided_steps, guidance_interval=guidance_interval)
         name = type(self.scheduler).__name__
         inside = [i for i, sigma in enumerate(edges[:-1]) if StepStart(i, count, sigma, name) in interval]
         guided = range(inside[0], inside[-1] + 1) if inside else range(0)

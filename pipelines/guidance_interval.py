@@ -21,7 +21,7 @@ from .guidance_layouts import parse_layout
 from .guided_run import GuidanceReport, GuidedStep, Plan, Run, make_plans  # noqa: F401  GuidedStep for who imports it here
 from .guided_stage import Stage  # noqa: F401  what a sibling imports, the file that is loaded imports as well
 from .interceptors import outside_callback
-from .interval import Interval, interval_bounds, read_step  # noqa: F401
+from .interval import Interval, read_step  # noqa: F401
 from .layout_proof import NotShown
 from .layout_source import propose  # noqa: F401
 from .rows import Rows  # noqa: F401
@@ -160,6 +160,7 @@ class GuidanceInterval(Guidance):
         self,
         pipe: DiffusionPipeline,
         *,
+        guidance_interval: tuple[float, float] | None = None,
         sigma_lo: float | None = None,
         sigma_hi: float | None = None,
         guided_steps: tuple[int, int] | None = None,
@@ -167,7 +168,9 @@ class GuidanceInterval(Guidance):
         layout: str | None = None,
         verify: bool = False,
     ):
-        super().__init__(pipe, Interval(sigma_lo, sigma_hi, guided_steps, sigma_unit), None, layout, verify)
+        super().__init__(
+            pipe, Interval(sigma_lo, sigma_hi, guided_steps, sigma_unit, guidance_interval), None, layout, verify
+        )
 
     def attach(self) -> None:
         """Put the interval in force for the pipeline's calls, in place of the one that is."""
@@ -180,6 +183,7 @@ class GuidanceInterval(Guidance):
 def apply_guidance_interval(
     pipe: DiffusionPipeline,
     *,
+    guidance_interval: tuple[float, float] | None = None,
     sigma_lo: float | None = None,
     sigma_hi: float | None = None,
     guided_steps: tuple[int, int] | None = None,
@@ -189,11 +193,12 @@ def apply_guidance_interval(
 ) -> GuidanceInterval:
     """Limit the guidance of a pipeline from now on; a second time replaces the first.
 
-    sigma_lo, sigma_hi, guided_steps, sigma_unit: see `Interval`. layout, verify: see `GuidanceInterval`, which says
-    what is raised as well.
+    guidance_interval, sigma_lo, sigma_hi, guided_steps, sigma_unit: see `Interval`. layout, verify: see
+    `GuidanceInterval`, which says what is raised as well.
     """
     interval = GuidanceInterval(
         pipe,
+        guidance_interval=guidance_interval,
         sigma_lo=sigma_lo,
         sigma_hi=sigma_hi,
         guided_steps=guided_steps,
@@ -215,6 +220,7 @@ def apply_guider(
     pipe: DiffusionPipeline,
     guider: BaseGuidance,
     *,
+    guidance_interval: tuple[float, float] | None = None,
     sigma_lo: float | None = None,
     sigma_hi: float | None = None,
     guided_steps: tuple[int, int] | None = None,
@@ -223,7 +229,7 @@ def apply_guider(
 ) -> Guidance:
     """Combine the two predictions of a pipeline with one of diffusers' guiders from now on, in an interval if given.
 
-        apply_guider(pipe, AdaptiveProjectedGuidance(guidance_scale=10.0), sigma_lo=0.28, sigma_hi=5.42)
+        apply_guider(pipe, AdaptiveProjectedGuidance(guidance_scale=10.0), guidance_interval=(0.28, 5.42))
         pipe("an astronaut", guidance_scale=5.0)  # any weight that makes two predictions
 
     guider: one that combines a conditional and an unconditional prediction: `ClassifierFreeGuidance`,
@@ -235,10 +241,9 @@ def apply_guider(
     Raises ValueError for other guiders and pipelines; a call raises it where it makes no unconditional prediction.
     """
     check_guider(guider)
-    given = any(value is not None for value in (sigma_lo, sigma_hi, guided_steps))
-    guidance = Guidance(
-        pipe, Interval(sigma_lo, sigma_hi, guided_steps, sigma_unit) if given else None, guider, layout
-    )
+    given = any(value is not None for value in (guidance_interval, sigma_lo, sigma_hi, guided_steps))
+    interval = Interval(sigma_lo, sigma_hi, guided_steps, sigma_unit, guidance_interval) if given else None
+    guidance = Guidance(pipe, interval, guider, layout)
     for plan in guidance.plans:
         if type(plan.pipe).__name__ == "HeliosPyramidPipeline":
             raise ValueError("HeliosPyramidPipeline may scale its unconditional prediction; use Modular Diffusers")

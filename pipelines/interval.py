@@ -27,6 +27,7 @@ class Interval:
         matching, which is sigma / (1 - sigma) in the other. At least one of the two.
     guided_steps: instead of sigmas, (first, last) inclusive, counted from 0 in the schedule as set; step [a, b] is
         (sigma_{b+1}, sigma_a].
+    guidance_interval: (sigma_lo, sigma_hi), both at once.
 
     Raises ValueError for anything else.
     """
@@ -37,15 +38,19 @@ class Interval:
         sigma_hi: float | None = None,
         guided_steps: tuple[int, int] | None = None,
         sigma_unit: str = "edm",
+        guidance_interval: tuple[float, float] | None = None,
     ):
         if sigma_unit not in SIGMA_UNITS:
             raise ValueError(f'sigma_unit must be "edm" or "flow", got {sigma_unit!r}')
         by_sigma = sigma_lo is not None or sigma_hi is not None
-        if by_sigma == (guided_steps is not None):
+        if [by_sigma, guided_steps is not None, guidance_interval is not None].count(True) != 1:
             raise ValueError(
-                "give either sigma_lo and sigma_hi, or guided_steps=(first, last), got"
-                f" sigma_lo={sigma_lo!r}, sigma_hi={sigma_hi!r}, guided_steps={guided_steps!r}"
+                "give either sigma_lo and sigma_hi, or guided_steps=(first, last), or both bounds as"
+                f" guidance_interval=(sigma_lo, sigma_hi); got {sigma_lo=}, {sigma_hi=}, {guided_steps=},"
+                f" {guidance_interval=}"
             )
+        if guidance_interval is not None:
+            by_sigma, (sigma_lo, sigma_hi) = True, interval_bounds(guidance_interval)
         self.guided_steps = None if guided_steps is None else _checked_steps(guided_steps)
         self.sigma_lo, self.sigma_hi = _checked_sigmas(sigma_lo, sigma_hi, sigma_unit) if by_sigma else (None, None)
 

@@ -19,7 +19,7 @@ from .guidance_layouts import Layout  # noqa: F401
 from .guided_run import Run  # noqa: F401
 from .guided_stage import Stage  # noqa: F401
 from .interceptors import RUN  # noqa: F401
-from .interval import interval_bounds
+from .interval import Interval  # noqa: F401
 from .layout_proof import Fit  # noqa: F401
 from .layout_source import propose  # noqa: F401
 from .rows import Rows  # noqa: F401
@@ -112,8 +112,7 @@ class StableDiffusionXLGuidanceIntervalPipeline(StableDiffusionXLPipeline):
         stock = StableDiffusionXLPipeline.__call__
         if guidance_interval is None:
             return stock(self, *args, **kwargs)
-        sigma_lo, sigma_hi = interval_bounds(guidance_interval)
-        interval = GuidanceInterval(self, sigma_lo=sigma_lo, sigma_hi=sigma_hi)
+        interval = GuidanceInterval(self, guidance_interval=guidance_interval)
         output = interval.run(stock, self, *args, **kwargs)
         self._guidance_report = interval.report
         return output

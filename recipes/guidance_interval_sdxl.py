@@ -25,10 +25,11 @@ from diffusers_ext.guidance.rows import counted_rows
 from diffusers_ext.machine.versions import best_device
 from diffusers_ext.pipelines.interval import Interval
 from diffusers_ext.pipelines.stable_diffusion_xl_guidance_interval import edm_sigmas, timesteps_of_sigmas
+from diffusers_ext.runs.lists import INTERVAL, ListsCommand
 from diffusers_ext.shipped import load_pipeline
 
 STEPS, RHO, SIGMA_MIN, SIGMA_MAX = 32, 3.0, 0.03, 14.61
-WEIGHT, INTERVAL = 16.0, (0.28, 5.42)
+WEIGHT, BEST = 16.0, (0.28, 5.42)
 PROMPTS = ("a photograph of an astronaut riding a horse", "a lighthouse on a cliff at dusk, oil painting")
 SHOWN = 512  # width of an image on the sheet
 
@@ -46,8 +47,8 @@ def load(model: str, variant: str | None, device: str) -> StableDiffusionXLPipel
 
 def columns(weight: float, common_weight: float, interval: tuple[float, float]) -> dict[str, tuple[float, dict]]:
     """Title, guidance weight and bounds of each column. Raises ValueError for bounds that are none."""
-    Interval(*interval)
-    bounds = dict(zip(("sigma_lo", "sigma_hi"), interval, strict=True))
+    bounds = {"guidance_interval": interval}
+    Interval(**bounds)
     return {
         "no guidance": (1.0, {}),
         f"weight {common_weight:g}": (common_weight, {}),
@@ -91,14 +92,14 @@ def column(pictures: list[Image.Image], gap: int = 8) -> Image.Image:
     return strip
 
 
-@click.command()
+@click.command(cls=ListsCommand)
 @click.option("--model", default="stabilityai/stable-diffusion-xl-base-1.0", show_default=True, help="Id or folder.")
 @click.option("--variant", default=None, help="Of the weight files, such as fp16, which is half the download.")
 @click.option("--prompt", "prompts", multiple=True, default=PROMPTS, show_default=True, help="Can be repeated.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0,), show_default=True, help="Can be repeated.")
 @click.option("--weight", default=WEIGHT, show_default=True)
 @click.option("--common-weight", default=5.0, show_default=True, help="Of the column for comparison.")
-@click.option("--interval", nargs=2, type=float, default=INTERVAL, show_default=True, help="sigma_lo, sigma_hi.")
+@click.option("--guidance-interval", "--interval", "interval", type=INTERVAL, default=BEST, show_default="0.28:5.42")
 @click.option("--steps", default=STEPS, show_default=True, type=click.IntRange(min=2))
 @click.option("--output", type=click.Path(path_type=Path), default=Path("out/guidance_interval_sdxl"))
 @click.option("--device", default=best_device(), show_default=True)

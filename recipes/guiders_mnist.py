@@ -25,6 +25,7 @@ from diffusers_ext.evaluation.pictures import grid, side_by_side
 from diffusers_ext.guidance.rows import counted_rows
 from diffusers_ext.machine.versions import best_device
 from diffusers_ext.pipelines import apply_guider, remove_guider
+from diffusers_ext.runs.lists import INTERVAL, ListsCommand
 from diffusers_ext.runs.rows import ResultRows, summary
 from diffusers_ext.sampling import cycled_labels, sample_images
 from diffusers_ext.shipped import load_pipeline
@@ -41,7 +42,7 @@ IMAGES_PER_SEED = 1_000_000  # seeds do not overlap
 
 def ways(weight: float, interval: tuple[float, float]) -> dict:
     """Guider and interval of each row, by name."""
-    bounds = {"sigma_lo": interval[0], "sigma_hi": interval[1]}
+    bounds = {"guidance_interval": interval}
     projected = partial(AdaptiveProjectedGuidance, weight, adaptive_projected_guidance_rescale=0.0, eta=0.0)
     return {
         "CFG": (ClassifierFreeGuidance(weight), {}),
@@ -62,9 +63,11 @@ def guided(pipe, guider, bounds: dict):
         remove_guider(pipe)
 
 
-@click.command()
+@click.command(cls=ListsCommand)
 @click.option("--weight", default=3.0, show_default=True)
-@click.option("--interval", nargs=2, type=float, default=(0.75, 1.7), show_default=True, help="sigma_lo, sigma_hi.")
+@click.option(
+    "--guidance-interval", "--interval", "interval", type=INTERVAL, default=(0.75, 1.7), show_default="0.75:1.7"
+)
 @click.option("--steps", default=16, show_default=True)
 @click.option("--samples", default=1000, show_default=True, help="Images a row and seed.")
 @click.option("--seeds", default=3, show_default=True)

@@ -145,8 +145,40 @@ def test_sample_reads_prompts_steps_and_labels(tmp_path, monkeypatch):
 def test_labels_go_through_the_classes_without_the_null_class():
     pipe = load_pipeline("mnist-unet")
     assert cycled_labels(pipe, 12).tolist() == [*range(10), 0, 1]
-    with pytest.raises(ValueError, match="empty"):
-        cycled_labels(pipe, 2, [])
+    assert cycled_labels(pipe, 3, [7, None]).tolist() == [7, 10, 7] and cycled_labels(pipe, 1, [None]).tolist() == [10]
+    for wrong, message in (([], "empty"), ([10], r"\[0, 9\].*got \[10\]; 10 is the null class: write none"),
+                           ([-1, 3], r"got \[-1\]$"), ([1.5], "integers")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            cycled_labels(pipe, 2, wrong)
+    with pytest.raises(ValueError, match="EDM2Pipeline has no null class"):
+        cycled_labels(load_pipeline("mnist-edm2"), 2, [3, None])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "mnist-flow"], "repairs images and has no base"),
+        (["sample", "mnist-flow", "--prompt", "seven"], "repairs images and has no base"),
+        (["sample", "mnist-unet", "--class-labels", "3,10"], "10 is the null class: write none"),
+        (["upsample", "mnist-unet", "images"], "no upsampler: it takes 1 channels and gives 1"),
+        (["upsample", "mnist-edm2", "images"], "no upsampler"),
+        (["upsample", "mnist-flow", "images"], "here are model, scheduler"),
+    ],
+    ids=" ".join,
+)
+def test_what_a_model_is_not_for_is_said_before_anything_is_drawn(arguments, message, tmp_path):
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 28, 28, 1), np.uint8))
+    arguments = [tmp_path / "images.npz" if word == "images" else word for word in arguments]
+    done = invoke(*arguments, "--output", tmp_path / "out", "--num-inference-steps", 2, "--device", "cpu")
+    assert done.exit_code == 1 and message in done.output and done.output.count("\n") == 1, done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_word_none_draws_the_null_class(tmp_path):
+    common = ("sample", "mnist-unet", "--num-samples", 2, "--num-inference-steps", 2, "--device", "cpu")
+    done = invoke(*common, "--class-labels", "none,3", "--format", "npz", "--output", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert np.load(tmp_path / "samples_2x28x28x1.npz")["arr_1"].tolist() == [10, 3]
 
 
 def test_bad_input_is_one_line_without_a_traceback(tmp_path):
@@ -160,11 +192,11 @@ def test_bad_input_is_one_line_without_a_traceback(tmp_path):
 
 def test_a_missing_extra_is_named(monkeypatch, tmp_path):
     def fail(*_, **__):
-        raise ImportError('needs scikit-learn: pip install "diffusers_ext[metrics]"')
+        raise ImportError("needs scikit-learn: pip install scikit-learn")
 
     monkeypatch.setattr(demo, "run_demo", fail)
     result = invoke("demo", "--output", tmp_path)
-    assert result.exit_code == 1 and 'pip install "diffusers_ext[metrics]"' in result.output
+    assert result.exit_code == 1 and "pip install scikit-learn" in result.output
 
 
 def test_images_depend_on_seed_and_position_alone():
@@ -182,7 +214,7 @@ def test_images_depend_on_seed_and_position_alone():
 def test_a_first_sample_that_fails_does_not_block_the_corrected_one(tmp_path):
     common = ("sample", "mnist-unet", "--num-samples", 2, "--num-inference-steps", 5, "--device", "cpu")
     for name, wrong, message in (
-        ("labels", ("--class-labels", 12), "class labels must be in [0, 10]"),
+        ("labels", ("--class-labels", 12), "class labels must be in [0, 9]"),
         ("skip", ("--pipeline", "boost-and-skip", "--skip-steps", 5), "skip_steps"),
     ):
         output = ("--output", tmp_path / name)

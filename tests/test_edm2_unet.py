@@ -17,10 +17,11 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from diffusers_ext import EDM2_PRESETS, EDM2UNet2DModel
+from diffusers_ext import EDM2UNet2DModel
 from diffusers_ext.checkpoints import UnsafePickleError, load_edm2
 from diffusers_ext.checkpoints.edm2 import module_state_dict
 from diffusers_ext.checkpoints.safe_pickle import PickledObject
+from diffusers_ext.models import EDM2_PRESETS
 from diffusers_ext.models import edm2_unet as module
 from diffusers_ext.models.edm2_unet import MPFourier, MPLayer, mp_cat, mp_silu, mp_sum, normalize, resample
 

@@ -14,8 +14,11 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
 from diffusers_ext import cli
+from diffusers_ext.demo.tables import with_notes
 from diffusers_ext.evaluation import METRICS, NEIGHBOURS, PUBLISHED, FeatureExtractor, evaluate_digits, evaluate_images
 from diffusers_ext.evaluation import evaluate as evaluation
+from diffusers_ext.evaluation.extractors import load_extractor
+from diffusers_ext.evaluation.notes import few_images
 from diffusers_ext.guidance.tuning import reference_statistics
 from diffusers_ext.metrics import (
     average_knn_distance,
@@ -325,7 +328,7 @@ def test_without_scikit_learn_lof_is_left_out_or_missed(sets, monkeypatch):
     monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
     call = (sets / "made", sets / "real.npz", Counted().extractor)
     assert "lof" not in evaluate_images(*call)["metrics"]
-    with pytest.raises(ImportError, match=r'lof needs scikit-learn: pip install "diffusers_ext\[metrics\]"'):
+    with pytest.raises(ImportError, match="lof needs scikit-learn: pip install scikit-learn"):
         evaluate_images(*call, metrics=["lof"])
 
 
@@ -511,3 +514,24 @@ def test_the_command_offers_every_metric():
     help_text = invoke("--help").output
     assert " ".join(help_text.split()).count("5 for knn_distance, 20 for lof, 3 for rarity and precision_recall") == 1
     assert NEIGHBOURS == {"knn_distance": 5, "lof": 20, "rarity": 3, "precision_recall": 3}
+
+
+def test_what_makes_numbers_misleading_is_said(tmp_path, monkeypatch):
+    """Few images, a compressed set against another, a metric that is left out; in the result and in print."""
+    random = np.random.default_rng(0)
+    for name, suffix, count in (("png", "png", 8), ("jpeg", "jpg", 30), ("more", "jpeg", 30)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.fromarray(random.integers(0, 256, (28, 28), np.uint8)).save(tmp_path / name / f"{i}.{suffix}")
+    few, packed = "8 generated images for 64 features", "generated images are PNG, the real ones JPEG"
+    said = evaluate_images(tmp_path / "png", tmp_path / "jpeg", metrics=["frechet"])["notes"]
+    assert [note.split(":")[0] for note in said] == [few, "30 real images for 64 features", f"the {packed}"]
+    assert evaluate_images(tmp_path / "more", tmp_path / "jpeg", metrics=["knn_distance"])["notes"] == []
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    done = CliRunner().invoke(cli.main, ["evaluate", f"{tmp_path / 'png'}", "--reference", f"{tmp_path / 'jpeg'}"])
+    printed = " ".join(done.output.split())
+    assert all(note in printed for note in (few, packed, "(lof) is left out: it needs scikit-learn")), done.output
+    assert few_images(192, 64) is None and few_images(191, 64)
+    with pytest.warns(UserWarning, match="the real ones JPEG"):
+        reference_statistics(tmp_path / "jpeg", load_extractor("classifier"))
+    assert "left out" in with_notes("A legend.", 200, without_lof=True) and "50 images" in with_notes("A legend.", 50)

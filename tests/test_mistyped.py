@@ -241,7 +241,7 @@ def test_what_libraries_raise_for_bad_input_is_one_line(monkeypatch):
     [
         (["-m", "diffusers_ext.cli", "info"], (130, "Aborted!\n")),
         (["diffusers-ext", "info"], (130, "Aborted!\n")),
-        (["-c", "import diffusers_ext"], (-signal.SIGINT, None)),  # of another program it is not ours to take
+        (["-c", "import diffusers_ext, diffusers"], (-signal.SIGINT, None)),  # of other programs it is not ours
     ],
     ids=["module", "script", "library"],
 )

@@ -17,7 +17,6 @@ from diffusers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import diffusers_ext
 from diffusers_ext import (
     ADMUNet2DModel,
     ADMUpsamplerPipeline,
@@ -40,6 +39,10 @@ from diffusers_ext import (
     NoiseAwareClassifier,
     SEDDTransformer,
     TableDiscreteDDIMScheduler,
+    jump_your_steps,
+    models,
+    pipelines,
+    schedulers,
 )
 from diffusers_ext.guidance.guiders import IntervalGuidance
 from diffusers_ext.jump_your_steps import KLUB, Cost, RateStatistics, TimestepTables
@@ -412,7 +415,7 @@ def test_no_public_constructor_is_left_out():
     """But for results, and for pipelines whose constructor is diffusers' own."""
     source, without = Path(__file__).read_text(encoding="utf-8"), {"GuidanceReport"}
     without |= {"DiTGuidanceIntervalPipeline", "StableDiffusionXLGuidanceIntervalPipeline"}
-    for package in (diffusers_ext, diffusers_ext.jump_your_steps):
+    for package in (models, pipelines, schedulers, jump_your_steps):
         for name in package.__all__:
             if isinstance(getattr(package, name), type) and name not in without and not name.endswith("Output"):
                 assert source.count(name) > 1, name

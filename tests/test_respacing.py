@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from diffusers_ext import respaced_timesteps
+from diffusers_ext.pipelines import respaced_timesteps
 from diffusers_ext.pipelines.respacing import set_timesteps
 
 GOLDENS = sorted((Path(__file__).parent / "goldens").glob("gd_math_*.json"))

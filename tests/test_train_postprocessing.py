@@ -95,6 +95,16 @@ def test_a_kill_in_the_last_save_changes_nothing(real, tmp_path):
     assert {name: (training / name).read_bytes() for name in whole} == whole
 
 
+def test_only_a_picture_that_was_written_is_named(real, tmp_path, monkeypatch):
+    common = ("--real", real, "--features", "pixel", *SMALL, "--output", tmp_path)
+    monkeypatch.setattr("diffusers_ext.flow.training_run.find_spec", lambda name: None)
+    done = invoke(*common)
+    assert done.exit_code == 0 and not (tmp_path / "training/loss.png").exists()
+    assert done.output.strip().endswith(f"the loss is in {tmp_path / 'training/history.json'}")
+    monkeypatch.undo()
+    assert invoke(*common).output.strip().endswith(f"the loss is in {tmp_path / 'training/loss.png'}")
+
+
 def test_kept_scales_are_marked_in_the_order_of_the_samples(real, tmp_path, monkeypatch):
     given = {}
 

@@ -55,3 +55,21 @@ def test_what_is_left_out_is_named(check_wheel, expected):
     for name in expected:
         assert check_wheel.content_errors([*(expected - {name}), INFO], expected) == [f"{name} is missing"]
     assert "diffusers_ext/pipelines/__init__.py is missing" in check_wheel.content_errors([INFO], set())
+
+
+def test_metadata_that_an_index_refuses_is_named(check_wheel):
+    lines = {
+        "Metadata-Version": "2.4", "Name": "diffusers_ext", "Version": "0.1.0", "Requires-Python": ">=3.10",
+        "License-Expression": "Apache-2.0", "Description-Content-Type": "text/markdown",
+    }  # fmt: skip
+
+    def errors(changelog="## [0.1.0]", **changes):
+        fields = {**lines, **{name.replace("_", "-"): value for name, value in changes.items()}}
+        text = "".join(f"{name}: {value}\n" for name, value in fields.items() if value)
+        return check_wheel.metadata_errors(f"{text}\n# README\n".encode(), changelog)
+
+    assert errors() == [] and errors("", Version="0.1.0.dev0") == []
+    assert errors("## [Unreleased]") == ["CHANGELOG.md has no heading for 0.1.0"]
+    assert errors(License_Expression="of our own") and errors(Requires_Python="3,10") and errors(Version="one")
+    assert errors(Requires_Python="") == ["no Python version or licence in it"]
+    assert errors(Description_Content_Type="") == ["no README in it"]

@@ -34,12 +34,13 @@ PICTURES = ("tokens", "CountDown", "chorales")
 class Drawn:
     """What both tabs' pictures hold: how many, of what, from which seeds on.
 
-    label: class of all images; None is every class in turn. prompt: for pipelines that take one.
+    label: class of all images, "none" for the null class; None is every class in turn. prompt: for pipelines that take
+    one.
     """
 
     count: int = 8
     seed: int = 0
-    label: int | None = None
+    label: int | str | None = None
     prompt: str = ""
 
     def __post_init__(self):
@@ -103,7 +104,7 @@ def compare_guidance_interval(
             chart = planned_steps(models, model, num_inference_steps, sigma_lo, sigma_hi)
             note = "stock sampler: guidance in all steps\n\nthis method: in the interval"
             return Pair(sheet(stock), sheet(ours), note, chart)
-        with GuidanceInterval(pipe, sigma_lo=sigma_lo, sigma_hi=sigma_hi) as interval:
+        with GuidanceInterval(pipe, guidance_interval=(sigma_lo, sigma_hi)) as interval:
             ours = draw(pipe, drawn, **call)
     steps, rows, saved = interval.report.steps, interval.report.rows, interval.report.rows_saved
     note = (
@@ -264,7 +265,8 @@ def _batches(pipe: DiffusionPipeline, drawn: Drawn, call: dict):
 
 
 def _labels(pipe: DiffusionPipeline, drawn: Drawn) -> torch.Tensor | None:
-    return cycled_labels(pipe, drawn.count, None if drawn.label is None else [drawn.label])
+    chosen = None if drawn.label == "none" else drawn.label
+    return cycled_labels(pipe, drawn.count, None if drawn.label is None else [chosen])
 
 
 def _takes(pipe: DiffusionPipeline, name: str) -> bool:

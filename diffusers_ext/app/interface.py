@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from importlib.util import find_spec
 
 from ..hub.damage import read_json, reason
-from ..shipped import shipped_models
+from ..model_names import shipped_models
 from .computations import (
     LARGEST,
     PICTURES,
@@ -51,7 +51,7 @@ STYLE = """
 def import_gradio():
     """gradio, told to send nothing home. Raises ImportError with what to install where it is missing."""
     if find_spec("gradio") is None:
-        raise ImportError('the app needs gradio: pip install "diffusers_ext[app]"')
+        raise ImportError("the app needs gradio: pip install gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which reads it
     import gradio
 
@@ -254,9 +254,9 @@ def _picture(gr, title: str):
 def _of(values: tuple) -> Drawn:
     count, seed, label, prompt = values
     label = label.strip()
-    if label and not label.isdecimal():
-        raise ValueError(f"class must be a whole number, or empty for every class in turn, got {label!r}")
-    return Drawn(int(count), int(seed or 0), int(label) if label else None, prompt.strip())
+    if label and label != "none" and not label.isdecimal():
+        raise ValueError(f"class must be a whole number, none, or empty for every class in turn, got {label!r}")
+    return Drawn(int(count), int(seed or 0), int(label) if label.isdecimal() else label or None, prompt.strip())
 
 
 def _shown(drawn: tuple, compare: Callable[..., Pair], *arguments) -> tuple:

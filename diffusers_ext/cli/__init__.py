@@ -1,14 +1,13 @@
-"""The `diffusers-ext` command, one file each. Each imports what it needs when it runs."""
+"""The `diffusers-ext` command, one file each. Each imports what it needs when it runs, so that help comes at once."""
 
 import errno
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from zipfile import BadZipFile
 
 import click
-from huggingface_hub.errors import HTTPError  # of the client that it uses, also for a Hub that is not reached
-from torch import OutOfMemoryError
 
 from .. import __version__
 from ..machine.interruptions import ABORTED, interruptions
@@ -24,10 +23,9 @@ from .train_postprocessing import train_postprocessing
 from .tune_interval import tune_interval
 from .upsample import upsample
 
-EXPECTED = (
-    ValueError, ImportError, OSError, FloatingPointError, EOFError, BadZipFile, HTTPError, MemoryError,
-    OutOfMemoryError,
-)  # fmt: skip
+EXPECTED = (ValueError, ImportError, OSError, FloatingPointError, EOFError, BadZipFile, MemoryError)
+# HTTPError is of the client that huggingface_hub uses, also for a Hub that is not reached.
+EXPECTED_OF_LIBRARIES = {"huggingface_hub.errors": "HTTPError", "torch": "OutOfMemoryError"}
 
 
 @contextmanager
@@ -46,13 +44,19 @@ def _one_line() -> Iterator[None]:
                 came.append(signal.SIGINT)
             elif isinstance(error, click.ClickException):
                 raise _told(error.format_message(), error.exit_code) from error
-            elif isinstance(error, EXPECTED) and getattr(error, "errno", None) != errno.EPIPE:  # left to click
+            elif _is_expected(error) and getattr(error, "errno", None) != errno.EPIPE:  # left to click
                 raise _told(str(error) or type(error).__name__) from error
             else:
                 raise
         if signal.SIGINT in came:
             click.echo("Aborted!", err=True)
             raise click.exceptions.Exit(ABORTED)
+
+
+def _is_expected(error: BaseException) -> bool:
+    """A library that was not imported has raised nothing."""
+    libraries = [(sys.modules.get(name), error_name) for name, error_name in EXPECTED_OF_LIBRARIES.items()]
+    return isinstance(error, (*EXPECTED, *(getattr(library, name) for library, name in libraries if library)))
 
 
 def _told(message: str, exit_code: int = 1) -> click.ClickException:

@@ -2,7 +2,7 @@
 
 import click
 
-from .options import DEVICE
+from .options import DEVICE, TRUST_REMOTE_CODE
 
 
 @click.command()
@@ -12,7 +12,7 @@ from .options import DEVICE
     help="Also answer requests for this name, of a proxy; repeat it for more.",
 )  # fmt: skip
 @DEVICE
-@click.option("--trust-remote-code", is_flag=True, help="Run the .py files of a model's repository while loading it.")
+@TRUST_REMOTE_CODE
 def app(port, allowed_hosts, device, trust_remote_code):
     """Try the methods in a browser, beside the stock sampler, on shipped models and yours.
 

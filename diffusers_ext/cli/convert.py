@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from .convert_discrete import convert_countdown_command, convert_sedd_command, convert_tauldr_command, report
+from .options import DTYPE
 
 
 @click.group()
@@ -23,9 +24,7 @@ for command in (convert_countdown_command, convert_sedd_command, convert_tauldr_
 @click.argument("output", type=click.Path(path_type=Path, file_okay=False))
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 @click.option("--preset", default=None, help="Flags of a published checkpoint; an unknown name lists them.")
-@click.option(
-    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True, help="Of the weights."
-)
+@DTYPE
 @click.option(
     "--check-steps", type=click.IntRange(min=0), default=3, show_default=True,
     help="Steps to sample with the checkpoint's own tensors and with the result; 0 checks nothing.",
@@ -42,7 +41,7 @@ def convert_guided_diffusion_command(checkpoint, output, flags, preset, dtype, c
     from ..checkpoints.guided_diffusion import parse_flags
     from ..runs.files import write_once
 
-    weights = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    weights = getattr(torch, dtype)
     flags = parse_flags(flags)
     (pipeline, error), finished = write_once(
         output, lambda folder: convert_guided_diffusion(checkpoint, folder, preset, weights, check_steps, **flags)

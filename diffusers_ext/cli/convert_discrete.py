@@ -5,11 +5,9 @@ from pathlib import Path
 
 import click
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+from .options import DTYPE
+
 OUTPUT = click.argument("output", type=click.Path(path_type=Path, file_okay=False))
-DTYPE = click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the weights."
-)
 
 
 @click.command("sedd")
@@ -62,7 +60,7 @@ def convert_tauldr_command(checkpoint, config, output, weights, real_time, dtype
 def _torch_dtype(name: str):
     import torch
 
-    return getattr(torch, DTYPES[name])
+    return getattr(torch, name)
 
 
 def _convert(output: Path, write: Callable) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import DEVICE
+from .options import DEVICE, Words
 
 
 @click.command()
@@ -14,12 +14,12 @@ from .options import DEVICE
     help="The real images; or statistics for the Fréchet distance alone: .npz with mu and sigma, NVIDIA's .pkl.",
 )  # fmt: skip
 @click.option(
-    "--metric", "metrics", multiple=True,
-    type=click.Choice(["frechet", "precision_recall", "knn_distance", "lof", "rarity", "fid", "fd_dinov2"]),
-    help="Compute this one; repeat it for more. By default all that the reference allows, of the first five.",
+    "--metrics", "--metric", "metrics", multiple=True,
+    type=Words(["frechet", "precision_recall", "knn_distance", "lof", "rarity", "fid", "fd_dinov2"]),
+    help="Compute these, with commas between them. By default all that the reference allows, of the first five.",
 )  # fmt: skip
 @click.option(
-    "--k", "neighbours", multiple=True, metavar="METRIC=K",
+    "--k", "neighbours", multiple=True, metavar="METRIC=K,...",
     help="Neighbours of a metric; by default 5 for knn_distance, 20 for lof, 3 for rarity and precision_recall.",
 )  # fmt: skip
 @click.option(
@@ -71,9 +71,10 @@ def evaluate(
                 tasks[name] = progress.add_task(f"features of {name}", total=total)
             progress.update(tasks[name], completed=done)
 
+        wanted = [name for names in metrics for name in names] or None
         result = evaluate_images(
-            generated, reference, features, list(metrics) or None, _neighbours(neighbours), features_model, device,
-            batch_size, None if no_cache else cache or default_cache(), on_progress,
+            generated, reference, features, wanted, _neighbours(neighbours), features_model, device, batch_size,
+            None if no_cache else cache or default_cache(), on_progress,
         )  # fmt: skip
     print_evaluation(result, console)
     if json_file is not None:
@@ -84,7 +85,7 @@ def evaluate(
 def _neighbours(settings: tuple[str, ...]) -> dict[str, int]:
     """ "lof=10" and others as a dictionary."""
     k = {}
-    for setting in settings:
+    for setting in (one for some in settings for one in some.split(",")):
         name, _, value = setting.partition("=")
         if not value.isdecimal() or name in k:
             raise click.BadParameter(

@@ -4,18 +4,17 @@ from pathlib import Path
 
 import click
 
+from .options import PIPELINE, TRUST_REMOTE_CODE
+
 
 @click.command()
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path, file_okay=False))
-@click.option(
-    "--pipeline", type=click.Choice(["boost-and-skip"]), default=None,
-    help="Export the model under this pipeline; by default under its own.",
-)  # fmt: skip
+@PIPELINE
 @click.option("--license", default=None, help='SPDX identifier for the model card, such as "apache-2.0".')
 @click.option("--push-to-hub", "repo_id", metavar="REPO_ID", default=None, help="Push OUTPUT to this repository.")
 @click.option("--private", is_flag=True, help="Make a private repository, where there is none.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
+@TRUST_REMOTE_CODE
 def export(model, output, pipeline, license, repo_id, private, trust_remote_code):
     """Write MODEL as a folder that loads with diffusers alone, and push it to the Hub if asked to.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ..runs.lists import INTEGERS, ListsCommand
-from .options import DEVICE, MODEL, SEED, Finite
+from .options import DEVICE, MODEL, SEED, TRUST_REMOTE_CODE, Finite
 
 
 @click.command("optimize-timesteps", cls=ListsCommand)
@@ -18,7 +18,7 @@ from .options import DEVICE, MODEL, SEED, Finite
     "--output", type=click.Path(path_type=Path, file_okay=False), required=True,
     help="New folder for a copy of the model with the tables in its scheduler, timestep_tables.json and a plot.",
 )  # fmt: skip
-@click.option("--num-inference-steps", type=INTEGERS, default=[4, 8, 16, 32], show_default="4 8 16 32")
+@click.option("--num-inference-steps", type=INTEGERS, default=[4, 8, 16, 32], show_default="4,8,16,32")
 @click.option(
     "--method", type=click.Choice(["exact", "hierarchical", "golden"]), default="exact", show_default=True,
     help="exact: any numbers of steps, one pass of the network over a grid. hierarchical, golden: the paper's"
@@ -58,7 +58,7 @@ from .options import DEVICE, MODEL, SEED, Finite
 )
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @DEVICE
-@click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
+@TRUST_REMOTE_CODE
 def optimize_timesteps(
     model, data, output, num_inference_steps, method, objective, alpha, held, last_edge, sampler, num_samples,
     num_report_samples, batch_size, grid_size, num_positions, given_prefix, seed, device, trust_remote_code,
@@ -83,10 +83,10 @@ def optimize_timesteps(
     )  # fmt: skip
     from ..jump_your_steps.report import print_tables
     from ..machine.versions import best_device
+    from ..model_names import resolve_model
     from ..runs.files import check_folder
     from ..runs.processes import end_processes, start_processes
     from ..runs.provenance import describe_component, drawing_versions, hash_of
-    from ..shipped import resolve_model
     from .loading import load_on_processes
 
     output = check_folder(output, TABLES)  # before a large model is loaded

@@ -7,6 +7,23 @@ import click
 
 from ..runs.lists import Listed
 
+SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class DType(click.Choice):
+    """A dtype by its name in torch; accelerate's short names are the same."""
+
+    def convert(self, value, param, ctx):
+        return super().convert(SHORT_DTYPES.get(value, value), param, ctx)
+
+
+class Words(click.Choice):
+    """Words between commas, of those that are known."""
+
+    def convert(self, value, param, ctx):
+        """The list; fails as a choice does for another word."""
+        return [super(Words, self).convert(word.strip(), param, ctx) for word in value.split(",")]
+
 
 class Steps(click.ParamType):
     """A number of steps >= 1, or a respacing such as "10,10,5" or "ddim25", which goes to the pipeline as it is."""
@@ -57,7 +74,7 @@ class Model(click.ParamType):
     name = "MODEL"
 
     def convert(self, value, param, ctx):
-        from ..shipped import check_name
+        from ..model_names import check_name
 
         try:
             check_name(value)
@@ -78,4 +95,24 @@ class Schedule(Listed):
 
 SEED = click.IntRange(0, 2**62)  # room for the number of a sample, which is added
 DEVICE = click.option("--device", type=Device(), default=None, help="torch device; by default the fastest one here.")
+DTYPE = click.option(
+    "--dtype", type=DType(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
+    help="Of the weights.",
+)  # fmt: skip
 MODEL = click.argument("model", type=Model())
+MIXED_PRECISION = click.option(
+    "--mixed-precision", type=DType(["no", "float16", "bfloat16"]), default="no", show_default=True,
+    callback=lambda ctx, param, dtype: {long: short for short, long in SHORT_DTYPES.items()}.get(dtype, dtype),
+    help="Of training.",
+)  # fmt: skip
+PIPELINE = click.option(
+    "--pipeline", type=click.Choice(["boost-and-skip"]), default=None,
+    help="Load the model as this pipeline; by default as its own.",
+)  # fmt: skip
+CPU_THREADS = click.option(
+    "--cpu-threads", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Of each process on a CPU; round-off depends on it. Many processes use many cores better.",
+)  # fmt: skip
+TRUST_REMOTE_CODE = click.option(
+    "--trust-remote-code", is_flag=True, help="Run the .py files of the model's repository while loading it."
+)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from ..runs.lists import INTEGERS, NUMBERS, ListsCommand
-from .options import DEVICE, MODEL, SEED, Finite, Schedule, Steps
+from ..runs.lists import INTERVAL, LABELS, ListsCommand
+from .options import CPU_THREADS, DEVICE, DTYPE, MODEL, PIPELINE, SEED, TRUST_REMOTE_CODE, Finite, Schedule, Steps
 
 
 def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
@@ -32,10 +32,7 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
     "--format", type=click.Choice(["png", "zip", "npz", "txt", "jsonl"]), default=None,
     help="By default png for images, txt for texts, npz for tokens.",
 )  # fmt: skip
-@click.option(
-    "--pipeline", type=click.Choice(["boost-and-skip"]), default=None,
-    help="Sample the model with this pipeline; by default with its own.",
-)  # fmt: skip
+@PIPELINE
 @click.option(
     "--gamma", type=Finite(min=0, min_open=True), default=None, help="Boost-and-Skip: factor on the initial noise."
 )
@@ -46,8 +43,8 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
     help='Or a respacing, "10,10,5" or "ddim25", for pipelines that take one.',
 )  # fmt: skip
 @click.option(
-    "--class-labels", type=INTEGERS, default=None,
-    help="Labels to go through in turn; by default every class of a conditional model.",
+    "--class-labels", type=LABELS, default=None,
+    help="Labels to go through in turn, none for no label; by default every class of a conditional model.",
 )  # fmt: skip
 @click.option("--random-labels", is_flag=True, help="A random class for each image, from its seed.")
 @click.option("--prompt", default=None, metavar="TEXT", help="For text-to-image models, or where a text begins.")
@@ -57,7 +54,7 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
 )  # fmt: skip
 @click.option("--guidance-scale", type=Finite(), default=None, help="1 is off.")
 @click.option(
-    "--guidance-interval", type=NUMBERS, default=None, metavar="LO,HI",
+    "--guidance-interval", type=INTERVAL, default=None,
     help="Guide in steps that start at noise levels sigma (of EDM) in (LO, HI]; by default in all.",
 )  # fmt: skip
 @click.option(
@@ -75,12 +72,9 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
 )  # fmt: skip
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Sample i is drawn with seed + i.")
 @DEVICE
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
-@click.option(
-    "--cpu-threads", type=click.IntRange(min=1), default=1, show_default=True,
-    help="Of each process on a CPU; round-off depends on it. Many processes use many cores better.",
-)  # fmt: skip
-@click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
+@DTYPE
+@CPU_THREADS
+@TRUST_REMOTE_CODE
 def sample(
     model, output, format, pipeline, gamma, skip_steps, num_samples, num_inference_steps, class_labels, random_labels,
     prompt, prompts, guidance_scale, guidance_interval, sampler, timesteps, batch_size, decode_batch_size, seed,

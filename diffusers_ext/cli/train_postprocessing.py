@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ..runs.lists import INTEGERS, NUMBERS, ListsCommand
-from .options import DEVICE, SEED, Finite, Model, Steps
+from .options import DEVICE, DTYPE, MIXED_PRECISION, PIPELINE, SEED, TRUST_REMOTE_CODE, Finite, Model, Steps
 from .sample import prompts_of_file
 
 
@@ -21,12 +21,9 @@ from .sample import prompts_of_file
     "--output", type=click.Path(path_type=Path, file_okay=False), required=True,
     help="Folder for samples, checkpoints, curves and pipeline/; one that was begun with the same settings goes on.",
 )  # fmt: skip
+@PIPELINE
 @click.option(
-    "--pipeline", type=click.Choice(["boost-and-skip"]), default=None,
-    help="Sample the base with this pipeline; by default with its own.",
-)  # fmt: skip
-@click.option(
-    "--guidance-scales", type=NUMBERS, default=[1.0, 2.0, 3.0], show_default="1 2 3",
+    "--guidance-scales", type=NUMBERS, default=[1.0, 2.0, 3.0], show_default="1,2,3",
     help="Of the samples; the flow learns to repair all of them.",
 )  # fmt: skip
 @click.option(
@@ -75,17 +72,14 @@ from .sample import prompts_of_file
     show_default=True,
     help="Of the average of the weights.",
 )
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
-    help="Of the base.",
-)  # fmt: skip
-@click.option("--mixed-precision", type=click.Choice(["no", "fp16", "bf16"]), default="no", show_default=True)
+@DTYPE
+@MIXED_PRECISION
 @click.option(
     "--checkpoint-every", type=click.IntRange(min=1), default=1000, show_default=True, help="Training steps."
 )
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @DEVICE
-@click.option("--trust-remote-code", is_flag=True, help="Run the .py files of the base's repository while loading it.")
+@TRUST_REMOTE_CODE
 def train_postprocessing(
     base, real, output, pipeline, guidance_scales, keep_scales, num_samples, prompts, num_inference_steps, features,
     features_model, k, balance, within_class, block_out_channels, steps, batch_size, sample_batch_size, learning_rate,
@@ -149,7 +143,8 @@ def train_postprocessing(
     if accelerator.is_main_process:
         finished = write_flow(trained.model, result, record)
         said = f"{result} was finished before, after {steps} steps, nothing to do" if finished else f"wrote {result}"
-        click.echo(f"{said}; the loss is in {training / 'loss.png'}")
+        loss = next(name for name in ("loss.png", "history.json") if (training / name).exists())
+        click.echo(f"{said}; the loss is in {training / loss}")
     end_processes(accelerator)
 
 

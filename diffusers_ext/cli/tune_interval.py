@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ..runs.lists import NUMBERS, ListsCommand
-from .options import DEVICE, MODEL, SEED
+from .options import DEVICE, DTYPE, MODEL, PIPELINE, SEED, TRUST_REMOTE_CODE
 
 
 @click.command("tune-interval", cls=ListsCommand)
@@ -19,10 +19,7 @@ from .options import DEVICE, MODEL, SEED
     help="Real images (folder, zip, .npz), or .npz or .pkl statistics; by default the shipped classifier's digits.",
 )  # fmt: skip
 @click.option("--guidance-scales", type=NUMBERS, default=[1.5, 2.0, 3.0], show_default="1.5,2,3")
-@click.option(
-    "--pipeline", type=click.Choice(["boost-and-skip"]), default=None,
-    help="Sample the model with this pipeline; by default with its own.",
-)  # fmt: skip
+@PIPELINE
 @click.option("--num-samples", type=click.IntRange(min=2), default=2000, show_default=True, help="Of each candidate.")
 @click.option("--num-inference-steps", type=click.IntRange(min=2), default=30, show_default=True)
 @click.option("--features", default="classifier", show_default=True, help="As for evaluate.")
@@ -32,8 +29,8 @@ from .options import DEVICE, MODEL, SEED
     "--seed", type=SEED, default=0, show_default=True, help="Image i of each candidate is drawn with seed + i."
 )
 @DEVICE
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
-@click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
+@DTYPE
+@TRUST_REMOTE_CODE
 def tune_interval(
     model, output, reference, guidance_scales, pipeline, num_samples, num_inference_steps, features, features_model,
     batch_size, seed, device, dtype, trust_remote_code,
@@ -49,6 +46,7 @@ def tune_interval(
     from rich.progress import Progress
 
     from ..evaluation import load_extractor
+    from ..evaluation.notes import few_images
     from ..guidance.tuning import RESULT, check_output, plot_search, print_search, reference_statistics
     from ..guidance.tuning import tune_interval as tune
     from ..machine.versions import best_device
@@ -76,6 +74,8 @@ def tune_interval(
             pipe, extractor, real, guidance_scales, labels, output, num_inference_steps, seed, batch_size, note
         )
     print_search(found, output)
+    if (note := few_images(num_samples, len(real[0]))) is not None:
+        click.echo(f"Note: {note}.")
     if finished and not tasks:
         click.echo(f"{output / RESULT} was finished before, nothing to do")
     if find_spec("matplotlib") is not None:

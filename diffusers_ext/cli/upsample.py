@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ..runs.lists import INTEGERS, ListsCommand
-from .options import DEVICE, MODEL, SEED, Steps
+from .options import CPU_THREADS, DEVICE, DTYPE, MODEL, SEED, TRUST_REMOTE_CODE, Steps
 from .sample import sample_model
 
 
@@ -28,12 +28,9 @@ from .sample import sample_model
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Image i is drawn with seed + i.")
 @DEVICE
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
-@click.option(
-    "--cpu-threads", type=click.IntRange(min=1), default=1, show_default=True,
-    help="Of each process on a CPU; round-off depends on it. Many processes use many cores better.",
-)  # fmt: skip
-@click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
+@DTYPE
+@CPU_THREADS
+@TRUST_REMOTE_CODE
 def upsample(
     model, images, output, format, class_labels, num_inference_steps, batch_size, seed, device, dtype, cpu_threads,
     trust_remote_code,

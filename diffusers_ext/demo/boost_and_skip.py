@@ -14,7 +14,7 @@ from ..evaluation import NEIGHBOURS, evaluate_digits
 from ..evaluation.pictures import grid, places_beside, side_by_side
 from ..sampling import sample_images
 from ..shipped import load_pipeline
-from .tables import print_table, words_table
+from .tables import print_table, with_notes, words_table
 
 CLASSES = 10
 SHOWN = 100  # images in each panel of the picture
@@ -88,8 +88,6 @@ def run_boost_and_skip(
         written.append(plot(rows, settings, output / "boost_and_skip_metrics.png"))
     table = in_words(rows, settings)
     print_table(console, table)
-    if "lof" not in rows[0]:
-        console.print('for the local outlier factor: pip install "diffusers_ext[metrics]"', markup=False)
     files = [path.name for path in written]
     pictures = {files[0]: places_beside(panels)}
     return {"settings": asdict(settings), "rows": rows, "table": table, "files": files, "pictures": pictures}
@@ -130,4 +128,5 @@ def in_words(rows: list[dict], settings: BoostAndSkipSettings) -> dict:
         ["stock" if row["gamma"] == 1 else f"{row['gamma']:g}", *(format_number(name, row[name]) for name in names)]
         for row in rows
     ]
-    return words_table(title, LEGEND, ["gamma", *(COLUMNS[name] for name in names)], words)
+    legend = with_notes(LEGEND, settings.num_samples, without_lof="lof" not in rows[0])
+    return words_table(title, legend, ["gamma", *(COLUMNS[name] for name in names)], words)

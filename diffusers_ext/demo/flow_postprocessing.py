@@ -13,7 +13,7 @@ from ..evaluation import NEIGHBOURS, evaluate_digits
 from ..evaluation.pictures import grid, places_beside, side_by_side
 from ..sampling import sample_images
 from ..shipped import load_pipeline
-from .tables import print_table, words_table
+from .tables import print_table, with_notes, words_table
 
 CLASSES = 10
 SHOWN = 100  # images in each panel of the picture
@@ -105,4 +105,5 @@ def in_words(rows: list[dict], settings: FlowPostprocessingSettings) -> dict:
         f" {settings.num_samples} images a row"
     )
     words = [[row["title"], *(style.format(row[name]) for name, style in COLUMNS.items())] for row in rows]
-    return words_table(title, LEGEND, ["digits", *(NAMES.get(name, name) for name in COLUMNS)], words)
+    legend = with_notes(LEGEND, settings.num_samples)
+    return words_table(title, legend, ["digits", *(NAMES.get(name, name) for name in COLUMNS)], words)

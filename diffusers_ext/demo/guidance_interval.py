@@ -16,7 +16,7 @@ from ..guidance.rows import counted_rows
 from ..pipelines import GuidanceInterval
 from ..sampling import sample_images
 from ..shipped import load_pipeline
-from .tables import print_table, words_table
+from .tables import print_table, with_notes, words_table
 
 CLASSES = 10
 SHOWN = 100  # images in each panel of the picture
@@ -105,4 +105,4 @@ def in_words(rows: list[dict], settings: GuidanceIntervalSettings) -> dict:
     title = f"Guidance on MNIST, {settings.num_inference_steps} steps; {settings.num_samples} images a row"
     columns = ["guidance", *(NAMES.get(name, name) for name in COLUMNS)]
     words = [[row["title"], *(style.format(row[name]) for name, style in COLUMNS.items())] for row in rows]
-    return words_table(title, LEGEND, columns, words)
+    return words_table(title, with_notes(LEGEND, settings.num_samples), columns, words)

@@ -48,7 +48,7 @@ INTERVAL_CODE = """from diffusers_ext import GuidanceInterval
 from diffusers_ext.shipped import load_pipeline
 
 pipe = load_pipeline("mnist-unet")  # or any diffusers pipeline that guides
-with GuidanceInterval(pipe, sigma_lo=0.75, sigma_hi=1.7) as interval:
+with GuidanceInterval(pipe, guidance_interval=(0.75, 1.7)) as interval:
     digits = pipe(class_labels=list(range(10)), num_inference_steps=16, guidance_scale=3.0).images
 print(interval.report)  # each step: its sigma, guided or not, network rows
 """

@@ -25,6 +25,7 @@ from ..shipped import load_shipped_classifier
 from .cache import cache_path, load_features, save_features
 from .extractors import FeatureExtractor, load_extractor
 from .images import ImageSet, open_images
+from .notes import notes_on
 
 LABELS = {
     "frechet": "Fréchet distance",
@@ -85,7 +86,8 @@ def evaluate_images(
 
     Returns metrics: the numbers (frechet; precision, recall; knn_distance, AvgkNN; lof; rarity, mean over the samples
     inside the real manifold, None if none is, and inside, their share); and what they stand for: k, features
-    (name, weights, dimensions), generated and reference (path, images, sha256, from_cache).
+    (name, weights, dimensions), generated and reference (path, images, sha256, from_cache), and notes, sentences on
+    what makes the numbers misleading: few images for a Fréchet distance, one set alone compressed, lof left out.
 
     The Fréchet distance is biased: for one and the same model it falls as the number of samples grows, much so below a
     few times the dimension. Precision and recall depend on both sizes. Compare only numbers of equal counts, of one
@@ -98,8 +100,8 @@ def evaluate_images(
     samples = open_images(generated)
     features = _chosen_features(features, metrics)
     real = read_statistics(Path(reference), _space(features)) or open_images(reference)
-    given = isinstance(real, tuple)
-    metrics = _chosen_metrics(metrics, given)
+    given, asked = isinstance(real, tuple), metrics
+    metrics = _chosen_metrics(asked, given)
     k = _chosen_k(k, metrics, [len(samples)] if given else [len(samples), len(real)])
     extractor = load_extractor(features, features_model, device)
 
@@ -109,6 +111,8 @@ def evaluate_images(
 
     real_features, real_facts = (None, {"path": str(reference)}) if given else run("reference", real)
     sample_features, facts = run("generated", samples)
+    distance = any(name in FRECHET for name in metrics)
+    without_lof = asked is None and not given and "lof" not in metrics
     return {
         "metrics": _numbers(sample_features, real_features, real if given else None, metrics, k),
         "k": k,
@@ -119,6 +123,7 @@ def evaluate_images(
         },
         "generated": facts,
         "reference": real_facts,
+        "notes": notes_on(samples, None if given else real, sample_features.shape[1], distance, without_lof),
     }
 
 
@@ -133,6 +138,8 @@ def print_evaluation(result: dict, console: Console) -> None:
         k = result["k"].get(groups.get(name, name), "")
         table.add_row(LABELS[name], str(k), "-" if value is None else f"{value:.4f}", MEANINGS[name])
     console.print(table)
+    for note in result["notes"]:
+        console.print(f"Note: {note}.", markup=False, highlight=False)
 
 
 @checked_arguments
@@ -233,7 +240,7 @@ def _chosen_metrics(metrics: Sequence[str] | None, statistics_only: bool) -> lis
     if statistics_only and (others := [name for name in metrics if name not in FRECHET]):
         raise ValueError(f"{', '.join(others)} need the reference's images, got its statistics; choose frechet alone")
     if "lof" in metrics and "lof" not in _available():
-        raise ImportError('lof needs scikit-learn: pip install "diffusers_ext[metrics]"')
+        raise ImportError("lof needs scikit-learn: pip install scikit-learn")
     return list(metrics)
 
 

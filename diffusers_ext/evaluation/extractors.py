@@ -150,7 +150,7 @@ def inception_extractor(weights: str | Path | None = None, device: str | torch.d
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
-        raise ImportError('inception features need torch-fidelity: pip install "diffusers_ext[fid]"') from error
+        raise ImportError("inception features need torch-fidelity: pip install torch-fidelity") from error
     path = None if weights is None else str(weights)
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
     network = network.to(device).eval()

@@ -22,6 +22,9 @@ BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Run
 CHUNK = 2**24  # bytes hashed at a time
 
 
+FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WebP", ".tif": "TIFF", ".tiff": "TIFF"}
+
+
 class EncodedImages:
     """Image files, decoded one by one as they are asked for; see open_images.
 
@@ -30,6 +33,12 @@ class EncodedImages:
 
     def __init__(self, path: Path, names: list[str], files: Callable[[], Iterator[tuple[str, bytes]]]):
         self.path, self.names, self._files = path, names, files
+
+    @property
+    def formats(self) -> set[str]:
+        """The formats of the files, by their suffixes."""
+        suffixes = {Path(name).suffix.lower() for name in self.names}
+        return {FORMATS.get(suffix, suffix[1:].upper()) for suffix in suffixes}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -56,6 +65,8 @@ class ArrayImages:
 
     path: the file. shape: (count, height, width, channels).
     """
+
+    formats = frozenset({"an array"})
 
     def __init__(self, path: Path):
         self.path = path

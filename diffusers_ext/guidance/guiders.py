@@ -127,7 +127,7 @@ class IntervalGuidance(_Limited, ClassifierFreeGuidance):
     Elsewhere the network is run on the condition alone.
 
     guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled: of `ClassifierFreeGuidance`.
-    sigma_lo, sigma_hi, guided_steps, sigma_unit: see `diffusers_ext.pipelines.interval.Interval`.
+    guidance_interval, sigma_lo, sigma_hi, guided_steps, sigma_unit: see `diffusers_ext.pipelines.interval.Interval`.
 
     The scheduler is that of the pipeline that runs; set `scheduler` to name another. Raises ValueError for arguments
     out of range.
@@ -141,13 +141,14 @@ class IntervalGuidance(_Limited, ClassifierFreeGuidance):
         sigma_hi: float | None = None,
         guided_steps: tuple[int, int] | None = None,
         sigma_unit: str = "edm",
+        guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
         use_original_formulation: bool = False,
         start: float = 0.0,
         stop: float = 1.0,
         enabled: bool = True,
     ):
-        self.interval = Interval(sigma_lo, sigma_hi, guided_steps, sigma_unit)
+        self.interval = Interval(sigma_lo, sigma_hi, guided_steps, sigma_unit, guidance_interval)
         super().__init__(
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
@@ -161,6 +162,7 @@ class IntervalGuidance(_Limited, ClassifierFreeGuidance):
 def limit_to_interval(
     guider: BaseGuidance,
     *,
+    guidance_interval: tuple[float, float] | None = None,
     sigma_lo: float | None = None,
     sigma_hi: float | None = None,
     guided_steps: tuple[int, int] | None = None,
@@ -168,17 +170,18 @@ def limit_to_interval(
 ) -> BaseGuidance:
     """A copy of any guider of diffusers that does nothing outside of an interval of noise levels.
 
-        pipe.update_components(guider=limit_to_interval(pipe.guider, sigma_lo=0.28, sigma_hi=5.42))
+        pipe.update_components(guider=limit_to_interval(pipe.guider, guidance_interval=(0.28, 5.42)))
 
     What is saved is the guider without the interval; `IntervalGuidance` saves its interval too.
 
-    sigma_lo, sigma_hi, guided_steps, sigma_unit: see `Interval`. Raises ValueError for what is no guider.
+    guidance_interval, sigma_lo, sigma_hi, guided_steps, sigma_unit: see `Interval`. Raises ValueError for what is no
+    guider.
     """
     if not isinstance(guider, BaseGuidance):
         raise ValueError(f"guider must be a diffusers guider, got {type(guider).__name__}")
     limited = copy.copy(guider)
     limited.__class__ = _limited_class(type(guider))
-    limited.interval = Interval(sigma_lo, sigma_hi, guided_steps, sigma_unit)
+    limited.interval = Interval(sigma_lo, sigma_hi, guided_steps, sigma_unit, guidance_interval)
     return limited
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ..checkpoints.tensor_files import read_json
 from ..evaluation.evaluate import read_statistics
 from ..evaluation.extractors import FeatureExtractor
 from ..evaluation.images import open_images
+from ..evaluation.notes import compression, few_images
 from ..metrics import FeatureStatistics, frechet_distance
 from ..pipelines.guidance_interval import GuidanceInterval
 from ..runs.files import check_folder, replacing, write_json
@@ -159,7 +161,7 @@ def reference_statistics(
 
     path: None takes the training set of the shipped classifier, for its features alone.
 
-    Raises ValueError for None with other features, and as `open_images`.
+    Raises ValueError for None with other features, and as `open_images`. Warns of few images, and of compressed ones.
     """
     if path is None:
         if extractor.name != "classifier":
@@ -168,9 +170,12 @@ def reference_statistics(
         return reference.mean, reference.covariance
     if (given := read_statistics(Path(path), extractor.name)) is not None:
         return given
-    statistics = FeatureStatistics()
-    for batch in open_images(path).batches(batch_size):
+    statistics, images = FeatureStatistics(), open_images(path)
+    for batch in images.batches(batch_size):
         statistics.update(extractor(batch))
+    notes = few_images(statistics.count, len(statistics.mean), "real "), compression({"uncompressed"}, images.formats)
+    for note in filter(None, notes):
+        warnings.warn(note, stacklevel=2)
     return statistics.mean, statistics.covariance
 
 

@@ -13,7 +13,9 @@ from .. import __version__
 from .sources import from_library
 
 PLACE = "path/to/this/repository"
-TRUST = "`trust_remote_code=True` runs the `.py` files of this repository; read them first."
+TRUST = (
+    "`trust_remote_code=True` runs the `.py` files of this repository; read them first. `save_pretrained` copies none."
+)
 
 
 def license_of(origin: str | None) -> str | None:

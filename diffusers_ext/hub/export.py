@@ -26,7 +26,7 @@ def export_pipeline(
     license: an SPDX identifier for the model card, such as "apache-2.0"; by default the one that the card beside a
     pipeline loaded from a folder states. The licence of the weights is yours to know. repo_id: of the Hub repository
     that the folder is for, to be named in the card's example. Paths of this machine, which diffusers notes in the
-    configs, are left out.
+    configs, are left out. Loaded from there and saved again with `save_pretrained`, it loses its code.
 
     Raises ValueError if the folder exists and is not empty, or if a component's class cannot be shipped as a file: it
     was defined in no file, or that file imports, outside of functions, what a machine with diffusers may not have, or

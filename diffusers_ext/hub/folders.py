@@ -174,8 +174,10 @@ def _check_components(path: Path, components: Mapping, cls: type) -> None:
         needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
         _, found = components.get(parameter.name, (None, None))
         if needed and found is None and parameter.name not in optional:
+            there = [name for name, (_, held) in components.items() if held is not None]
             raise ValueError(
-                f"{str(path)!r}: {parameter.name} must be [library, class], a component that {cls.__name__} needs"
+                f"{str(path)!r}: {parameter.name} must be [library, class], a component that {cls.__name__} needs;"
+                f" here are {', '.join(sorted(there)) or 'none'}"
             )
 
 

@@ -6,15 +6,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 ABORTED = 128 + signal.SIGINT
 
 
 def guard_imports() -> None:
-    """End the command in one word where Ctrl-C comes while it is imported; in other programs nothing is changed.
-
-    Nothing is to be tidied up yet, and in the middle of an import libraries make other errors of a KeyboardInterrupt.
-    """
+    """End the command in one word where Ctrl-C comes while it is imported; in other programs nothing is changed."""
     command = os.path.basename(sys.argv[0]).startswith("diffusers-ext") if sys.argv else False
     module = "diffusers_ext.cli" in sys.orig_argv  # python -m, which has no sys.argv yet
     if (command or module) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -31,12 +29,13 @@ def end_at_once(*_) -> None:
 def interruptions() -> Iterator[list[int]]:
     """The signals that came: SIGINT raises KeyboardInterrupt, SIGTERM SystemExit, and what was begun is tidied up.
 
-    A second Ctrl-C ends at once, and so does one in a destructor, whose errors Python prints and forgets.
+    A second Ctrl-C ends at once. So does one in a destructor, whose errors Python prints and forgets, and one in an
+    import, of which libraries make other errors, or none.
     """
     came: list[int] = []
 
-    def stop(number: int, _) -> None:
-        if number == signal.SIGINT in came:
+    def stop(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and (number in came or _is_importing(frame)):
             end_at_once()
         came.append(number)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
@@ -55,3 +54,9 @@ def interruptions() -> Iterator[list[int]]:
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_globals.get("__name__") != "importlib._bootstrap":
+        frame = frame.f_back
+    return frame is not None

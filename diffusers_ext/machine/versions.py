@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from ..shipped import shipped_models
+from ..model_names import shipped_models
 
 PACKAGES = (
     "torch",

@@ -28,7 +28,7 @@ def local_outlier_factor(features, reference, k: int = 20) -> float:
     try:
         from sklearn.neighbors import LocalOutlierFactor
     except ImportError as error:
-        raise ImportError('local_outlier_factor needs scikit-learn: pip install "diffusers_ext[metrics]"') from error
+        raise ImportError("local_outlier_factor needs scikit-learn: pip install scikit-learn") from error
     features, reference = as_feature_pair("features", features, "reference", reference)
     check_k(k, len(reference) - 1, "neighbours within reference")
     centre = reference.mean(axis=0, dtype=np.float64)

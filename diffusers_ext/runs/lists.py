@@ -1,26 +1,51 @@
 """Lists of numbers on a command line, with commas or apart."""
 
+from collections.abc import Callable
+
 import click
 
 
 class Listed(click.ParamType):
     """Numbers of one type between commas."""
 
-    def __init__(self, number: type, name: str):
+    def __init__(self, number: Callable, name: str):
         self.number, self.name = number, name
 
     def convert(self, value, param, ctx):
         """The list; fails as click does for anything else."""
-        if isinstance(value, list):
-            return value
+        if isinstance(value, list | tuple):
+            return list(value)
         try:
             return [self.number(part) for part in value.split(",")]
         except ValueError:
-            kind = "integers" if self.number is int else "numbers"
+            kind = "numbers" if self.number is float else "integers"
             self.fail(f"{value!r} is not {kind} between commas", param, ctx)
 
 
+class Labels(Listed):
+    """Class labels between commas, None for the word none: without a label."""
+
+    def __init__(self):
+        super().__init__(lambda part: None if part.strip() == "none" else int(part), "0,1,...|none")
+
+
+class Interval(Listed):
+    """The two ends of an interval of noise levels, LO:HI, or as in a list."""
+
+    def __init__(self):
+        super().__init__(float, "LO:HI")
+
+    def convert(self, value, param, ctx):
+        """[LO, HI]; raises ValueError unless 0 <= LO < HI."""
+        from ..pipelines.interval import Interval as Checked
+
+        interval = super().convert(value.replace(":", ",") if isinstance(value, str) else value, param, ctx)
+        Checked(guidance_interval=interval)
+        return interval
+
+
 INTEGERS, NUMBERS = Listed(int, "0,1,..."), Listed(float, "1.5,2,...")
+LABELS, INTERVAL = Labels(), Interval()
 
 
 class ListsCommand(click.Command):

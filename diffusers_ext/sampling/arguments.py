@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from ..pipelines.discrete_diffusion import check_start
 from ..pipelines.guidance_interval import GuidanceInterval
-from ..pipelines.interval import interval_bounds
+from ..pipelines.interval import Interval
 from . import image_files, sequence_files
 from .draw import is_discrete
 from .labels import cycled_labels, random_labels
@@ -66,6 +66,11 @@ def check_call(pipe: DiffusionPipeline, inputs: dict, call: dict) -> None:
     reserved = sorted(set(call) & set(GIVEN_HERE))
     if reserved:
         raise ValueError(f"{', '.join(reserved)}: set by the sampling itself; leave it out")
+    if "images" in known and getattr(pipe, "base", None) is None:
+        raise ValueError(
+            f"{name} repairs images and has no base pipeline to draw them; in Python give it images, pipe(images=...),"
+            " or put a pipeline into it as its base"
+        )
     if not inputs and "prompt" in known and "batch_size" not in known:
         raise ValueError(f"{name} needs a prompt; give prompts (--prompt or --prompts)")
     if not inputs and "batch_size" not in known:
@@ -122,8 +127,8 @@ def limited_by(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextMana
     interval = call.get("guidance_interval")
     if interval is None:
         return nullcontext(), call
-    sigma_lo, sigma_hi = interval_bounds(interval)
+    Interval(guidance_interval=interval)  # says what bounds are allowed
     if "guidance_interval" in inspect.signature(pipe.__call__).parameters:
         return nullcontext(), call
     others = {name: value for name, value in call.items() if name != "guidance_interval"}
-    return GuidanceInterval(pipe, sigma_lo=sigma_lo, sigma_hi=sigma_hi), others
+    return GuidanceInterval(pipe, guidance_interval=interval), others

@@ -52,7 +52,7 @@ def sample_to_folder(
     pipe: DiffusionPipeline,
     folder: str | Path,
     count: int,
-    labels: Sequence[int] | torch.Tensor | str | None = None,
+    labels: Sequence[int | None] | torch.Tensor | str | None = None,
     prompts: Sequence[str] | None = None,
     images: np.ndarray | torch.Tensor | None = None,
     tokens: np.ndarray | torch.Tensor | None = None,
@@ -78,7 +78,8 @@ def sample_to_folder(
 
     pipe: unconditional (takes batch_size), class-conditional (takes class_labels), text-to-image (takes prompt) or
         image-to-image, such as an upsampler (takes image); or a `DiscreteDiffusionPipeline`.
-    labels: gone through in turn; None for every class in turn, "random" for `random_labels`.
+    labels: gone through in turn, None among them for the null class; None for every class in turn, "random" for
+        `random_labels`.
     prompts: gone through in turn.
     images: the input image of each, uint8 (count, height, width, channels).
     tokens, given: of a discrete pipeline, tokens of each, integers (count, length), and where they are kept, boolean
@@ -117,7 +118,7 @@ def sample_to_folder(
         "count": count,
         "seed": seed,
         "batch_size": batch_size,
-        "class_labels": labels if labels is None or isinstance(labels, str) else torch.as_tensor(labels).tolist(),
+        "class_labels": _kept_labels(labels),
         "prompts": None if prompts is None else list(prompts),
         "images": None if images is None else hash_of(images),
         **{name: hash_of(inputs[name]) for name in ("tokens", "given") if name in inputs},
@@ -152,6 +153,12 @@ def _made(folder: Path, processes: Processes) -> Iterator[None]:
         if processes.is_main:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def _kept_labels(labels: Sequence[int | None] | torch.Tensor | str | None) -> list[int | None] | str | None:
+    if labels is None or isinstance(labels, str):
+        return labels
+    return [None if label is None else int(label) for label in labels]
 
 
 class _Run:

@@ -11,12 +11,15 @@ from ..pipelines.call_arguments import checked_arguments
 
 
 @checked_arguments
-def cycled_labels(pipe: DiffusionPipeline, count: int, labels: Sequence[int] | None = None) -> torch.Tensor | None:
+def cycled_labels(
+    pipe: DiffusionPipeline, count: int, labels: Sequence[int | None] | None = None
+) -> torch.Tensor | None:
     """count labels (count,), the given ones or every class of the model in turn; None for an unconditional model.
 
-    The classes are those of the network without the pipeline's null class.
+    The classes are those of the network without the pipeline's null class, which None among the labels stands for.
 
-    Raises ValueError for labels given to a pipeline that takes none, for those that it has not, and for an empty list.
+    Raises ValueError for labels given to a pipeline that takes none, for those that it has not, for None where there
+    is no null class, and for an empty list.
     """
     if count < 1:
         raise ValueError(f"count must be >= 1, got {count}")
@@ -28,12 +31,19 @@ def cycled_labels(pipe: DiffusionPipeline, count: int, labels: Sequence[int] | N
         raise ValueError(f"class labels {labels}: {type(pipe).__name__} takes none; leave them out")
     if len(labels) == 0:
         raise ValueError("class labels must not be empty")
-    labels, number = torch.as_tensor(labels), _number_of_classes(pipe)
-    if labels.is_floating_point() or labels.ndim != 1:
-        raise ValueError(f"class labels must be integers, one after the other, got {labels.tolist()}")
-    if number is not None and not 0 <= labels.min() <= labels.max() < number:
-        wrong = labels[(labels < 0) | (labels >= number)].unique().tolist()
-        raise ValueError(f"class labels must be in [0, {number - 1}], the classes of this model, got {wrong}")
+    null_class, named = pipe.config.get("null_class"), [label for label in labels if label is not None]
+    if null_class is None and len(named) < len(labels):
+        raise ValueError(f"class label none: this {type(pipe).__name__} has no null class; name classes")
+    given, classes = torch.as_tensor(named), _classes(pipe)
+    if named and (given.is_floating_point() or given.ndim != 1):
+        raise ValueError(f"class labels must be integers, one after the other, got {given.tolist()}")
+    if classes is not None and (wrong := sorted(set(given.tolist()) - set(classes))):
+        null = "" if null_class is None else f"; {null_class} is the null class: write none (in Python None)"
+        raise ValueError(
+            f"class labels must be in [{classes[0]}, {classes[-1]}], the classes of this model, got {wrong}"
+            + (null if null_class in wrong else "")
+        )
+    labels = torch.tensor([null_class if label is None else int(label) for label in labels])
     return labels[torch.arange(count) % len(labels)]
 
 

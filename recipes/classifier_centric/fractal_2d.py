@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 
-from diffusers_ext import NoiseAwareClassifier, classifier_gradient
-from diffusers_ext.flow import train_postprocessing_flow
+from diffusers_ext import train_postprocessing_flow
 from diffusers_ext.metrics import nearest_neighbours, precision_recall
+from diffusers_ext.models import NoiseAwareClassifier, classifier_gradient
 from diffusers_ext.pipelines.flow_postprocessing import velocity
 from diffusers_ext.runs.files import replacing, write_json
 from diffusers_ext.runs.kept import check_same

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
 
-from diffusers_ext import ClassifierGuidance, NoiseAwareClassifier
+from diffusers_ext.models import ClassifierGuidance, NoiseAwareClassifier
 
 MEANS, STD = (1.0, 0.5, 0.1), 0.05
 SCALES = (1.0, 2.0, 4.0, 8.0)
