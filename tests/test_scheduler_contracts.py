@@ -7,6 +7,8 @@ import pytest
 import torch
 from contracts import SchedulerContract
 from diffusers import (
+    AmusedScheduler,
+    BlockRefinementScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DiscreteDDIMScheduler,
@@ -73,6 +75,24 @@ class TestCTMC(_Tokens):
 
     def noise(self, uniforms):
         return uniforms, self.sample().flip(1)
+
+
+class TestTableAmused(_Tokens):
+    cls, parent, config = schedulers.TableAmusedScheduler, AmusedScheduler, {"mask_token_id": 9, **TABLE}
+    test_to_the_parent_and_back = SchedulerContract.test_to_the_parent_and_back
+    test_noise_is_added_at_one_time_or_one_a_sample = None  # masks are no noise that is passed in
+
+    def sample(self):
+        return torch.full((4, 6), 9)
+
+
+class TestTableBlockRefinement(_Tokens):
+    cls, parent, config = schedulers.TableBlockRefinementScheduler, BlockRefinementScheduler, TABLE
+    test_to_the_parent_and_back = SchedulerContract.test_to_the_parent_and_back
+    test_noise_is_added_at_one_time_or_one_a_sample = None  # as its parent's, of blocks after a prompt
+
+    def step(self, scheduler, sample, timestep, **options):
+        return super().step(scheduler, sample, timestep, mask_token_id=8, **options)
 
 
 class TestTableDiscreteDDIM(_Tokens):
