@@ -1,11 +1,9 @@
 """AmusedScheduler of diffusers with timestep tables in place of its cosine or linear masking schedule."""
 
-import math
-
 import torch
 from diffusers import AmusedScheduler
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_amused import AmusedSchedulerOutput
+from diffusers.schedulers.scheduling_amused import AmusedSchedulerOutput, gumbel_noise
 
 from .scheduler_arguments import checked_arguments
 from .timestep_tables import check_table_settings, check_vocabulary, masked_counts, table_edges
@@ -26,7 +24,8 @@ class TableAmusedScheduler(AmusedScheduler):
     The other arguments are diffusers'.
 
     Tables are about tokens that are unmasked in random order, which is the limit of a large temperature, as in
-    `set_timesteps(n, temperature=(1000, 1000))`. Choosing the confident ones errs by itself, whatever the steps are.
+    `set_timesteps(n, temperature=(1e6, 1e6))`. Choosing the confident ones errs by itself, whatever the steps are.
+    With a table, tokens that are no masks stay; diffusers' scheduler may mask them again at temperatures above 4.
 
     Raises ValueError for tables that do not decrease strictly in (0, 1], and for another spacing.
     """
@@ -65,7 +64,10 @@ class TableAmusedScheduler(AmusedScheduler):
 
     @property
     def table(self) -> list[float] | None:
-        """The edges for the number of steps as set, or None where diffusers' masking schedule holds."""
+        """The edges for the number of steps as set, or None where diffusers' masking schedule holds.
+
+        Raises ValueError before `set_timesteps`.
+        """
         if self.timesteps is None:
             raise ValueError("this scheduler has no steps yet; call set_timesteps first")
         return table_edges(self.config, len(self.timesteps))
@@ -95,13 +97,22 @@ class TableAmusedScheduler(AmusedScheduler):
                 f" and (batch, tokens, height, width), got {tuple(sample.shape)} and {tuple(model_output.shape)}"
             )
         edges, index = self.table, self._index(timestep)
-        if edges is not None:
-            check_vocabulary(self.config, model_output.shape[1 if square else -1])
-            length = sample[0].numel()
-            masked = math.floor(starting_mask_ratio * masked_counts(edges, length)[index])
-            # the parent multiplies this by its own share and rounds down; half a token more keeps round-off away
-            starting_mask_ratio = (masked + 0.5) / (length * self._own_share(index))
-        return super().step(model_output, timestep, sample, starting_mask_ratio, generator, return_dict)
+        if edges is None:
+            return super().step(model_output, timestep, sample, starting_mask_ratio, generator, return_dict)
+        laws = (model_output.flatten(2).transpose(1, 2) if square else model_output).softmax(dim=-1)
+        check_vocabulary(self.config, laws.shape[-1])
+        tokens = sample.flatten(1)
+        masked = tokens == self.config.mask_token_id
+        clean = torch.where(masked, _drawn(laws, generator), tokens)
+        count = int(starting_mask_ratio * masked_counts(edges, tokens.shape[1])[index])
+        confidence = laws.gather(-1, clean.clamp(max=laws.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+        confidence = confidence.clamp(min=1e-20).log() + self.temperatures[index] * gumbel_noise(confidence, generator)
+        ranks = confidence.masked_fill(~masked, torch.inf).argsort(dim=1).argsort(dim=1)
+        again = masked & (ranks < (masked.sum(dim=1, keepdim=True) - 1).clamp(max=count))
+        prev_sample = clean.masked_fill(again, self.config.mask_token_id).view_as(sample)
+        if not return_dict:
+            return prev_sample, clean.view_as(sample)
+        return AmusedSchedulerOutput(prev_sample, clean.view_as(sample))
 
     @checked_arguments
     def add_noise(
@@ -130,9 +141,9 @@ class TableAmusedScheduler(AmusedScheduler):
             raise ValueError(f"timestep must be one of {last} to 0, got {timestep}")
         return last - int(timestep)
 
-    def _own_share(self, index: int) -> float:
-        """Of masked tokens after a step, by diffusers' schedule; 1 for the last step, which masks nothing."""
-        done = (index + 1) / len(self.timesteps)
-        if done == 1:
-            return 1.0
-        return math.cos(done * math.pi / 2) if self.config.masking_schedule == "cosine" else 1 - done
+
+def _drawn(laws: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """A token of each position's law (batch, length, tokens), drawn where the generator is, as diffusers' draws it."""
+    place = laws.device if generator is None else generator.device
+    drawn = torch.multinomial(laws.flatten(0, 1).float().to(place), 1, generator=generator)
+    return drawn.to(laws.device).view(laws.shape[:-1])

@@ -170,7 +170,7 @@ class Model(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def exact():
-    chain = markov_chain(3, 5, 2, sharpness=2.5)
+    chain = markov_chain(3, 5, 1, sharpness=2.5)
     return chain, ExactNetwork(chain, exact_scheduler("absorbing", 3))
 
 
@@ -195,7 +195,7 @@ def test_an_optimised_table_errs_less_in_random_order(exact, scheduler, mask, co
         found, even = masked_counts(loaded.table, 5), masked_counts(torch.linspace(1, 0, steps + 1).tolist(), 5)
         assert [5 - n for n in found] == tables.info[steps]["token_counts"][1:]
         before, after = (error(chain, network, counts, [1e9] * steps) for counts in (even, found))
-        assert after <= before and (found == even or after < 0.95 * before), (steps, before, after)
+        assert after < 0.7 * before, (steps, before, after)
 
 
 def test_order_by_confidence_errs_by_itself(exact):
