@@ -108,6 +108,7 @@ def test_counts(length, steps):
     assert all(a > b or a == b == 0 for a, b in pairwise(counts))
     if length == 1000 and steps == 5:
         assert counts == [1000, 640, 360, 160, 40, 0]
+    assert masked_counts([1.0, 0.29, 1e-5], 100) == [29, 0]  # 0.29 * 100 is less than 29
 
 
 # The law of samples, by enumeration
