@@ -5,6 +5,9 @@ from diffusers import AmusedScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_amused import AmusedSchedulerOutput, gumbel_noise
 
+# diffusers loads a saved scheduler only if the namespace of its module holds the name SchedulerMixin.
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
+
 from .scheduler_arguments import checked_arguments
 from .timestep_tables import check_table_settings, check_vocabulary, masked_counts, table_edges
 

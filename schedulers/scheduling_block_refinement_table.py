@@ -7,6 +7,9 @@ from diffusers import BlockRefinementScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_block_refinement import BlockRefinementSchedulerOutput
 
+# diffusers loads a saved scheduler only if the namespace of its module holds the name SchedulerMixin.
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
+
 from .scheduler_arguments import checked_arguments
 from .timestep_tables import check_table_settings, check_vocabulary, masked_counts, table_edges
 

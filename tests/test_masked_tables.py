@@ -8,13 +8,25 @@ import pytest
 import torch
 from exact_chains import ExactNetwork, MarkovChain, exact_scheduler, markov_chain, sequences, total_variation
 
+from diffusers_ext.hub import export_pipeline
 from diffusers_ext.jump_your_steps import TimestepTables, optimize_timesteps
 from diffusers_ext.schedulers.timestep_tables import masked_counts
 
 if not hasattr(diffusers, "BlockRefinementScheduler"):
     pytest.skip("this diffusers has no BlockRefinementScheduler", allow_module_level=True)
 
-from diffusers import AmusedScheduler, BlockRefinementScheduler, DDIMScheduler, EntropyBoundScheduler
+from diffusers import (
+    AmusedPipeline,
+    AmusedScheduler,
+    BlockRefinementScheduler,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EntropyBoundScheduler,
+    LLaDA2Pipeline,
+    UVit2DModel,
+    VQModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from diffusers_ext import TableAmusedScheduler, TableBlockRefinementScheduler
 
@@ -231,6 +243,67 @@ def test_samples_follow_the_enumerated_law(exact, kind):
     spread = (expected * (1 - expected) / len(tokens)).sqrt()
     assert ((shares - expected).abs() <= 6 * spread + 2 / len(tokens)).all()
     assert total_variation(shares, expected) < 1.5 * float(spread.sum()) / 2
+
+
+# diffusers' pipelines
+
+
+def amused(scheduler) -> AmusedPipeline:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    transformer = UVit2DModel(
+        **sizes, use_bias=False, cond_embed_dim=8, micro_cond_encode_dim=2, micro_cond_embed_dim=10,
+        encoder_hidden_size=8, vocab_size=32, codebook_size=32, in_channels=8, block_out_channels=8, num_res_blocks=1,
+        block_num_heads=1,
+    )  # fmt: skip
+    vqvae = VQModel(
+        block_out_channels=[8], latent_channels=8, norm_num_groups=8, num_vq_embeddings=32, sample_size=8,
+        mid_block_add_attention=False, lookup_from_codebook=True,
+    )  # fmt: skip
+    text = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, vocab_size=100, projection_dim=8))
+    pipe = AmusedPipeline(vqvae, None, text, transformer, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_amused_saves_loads_and_exports(tmp_path):
+    torch.manual_seed(0)
+    pipe = amused(TableAmusedScheduler(31, timestep_tables={"4": TABLE}))
+    pipe.save_pretrained(tmp_path / "saved")
+    export_pipeline(pipe, tmp_path / "exported")
+    embeds = {"prompt_embeds": torch.ones(1, 8), "encoder_hidden_states": torch.ones(1, 5, 8)}
+    found = []
+    for one in (
+        pipe,
+        DiffusionPipeline.from_pretrained(tmp_path / "saved"),
+        DiffusionPipeline.from_pretrained(tmp_path / "exported", trust_remote_code=True),
+    ):
+        one.set_progress_bar_config(disable=True)
+        counts, options = [], {"guidance_scale": 0.0, "height": 10, "width": 2, "output_type": "latent"}
+        tokens = one(
+            **embeds, **options, num_inference_steps=4, generator=torch.Generator().manual_seed(0),
+            callback=lambda i, t, x, counts=counts: counts.append(int((x == 31).sum())),
+        )  # fmt: skip
+        assert counts == [18, 14, 6, 0]
+        found.append(tokens.images)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_llada2_commits_as_the_table_says():
+    counts = []
+
+    class Network(torch.nn.Module):
+        def forward(self, tokens, **_):
+            counts.append(int((tokens[:, -20:] == MASK).sum()))
+            return type("Output", (), {"logits": torch.nn.functional.pad(logits_of(tokens), (0, 1), value=-1e9)})
+
+    pipe = LLaDA2Pipeline(Network(), TableBlockRefinementScheduler(20, timestep_tables={"4": TABLE}))
+    pipe.set_progress_bar_config(disable=True)
+    prompt = torch.zeros(1, 20, dtype=torch.long)
+    result = pipe(
+        input_ids=prompt, gen_length=40, block_length=20, num_inference_steps=4, threshold=1.0, temperature=1.0,
+        editing_threshold=None, mask_token_id=MASK, eos_token_id=None, output_type="seq",
+    )  # fmt: skip
+    assert counts == [20, 18, 14, 6] * 2 and not (result.sequences == MASK).any()
 
 
 # Refused

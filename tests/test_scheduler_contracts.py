@@ -1,6 +1,7 @@
 """Every scheduler of the package goes through SchedulerContract."""
 
 import inspect
+import sys
 from contextlib import suppress
 
 import pytest
@@ -109,3 +110,9 @@ def exported() -> list[type]:
 def test_every_scheduler_is_covered(cls):
     contracts = [value for name, value in globals().items() if name.startswith("Test")]
     assert cls in [contract.cls for contract in contracts]
+
+
+@pytest.mark.parametrize("cls", exported(), ids=lambda cls: cls.__name__)
+def test_diffusers_loads_it_as_a_component(cls):
+    """By a base class that it looks for in the module which the pipeline's index names."""
+    assert issubclass(cls, sys.modules[cls.__module__].SchedulerMixin)
