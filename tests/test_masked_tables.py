@@ -252,7 +252,7 @@ def amused(scheduler) -> AmusedPipeline:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     transformer = UVit2DModel(
         **sizes, use_bias=False, cond_embed_dim=8, micro_cond_encode_dim=2, micro_cond_embed_dim=10,
-        encoder_hidden_size=8, vocab_size=32, codebook_size=32, in_channels=8, block_out_channels=8, num_res_blocks=1,
+        encoder_hidden_size=8, vocab_size=33, codebook_size=32, in_channels=8, block_out_channels=8, num_res_blocks=1,
         block_num_heads=1,
     )  # fmt: skip
     vqvae = VQModel(
@@ -267,21 +267,21 @@ def amused(scheduler) -> AmusedPipeline:
 
 def test_amused_saves_loads_and_exports(tmp_path):
     torch.manual_seed(0)
-    pipe = amused(TableAmusedScheduler(31, timestep_tables={"4": TABLE}))
+    pipe = amused(TableAmusedScheduler(32, timestep_tables={"4": TABLE}))
     pipe.save_pretrained(tmp_path / "saved")
     export_pipeline(pipe, tmp_path / "exported")
     embeds = {"prompt_embeds": torch.ones(1, 8), "encoder_hidden_states": torch.ones(1, 5, 8)}
     found = []
     for one in (
         pipe,
-        DiffusionPipeline.from_pretrained(tmp_path / "saved"),
-        DiffusionPipeline.from_pretrained(tmp_path / "exported", trust_remote_code=True),
+        DiffusionPipeline.from_pretrained(tmp_path / "saved", tokenizer=None),
+        DiffusionPipeline.from_pretrained(tmp_path / "exported", tokenizer=None, trust_remote_code=True),
     ):
         one.set_progress_bar_config(disable=True)
         counts, options = [], {"guidance_scale": 0.0, "height": 10, "width": 2, "output_type": "latent"}
         tokens = one(
             **embeds, **options, num_inference_steps=4, generator=torch.Generator().manual_seed(0),
-            callback=lambda i, t, x, counts=counts: counts.append(int((x == 31).sum())),
+            callback=lambda i, t, x, counts=counts: counts.append(int((x == 32).sum())),
         )  # fmt: skip
         assert counts == [18, 14, 6, 0]
         found.append(tokens.images)
@@ -292,6 +292,8 @@ def test_llada2_commits_as_the_table_says():
     counts = []
 
     class Network(torch.nn.Module):
+        device, dtype = torch.device("cpu"), torch.float32
+
         def forward(self, tokens, **_):
             counts.append(int((tokens[:, -20:] == MASK).sum()))
             return type("Output", (), {"logits": torch.nn.functional.pad(logits_of(tokens), (0, 1), value=-1e9)})
