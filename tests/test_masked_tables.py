@@ -340,6 +340,13 @@ def search(scheduler, **options):
     return optimize_timesteps(lambda x, t: torch.ones(*x.shape, 3), scheduler, data, (2,), **options)
 
 
+def test_the_network_is_asked_in_evaluation_mode(exact):
+    model, modes = Model(exact[1], 3, 3).train(), []
+    model.register_forward_pre_hook(lambda *_: modes.append(model.training))
+    optimize_timesteps(model, AmusedScheduler(3), exact[0].draw(4), (2,), progress=False)
+    assert modes and not any(modes) and model.training
+
+
 @BOTH
 def test_a_table_of_another_vocabulary(stock, ours, settings):
     scheduler = TimestepTables({4: TABLE}, {"kernel": "absorbing", "vocab_size": 4}).apply_to(stock(**settings))

@@ -98,16 +98,17 @@ def optimize_timesteps(
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    cost = _cost(method, objective, alpha, held)
+    numbers = _numbers(num_inference_steps, method)
     data = _first(data, num_samples)
-    network, scheduler = network_and_chain(model, scheduler, data, mask_token_id)
+    with _evaluating(model):
+        network, scheduler = network_and_chain(model, scheduler, data, mask_token_id)
     if scheduler.sampler.evaluations_per_step > 1:
         raise ValueError(
             f"tables are about steps that hold one prediction, and sampler={scheduler.config.sampler!r} makes"
             f" {scheduler.sampler.evaluations_per_step} a step; optimise with sampler='euler', whose tables it takes"
         )
-    cost = _cost(method, objective, alpha, held)
     free_end = _free_end(last_edge, method, scheduler)
-    numbers = _numbers(num_inference_steps, method)
     grid = _grid(method, scheduler, data.shape[1], grid_size)
     num_report_samples = _num_report(num_report_samples, method, len(data))
     settings = {
