@@ -23,7 +23,16 @@ __all__ = [
     "boost_and_skip",
 ]
 
-if hasattr(_diffusers, "DiscreteDDIMScheduler"):  # not in every diffusers that is supported
+# Those of diffusers with timestep tables, whose parents are not in every diffusers that is supported
+if hasattr(_diffusers, "AmusedScheduler"):
+    from .scheduling_amused_table import TableAmusedScheduler
+
+    __all__ += ["TableAmusedScheduler"]
+if hasattr(_diffusers, "BlockRefinementScheduler"):
+    from .scheduling_block_refinement_table import TableBlockRefinementScheduler
+
+    __all__ += ["TableBlockRefinementScheduler"]
+if hasattr(_diffusers, "DiscreteDDIMScheduler"):
     from .scheduling_discrete_ddim_table import TableDiscreteDDIMScheduler
 
     __all__ += ["TableDiscreteDDIMScheduler"]

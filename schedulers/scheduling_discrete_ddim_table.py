@@ -7,8 +7,11 @@ from diffusers import DiscreteDDIMScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_discrete_ddim import DiscreteDDIMSchedulerOutput
 
+# diffusers loads a saved scheduler only if the namespace of its module holds the name SchedulerMixin.
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
+
 from .scheduler_arguments import checked_arguments
-from .timestep_tables import check_tables, interpolated_edges
+from .timestep_tables import check_table_settings, check_vocabulary, table_edges
 
 
 class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
@@ -22,13 +25,13 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
     and the last step commits x_0. diffusers' scheduler has t_i = 1 - i / n; here t_i may come from a table.
 
     timestep_tables: {"8": [t_0, ..., t_8], ...}, strictly decreasing in (0, 1]; the last edge of each counts as 0.
-    timestep_table_info: where each comes from, kept and not read. timestep_spacing: "table" takes the table for a
-        number of steps, or interpolates between those for fewer and for more; "uniform", and "table" without any
-        table, is diffusers' scheduler.
+    timestep_table_info: where each comes from, of which the chain's vocabulary is checked. timestep_spacing: "table"
+        takes the table for a number of steps, or interpolates between those for fewer and for more; "uniform", and
+        "table" without any table, is diffusers' scheduler.
     The other arguments are diffusers'.
 
-    A pipeline takes it in place of its own: `pipe.scheduler = TableDiscreteDDIMScheduler.from_config(
-    pipe.scheduler.config, timestep_tables=...)`, and goes on counting steps from 0.
+    A pipeline takes it in place of its own, `pipe.scheduler = tables.apply_to(pipe.scheduler)`, and goes on counting
+    steps from 0.
 
     Raises ValueError for tables that do not decrease strictly in (0, 1], and for another spacing.
     """
@@ -55,9 +58,7 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
             corrector_selection=corrector_selection,
             corrector_selection_tau=corrector_selection_tau,
         )
-        if timestep_spacing not in ("uniform", "table"):
-            raise ValueError(f'timestep_spacing must be "uniform" or "table", got {timestep_spacing!r}')
-        check_tables(timestep_tables, timestep_table_info)
+        check_table_settings(timestep_spacing, timestep_tables, timestep_table_info)
         self._weights: dict[tuple[int, torch.device], torch.Tensor] = {}  # by vocab_size and device, for one schedule
 
     @checked_arguments
@@ -71,10 +72,7 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
     @property
     def table(self) -> list[float] | None:
         """The edges for the number of steps as set, or None where diffusers' even steps hold."""
-        tables = {int(n): edges for n, edges in (self.config.timestep_tables or {}).items()}
-        if not tables or self.config.timestep_spacing == "uniform":
-            return None
-        return interpolated_edges(tables, self.num_inference_steps, end=1.0)  # no edge is above it: nothing is left
+        return table_edges(self.config, self.num_inference_steps)
 
     def _alpha(self, step_index: int) -> float:
         """alpha at the start of a step; `step_correct` of diffusers reads it too."""
@@ -97,7 +95,7 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
 
         model_output: logits (batch, length, vocab_size). timestep: the step, from 0. sample: (batch, length) int64.
 
-        Raises ValueError for other shapes and a temperature below 0.
+        Raises ValueError for other shapes, a temperature below 0 and another vocabulary than the tables'.
         """
         if sample.ndim != 2 or model_output.shape[:-1] != sample.shape or not (temperature >= 0):
             raise ValueError(
@@ -110,6 +108,7 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
             return super().step(
                 model_output, timestep, sample, temperature=temperature, generator=generator, return_dict=return_dict
             )
+        check_vocabulary(self.config, model_output.shape[-1])
         clean, probability = self._sample_from_logits(model_output, temperature=temperature, generator=generator)
         weights = self._weights_at(timestep, model_output.shape[-1], sample.device)
         prev_sample = self._posterior_draw(sample, clean, weights, model_output.shape[-1], generator)

@@ -94,6 +94,50 @@ def tables_for(config: Mapping, counts_tokens: bool, chain) -> dict[int, list[fl
     return tables
 
 
+def check_table_settings(spacing: str, tables, info) -> None:
+    """Raise ValueError for what a scheduler's timestep_spacing, timestep_tables and timestep_table_info may not be."""
+    if spacing not in ("uniform", "table"):
+        raise ValueError(f'timestep_spacing must be "uniform" or "table", got {spacing!r}')
+    check_tables(tables, info)
+
+
+def table_edges(config: Mapping, steps: int) -> list[float] | None:
+    """The edges of a number of steps whose last one ends at 0; None where a scheduler's own steps hold.
+
+    config: of a scheduler of diffusers with tables. The last edge of a table counts as 0, and is no further step.
+    """
+    tables = {int(n): edges for n, edges in (config["timestep_tables"] or {}).items()}
+    if not tables or config["timestep_spacing"] == "uniform":
+        return None
+    return interpolated_edges(tables, steps, end=1.0)  # no edge is above it: nothing is left
+
+
+def check_vocabulary(config: Mapping, num_tokens: int) -> None:
+    """Raise ValueError unless the tables of a config were made for networks of this number of real tokens."""
+    for steps, entry in (config["timestep_table_info"] or {}).items():
+        chain = entry.get("chain", {})
+        size = chain.get("vocab_size")
+        made_for = size - (chain.get("kernel") == "absorbing") if isinstance(size, int) else num_tokens
+        if made_for != num_tokens:
+            raise ValueError(
+                f"timestep_tables[{steps!r}] was made for a network of {made_for} tokens, model_output has"
+                f' {num_tokens}; optimise tables for this model, or use timestep_spacing="uniform"'
+            )
+
+
+def masked_counts(edges: list[float], length: int) -> list[int]:
+    """How many of `length` tokens are masked after each step of a masked model; the last one leaves none.
+
+    An edge is the share of tokens that are masked there, rounded to tokens so that every step unmasks at least one as
+    long as there are any.
+    """
+    counts, left = [], length
+    for later, share in zip(range(len(edges) - 2, -1, -1), [*edges[1:-1], 0.0], strict=True):
+        left = max(0, min(left - 1, max(later, round(length * share))))
+        counts.append(left)
+    return counts
+
+
 def interpolated_edges(tables: Mapping[int, list[float]], steps: int, end: float) -> list[float]:
     r"""Edges for a number of steps out of tables: the one for it, or between the next smaller and the next larger.
 

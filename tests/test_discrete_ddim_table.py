@@ -5,7 +5,7 @@ from itertools import pairwise
 import diffusers
 import pytest
 import torch
-from exact_chains import ExactNetwork, all_sequences, exact_scheduler, markov_chain, total_variation
+from exact_chains import ExactNetwork, all_sequences, markov_chain, total_variation
 
 from diffusers_ext.jump_your_steps import TimestepTables, optimize_timesteps
 
@@ -15,7 +15,7 @@ if not hasattr(diffusers, "DiscreteDDIMScheduler"):
 from diffusers import DiscreteDDIMScheduler
 
 from diffusers_ext import TableDiscreteDDIMScheduler
-from diffusers_ext.jump_your_steps.discrete_ddim import discrete_ddim_chain, with_timestep_tables
+from diffusers_ext.jump_your_steps.diffusers_schedulers import chain_of_diffusers
 
 EVEN = [1.0, 0.75, 0.5, 0.25, 1e-6]
 TABLE = [1.0, 0.6, 0.3, 0.1, 1e-5]
@@ -134,14 +134,15 @@ def error(edges: list[float], network: ExactNetwork, chain) -> float:
 
 def test_an_optimised_table_errs_less_than_even_steps():
     chain = markov_chain(3, 4, 1, sharpness=2.5)
-    scheduler = discrete_ddim_chain(3)
-    network = Logits(chain, scheduler)
+    scheduler = DiscreteDDIMScheduler(corrector_steps=2)
+    network = Logits(chain, chain_of_diffusers(scheduler, 3))
     tables = optimize_timesteps(network, scheduler, chain.draw(600), (3, 4, 6), grid_size=48, progress=False)
     for steps in (3, 4, 6):
         even = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
         before, after = error(even, network, chain), error(list(tables[steps]), network, chain)
         assert after < 0.85 * before, (steps, before, after)
-    filled = with_timestep_tables(DiscreteDDIMScheduler(corrector_steps=2), tables, 3)
+    filled = tables.apply_to(scheduler)
+    assert type(filled) is TableDiscreteDDIMScheduler
     assert filled.config.corrector_steps == 2 and filled.config.timestep_table_info["4"]["objective"] == "kl"
     filled.set_timesteps(4)
     assert filled.table == list(tables[4])
@@ -170,7 +171,8 @@ def test_refused_settings(settings, message):
 
 def test_tables_of_other_chains():
     tables = TimestepTables({2: [1.0, 0.4, 0.1]}, {"kernel": "absorbing", "vocab_size": 3})
-    with pytest.raises(ValueError, match="kernel='absorbing', not 'uniform'; vocab_size=3, not 7"):
-        with_timestep_tables(DiscreteDDIMScheduler(), tables, 7)
-    with pytest.raises(ValueError, match="must be a DiscreteDDIMScheduler, got CTMCScheduler"):
-        with_timestep_tables(exact_scheduler("uniform", 3), tables, 3)
+    with pytest.raises(ValueError, match="kernel='absorbing', not 'uniform'"):
+        tables.apply_to(DiscreteDDIMScheduler())
+    scheduler = TimestepTables({4: TABLE}, {"kernel": "uniform", "vocab_size": 9}).apply_to(DiscreteDDIMScheduler())
+    with pytest.raises(ValueError, match="made for a network of 9 tokens, model_output has 7"):
+        sampled(scheduler)

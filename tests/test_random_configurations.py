@@ -38,6 +38,8 @@ from diffusers_ext import (
     ImageClassifier,
     NoiseAwareClassifier,
     SEDDTransformer,
+    TableAmusedScheduler,
+    TableBlockRefinementScheduler,
     TableDiscreteDDIMScheduler,
     jump_your_steps,
     models,
@@ -190,6 +192,8 @@ def test_tables(edges):
         lambda: TimestepTables({name: edges}, {}),
         lambda: CTMCScheduler(vocab_size=3, timestep_tables={name: edges}),
         lambda: TableDiscreteDDIMScheduler(timestep_tables={name: edges}),
+        lambda: TableAmusedScheduler(3, timestep_tables={name: edges}),
+        lambda: TableBlockRefinementScheduler(timestep_tables={name: edges}),
     )
     for make in makers:
         if good:

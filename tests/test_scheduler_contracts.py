@@ -1,12 +1,15 @@
 """Every scheduler of the package goes through SchedulerContract."""
 
 import inspect
+import sys
 from contextlib import suppress
 
 import pytest
 import torch
 from contracts import SchedulerContract
 from diffusers import (
+    AmusedScheduler,
+    BlockRefinementScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DiscreteDDIMScheduler,
@@ -75,6 +78,24 @@ class TestCTMC(_Tokens):
         return uniforms, self.sample().flip(1)
 
 
+class TestTableAmused(_Tokens):
+    cls, parent, config = schedulers.TableAmusedScheduler, AmusedScheduler, {"mask_token_id": 9, **TABLE}
+    test_to_the_parent_and_back = SchedulerContract.test_to_the_parent_and_back
+    test_noise_is_added_at_one_time_or_one_a_sample = None  # masks are no noise that is passed in
+
+    def sample(self):
+        return torch.full((4, 6), 9)
+
+
+class TestTableBlockRefinement(_Tokens):
+    cls, parent, config = schedulers.TableBlockRefinementScheduler, BlockRefinementScheduler, TABLE
+    test_to_the_parent_and_back = SchedulerContract.test_to_the_parent_and_back
+    test_noise_is_added_at_one_time_or_one_a_sample = None  # as its parent's, of blocks after a prompt
+
+    def step(self, scheduler, sample, timestep, **options):
+        return super().step(scheduler, sample, timestep, mask_token_id=8, **options)
+
+
 class TestTableDiscreteDDIM(_Tokens):
     cls, parent, config = schedulers.TableDiscreteDDIMScheduler, DiscreteDDIMScheduler, TABLE
     test_to_the_parent_and_back = SchedulerContract.test_to_the_parent_and_back
@@ -89,3 +110,9 @@ def exported() -> list[type]:
 def test_every_scheduler_is_covered(cls):
     contracts = [value for name, value in globals().items() if name.startswith("Test")]
     assert cls in [contract.cls for contract in contracts]
+
+
+@pytest.mark.parametrize("cls", exported(), ids=lambda cls: cls.__name__)
+def test_diffusers_loads_it_as_a_component(cls):
+    """By a base class that it looks for in the module which the pipeline's index names."""
+    assert issubclass(cls, sys.modules[cls.__module__].SchedulerMixin)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
 from ..pipelines.call_arguments import checked_arguments
@@ -16,6 +17,7 @@ from ..runs.processes import Processes
 from ..runs.provenance import describe_component, drawing_versions, hash_of
 from ..schedulers import CTMCScheduler
 from .costs import Cost, Grid, cheapest_schedules, total_cost
+from .diffusers_schedulers import network_and_chain
 from .golden import Bracket, best_hierarchy, golden_middle, hierarchical_tables, levels_of
 from .klub import KLUB
 from .statistics import RateStatistics, accumulate
@@ -28,7 +30,7 @@ GRID_SIZES = {"exact": 256, "hierarchical": 256, "golden": 1024}
 @checked_arguments
 def optimize_timesteps(
     model: Callable,
-    scheduler: CTMCScheduler,
+    scheduler: SchedulerMixin,
     data: torch.Tensor,
     num_inference_steps: Sequence[int] = (4, 8, 16, 32),
     method: str = "exact",
@@ -44,6 +46,7 @@ def optimize_timesteps(
     grid_size: int | None = None,
     num_positions: int | None = None,
     given: torch.Tensor | None = None,
+    mask_token_id: int | None = None,
     seed: int = 0,
     noise: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     average: str = "sequences",
@@ -57,7 +60,10 @@ def optimize_timesteps(
         pipe.scheduler = tables.apply_to(pipe.scheduler)  # pipe(num_inference_steps=12) then takes the table
 
     model: called as model(tokens (batch, length), time (batch,)), such as a pipeline's; put in evaluation mode
-        meanwhile. scheduler: its chain and its sampler; with "gillespie" the tables are about numbers of tokens.
+        meanwhile. scheduler: its chain and its sampler; with "gillespie" the tables are about numbers of tokens. Or
+        diffusers' DiscreteDDIMScheduler, AmusedScheduler or BlockRefinementScheduler, whose network gives logits and
+        need not look at the time; `apply_to` then gives the scheduler with tables that takes its place.
+    mask_token_id: the mask of a BlockRefinementScheduler's network, which that scheduler does not know.
     data: sequences like those to generate, (count, length) integers; the first num_samples are used, by default all.
         exact and hierarchical choose the tables on all of these but the last num_report_samples, by default a quarter,
         and say on the last what the steps cost on sequences that have not chosen them: info's "bound" and
@@ -92,15 +98,17 @@ def optimize_timesteps(
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    cost = _cost(method, objective, alpha, held)
+    numbers = _numbers(num_inference_steps, method)
+    data = _first(data, num_samples)
+    with _evaluating(model):
+        network, scheduler = network_and_chain(model, scheduler, data, mask_token_id)
     if scheduler.sampler.evaluations_per_step > 1:
         raise ValueError(
             f"tables are about steps that hold one prediction, and sampler={scheduler.config.sampler!r} makes"
             f" {scheduler.sampler.evaluations_per_step} a step; optimise with sampler='euler', whose tables it takes"
         )
-    cost = _cost(method, objective, alpha, held)
     free_end = _free_end(last_edge, method, scheduler)
-    numbers = _numbers(num_inference_steps, method)
-    data = _first(data, num_samples)
     grid = _grid(method, scheduler, data.shape[1], grid_size)
     num_report_samples = _num_report(num_report_samples, method, len(data))
     settings = {
@@ -120,14 +128,14 @@ def optimize_timesteps(
     with _evaluating(model), work.locked():
         if method == "golden":
             klub = KLUB(
-                model, scheduler, data, coupling=coupling, given=given, seed=seed, noise=noise, batch_size=batch_size,
-                average=average, accelerator=accelerator,
+                network, scheduler, data, coupling=coupling, given=given, seed=seed, noise=noise, average=average,
+                batch_size=batch_size, accelerator=accelerator,
             )  # fmt: skip
             found, evaluations = _golden(klub, grid, numbers, work)
             further = {"coupling": coupling}
         else:
             statistics = RateStatistics(
-                model, scheduler, data, (cost,), grid_size=grid.size, given=given, seed=seed, noise=noise,
+                network, scheduler, data, (cost,), grid_size=grid.size, given=given, seed=seed, noise=noise,
                 num_positions=num_positions,
             )  # fmt: skip
             found, evaluations, reported = _by_statistics(

@@ -5,12 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
 from ..checkpoints.tensor_files import read_torch_file
 from ..pipelines.call_arguments import checked_arguments
 from ..runs.files import replacing
 from ..schedulers import CTMCScheduler
 from ..schedulers.timestep_tables import chain_of as chain_of_config
 from ..schedulers.timestep_tables import check_chain, check_tables
+from .diffusers_schedulers import chain_of_diffusers, kernel_and_class
 
 FORMAT = "diffusers_ext timestep tables, 1"
 
@@ -121,17 +124,29 @@ class TimestepTables:
         return cls(config.timestep_tables or {}, chain_of(scheduler), config.timestep_table_info or {})
 
     @checked_arguments
-    def apply_to(self, scheduler: CTMCScheduler) -> CTMCScheduler:
+    def apply_to(self, scheduler: SchedulerMixin) -> SchedulerMixin:
         """A scheduler with these tables in its config, which `set_timesteps(n)` takes, and `save_pretrained` writes.
 
-        Tables that it has for other numbers of steps stay. Raises ValueError if the tables are for another chain.
+        Of diffusers' schedulers for which `optimize_timesteps` makes tables, that is the class of this package that
+        takes their place. Tables that it has for other numbers of steps stay.
+
+        Raises ValueError if the tables are for another chain, and for a scheduler that takes none.
         """
-        check_chain(self.chain, scheduler.config, type(scheduler).__name__)
-        before = TimestepTables.of(scheduler)
+        chain, config = dict(self.chain), scheduler.config
+        if isinstance(scheduler, CTMCScheduler):
+            cls, before = type(scheduler), TimestepTables.of(scheduler)
+        else:  # knows no vocabulary, so that its steps compare the network's output instead
+            cls, config = kernel_and_class(scheduler)[1], chain_of_diffusers(scheduler, 2).config
+            chain.pop("vocab_size", None)
+            before = [scheduler.config.get(name) or {} for name in ("timestep_tables", "timestep_table_info")]
+            before = TimestepTables(before[0], {}, before[1])
+        check_chain(chain, config, type(scheduler).__name__)
         tables = {**before.tables, **self.tables}
         info = {**{n: entry for n, entry in before.info.items() if n not in self.tables}, **self.info}
-        return type(scheduler).from_config(
-            scheduler.config,
+        # without diffusers' note of defaults, which has those that were given by position, and loses them
+        settings = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+        return cls.from_config(
+            settings,
             timestep_tables={str(n): list(tables[n]) for n in sorted(tables)},
             timestep_table_info={str(n): info[n] for n in sorted(info)},
             timestep_spacing="table",
