@@ -11,7 +11,10 @@ arXiv 2502.06516) changes a stock sampler in two places. With the steps of the s
 gamma 4 (CelebA-64) and 2.5 (ImageNet-64) with skip_steps 3 of 250. gamma 1 and skip_steps 0 is the stock scheduler,
 bit for bit.
 
-Both numbers are scheduler configuration, so every pipeline that honours `init_noise_sigma` gets them with
+What the skip means is the noise level that the sampler starts from, and 3 steps of 250 are another one than 3 of 50.
+`skip_to_sigma` names the level itself: the first step that is kept is the one whose sigma is nearest to it.
+
+All are scheduler configuration, so every pipeline that honours `init_noise_sigma` gets them with
 
     pipe.scheduler = boost_and_skip(pipe.scheduler, gamma=2.5, skip_steps=3)
 
@@ -37,9 +40,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 
-def _checked(gamma: float, skip_steps: int) -> tuple[float, int]:
-    """Both numbers as plain (JSON-able) Python numbers. Raises ValueError if one is not allowed."""
-    if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real) or not (math.isfinite(gamma) and gamma > 0):
+def _checked(gamma: float, skip_steps: int, skip_to_sigma: float | None) -> tuple[float, int, float | None]:
+    """The three as plain (JSON-able) Python numbers. Raises ValueError if one is not allowed."""
+    if not (_is_number(gamma) and gamma > 0):
         raise ValueError(
             f"gamma={gamma!r} must be a finite number > 0: it multiplies the standard deviation of the initial noise."
             " Pass gamma=1.0 to switch the boost off."
@@ -49,22 +52,45 @@ def _checked(gamma: float, skip_steps: int) -> tuple[float, int]:
             f"skip_steps={skip_steps!r} must be an integer >= 0: it counts the steps dropped from the start of the"
             " schedule. Pass skip_steps=0 to drop none."
         )
-    return float(gamma), int(skip_steps)
+    if skip_to_sigma is None:
+        return float(gamma), int(skip_steps), None
+    if not (_is_number(skip_to_sigma) and skip_to_sigma > 0):
+        raise ValueError(
+            f"skip_to_sigma={skip_to_sigma!r} must be a finite number > 0: the noise level, noise over signal, of the"
+            " first step that is kept. Pass None to drop none."
+        )
+    if skip_steps:
+        raise ValueError(
+            f"skip_steps={skip_steps} and skip_to_sigma={skip_to_sigma} both say where the sampler starts: pass one."
+        )
+    return float(gamma), int(skip_steps), float(skip_to_sigma)
+
+
+def _noise_over_signal(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """sqrt((1 - alpha) / alpha), float64, of a table of any shape."""
+    alphas = alphas_cumprod.cpu().double()  # which not every device has
+    return ((1 - alphas) / alphas).sqrt()
+
+
+def _is_number(value: float) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _boosted_init(parent: type[SchedulerMixin]):
-    """`__init__` with every parameter of `parent`, then `gamma` and `skip_steps` as keywords.
+    """`__init__` with every parameter of `parent`, then `gamma`, `skip_steps` and `skip_to_sigma` as keywords.
 
     diffusers reads the config keys off the signature, which must therefore be spelled out: behind a bare `**kwargs`
     `from_config` would show the given values in the config but build the scheduler with the defaults.
     """
     inherited = inspect.signature(parent.__init__)
 
-    def __init__(self, *args, gamma: float = 1.0, skip_steps: int = 0, **kwargs):
-        gamma, skip_steps = _checked(gamma, skip_steps)
+    def __init__(
+        self, *args, gamma: float = 1.0, skip_steps: int = 0, skip_to_sigma: float | None = None, **kwargs
+    ):
+        gamma, skip_steps, skip_to_sigma = _checked(gamma, skip_steps, skip_to_sigma)
         # By name, because diffusers takes positional arguments for defaults and then leaves them out of from_config.
         parent.__init__(**inherited.bind(self, *args, **kwargs).arguments)
-        self.register_to_config(gamma=gamma, skip_steps=skip_steps)
+        self.register_to_config(gamma=gamma, skip_steps=skip_steps, skip_to_sigma=skip_to_sigma)
         if "init_noise_sigma" in vars(self):  # in Euler it is a property, see there
             self.init_noise_sigma = gamma
 
@@ -91,8 +117,15 @@ class _BoostAndSkip:
     _tables = ("timesteps",)
 
     def _drop_skipped_steps(self):
-        """Drop the first `skip_steps` entries of each table. Raises ValueError if no step would be left."""
-        skip_steps, num_steps = self.config.skip_steps, len(self.timesteps)
+        """Drop the first entries of each table, `skip_steps` or those before the sigma nearest to `skip_to_sigma`.
+
+        Raises ValueError if no step would be left, and for a sigma that the schedule does not reach.
+        """
+        if self.config.skip_to_sigma is not None:
+            skip_steps = self._steps_before(self.config.skip_to_sigma)
+        else:
+            skip_steps = self.config.skip_steps
+        num_steps = len(self.timesteps)
         if skip_steps >= num_steps:
             raise ValueError(
                 f"skip_steps={skip_steps} must be smaller than the number of steps, and this schedule has {num_steps}:"
@@ -100,6 +133,25 @@ class _BoostAndSkip:
             )
         for table in self._tables:
             setattr(self, table, getattr(self, table)[skip_steps:])
+
+    def _steps_before(self, sigma: float) -> int:
+        """How many steps lie before the one whose noise level is nearest to sigma, by their ratio.
+
+        The highest level that can be asked for is that of the last training timestep: with few steps a schedule may
+        start below it, and then no step is dropped.
+        """
+        levels = self._noise_levels()
+        highest = max(_noise_over_signal(self.alphas_cumprod)[-1].item(), levels[0])
+        if not levels[-1] <= sigma <= highest:
+            raise ValueError(
+                f"skip_to_sigma={sigma:g} is outside of the noise levels of this schedule, {levels[-1]:.4g} to"
+                f" {highest:.4g} (noise over signal): choose one between them."
+            )
+        return min(range(len(levels)), key=lambda i: abs(math.log(levels[i] / sigma)))
+
+    def _noise_levels(self) -> list[float]:
+        """Noise over signal at the start of each step of the schedule as set."""
+        return _noise_over_signal(self.alphas_cumprod)[self.timesteps.cpu().long()].tolist()
 
     def _checked_timesteps(self, timesteps: list[int]) -> np.ndarray:
         table, end = np.asarray(timesteps), self.config.num_train_timesteps
@@ -122,9 +174,12 @@ class BoostAndSkipDDPMScheduler(_BoostAndSkip, DDPMScheduler):
     Args:
         gamma: factor on the standard deviation of the initial noise, finite and > 0; 1 is off.
         skip_steps: steps dropped from the start of the schedule as set, >= 0; 0 is off.
+        skip_to_sigma: instead of `skip_steps`, the noise level (noise over signal, > 0) to start from, whatever the
+            number of steps: those before the step whose level is nearest, by the ratio, are dropped; None is off.
 
     Raises:
-        ValueError: if `gamma` or `skip_steps` is out of range, or (in `set_timesteps`) no step would be left.
+        ValueError: if one of the three is out of range, for both kinds of skip at once, or (in `set_timesteps`) if no
+            step would be left or the schedule does not reach `skip_to_sigma`.
     """
 
     __init__ = _boosted_init(DDPMScheduler)
@@ -140,13 +195,16 @@ class BoostAndSkipDDPMScheduler(_BoostAndSkip, DDPMScheduler):
 class BoostAndSkipEulerDiscreteScheduler(_BoostAndSkip, EulerDiscreteScheduler):
     """`EulerDiscreteScheduler` with `gamma` and `skip_steps`: `timesteps` and `sigmas` are cut together.
 
-    Takes every argument of `EulerDiscreteScheduler`; `gamma`, `skip_steps` and `Raises` as in
+    Takes every argument of `EulerDiscreteScheduler`; `gamma`, `skip_steps`, `skip_to_sigma` and `Raises` as in
     `BoostAndSkipDDPMScheduler`. `s_churn` of `step` is spread over the steps that are kept.
     """
 
     _tables = ("timesteps", "sigmas")
     __init__ = _boosted_init(EulerDiscreteScheduler)
     set_timesteps = _skipping(EulerDiscreteScheduler.set_timesteps)
+
+    def _noise_levels(self) -> list[float]:
+        return self.sigmas[: len(self.timesteps)].tolist()
 
     @property
     def init_noise_sigma(self) -> float | torch.Tensor:
@@ -158,13 +216,17 @@ class BoostAndSkipEulerDiscreteScheduler(_BoostAndSkip, EulerDiscreteScheduler):
 class BoostAndSkipDPMSolverMultistepScheduler(_BoostAndSkip, DPMSolverMultistepScheduler):
     """`DPMSolverMultistepScheduler` with `gamma` and `skip_steps`: `timesteps` and `sigmas` are cut together.
 
-    Takes every argument of `DPMSolverMultistepScheduler`; `gamma`, `skip_steps` and `Raises` as in
+    Takes every argument of `DPMSolverMultistepScheduler`; `gamma`, `skip_steps`, `skip_to_sigma` and `Raises` as in
     `BoostAndSkipDDPMScheduler`. The solver starts anew, at order 1, at the first kept step.
     """
 
     _tables = ("timesteps", "sigmas")
     __init__ = _boosted_init(DPMSolverMultistepScheduler)
     set_timesteps = _skipping(DPMSolverMultistepScheduler.set_timesteps)
+
+    def _noise_levels(self) -> list[float]:
+        levels = self.sigmas[: len(self.timesteps)].double()
+        return (levels / (1 - levels) if self.config.use_flow_sigmas else levels).tolist()
 
 
 class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
@@ -173,9 +235,10 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
     A step goes from a timestep to the next entry of the table, also where the table is uneven. The stock scheduler
     goes to t - num_train_timesteps // num_inference_steps instead, which is another timestep for linspace spacing and
     for trailing spacing that does not divide evenly. To equal it bit for bit, that rule is kept while nothing is
-    changed: gamma 1, skip_steps 0 and a table set by its number of steps.
+    changed: gamma 1, nothing skipped and a table set by its number of steps.
 
-    Takes every argument of `DDIMScheduler`; `gamma`, `skip_steps` and `Raises` as in `BoostAndSkipDDPMScheduler`.
+    Takes every argument of `DDIMScheduler`; `gamma`, `skip_steps`, `skip_to_sigma` and `Raises` as in
+    `BoostAndSkipDDPMScheduler`.
     """
 
     custom_timesteps = False
@@ -307,7 +370,7 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
         return self._table[t + 1][0], self._table[s.clamp(min=-1) + 1][0]
 
     def _follows_stock_rule(self) -> bool:
-        off = self.config.gamma == 1 and self.config.skip_steps == 0
+        off = (self.config.gamma, self.config.skip_steps, self.config.skip_to_sigma) == (1, 0, None)
         return bool(off and self.num_inference_steps and not self.custom_timesteps)
 
     def _predict(self, model_output, sample, alpha_prod_t):
@@ -332,23 +395,32 @@ _BOOSTED = {
 
 
 def boost_and_skip(
-    scheduler: SchedulerMixin, gamma: float | None = None, skip_steps: int | None = None
+    scheduler: SchedulerMixin,
+    gamma: float | None = None,
+    skip_steps: int | None = None,
+    skip_to_sigma: float | None = None,
 ) -> SchedulerMixin:
     """The Boost-and-Skip scheduler with the config of `scheduler`; one that is boosted already gets the new numbers.
 
-    A number left out is off for a stock scheduler (gamma 1, skip_steps 0) and stays as it is for a boosted one. The
-    class must be one of the four exactly: a subclass, or a variant such as `DDPMParallelScheduler`, may hold tables of
-    its own, which a cut would not reach. The result is a new scheduler: call `set_timesteps` on it.
+    A number left out is off for a stock scheduler (gamma 1, no skip) and stays as it is for a boosted one, of which a
+    new skip of either kind replaces the old one. The class must be one of the four exactly: a subclass, or a variant
+    such as `DDPMParallelScheduler`, may hold tables of its own, which a cut would not reach. The result is a new
+    scheduler: call `set_timesteps` on it.
 
     Raises:
-        ValueError: for a scheduler of any other class, and if `gamma` or `skip_steps` is out of range.
+        ValueError: for a scheduler of any other class, if a number is out of range, and for both kinds of skip.
     """
     cls = type(scheduler)
-    given = {name: value for name, value in (("gamma", gamma), ("skip_steps", skip_steps)) if value is not None}
+    given = {"gamma": gamma, "skip_steps": skip_steps, "skip_to_sigma": skip_to_sigma}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.keys() & {"skip_steps", "skip_to_sigma"}:
+        given = {"skip_steps": 0, "skip_to_sigma": None, **given}
     if cls in _BOOSTED.values():
         return cls.from_config(scheduler.config, **given)
     if cls in _BOOSTED:  # a stock scheduler made from ours keeps its numbers in the config, so off is said aloud
-        return _BOOSTED[cls].from_config(scheduler.config, **{"gamma": 1.0, "skip_steps": 0, **given})
+        return _BOOSTED[cls].from_config(
+            scheduler.config, **{"gamma": 1.0, "skip_steps": 0, "skip_to_sigma": None, **given}
+        )
     advice = (
         "Unless the model is distilled, convert first: EulerDiscreteScheduler.from_config(pipe.scheduler.config)."
         if hasattr(scheduler, "alphas_cumprod")

@@ -667,8 +667,9 @@ def test_signatures_that_pipelines_inspect(name):
     stock_schedule = list(inspect.signature(stock.set_timesteps).parameters)
     assert schedule == stock_schedule + ["timesteps"] * (name == "ddim")
     init = inspect.signature(type(ours).__init__).parameters
-    assert list(init) == [*inspect.signature(type(stock).__init__).parameters, "gamma", "skip_steps"]
-    assert (init["gamma"].default, init["skip_steps"].default) == (1.0, 0)
+    own = {"gamma": 1.0, "skip_steps": 0, "skip_to_sigma": None}
+    assert list(init) == [*inspect.signature(type(stock).__init__).parameters, *own]
+    assert {key: init[key].default for key in own} == own
     assert ours.order == stock.order == 1
     assert type(ours).__module__ == "diffusers_ext.schedulers.scheduling_boost_and_skip"
 
