@@ -114,8 +114,8 @@ class BoostAndSkipPipeline(DiffusionPipeline):
                 the scheduler's, or 1.
             skip_steps: how many of the first steps to drop, >= 0. The paper drops 3 of 250. By default the
                 scheduler's, or 0. All three hold for this call: afterwards `self.scheduler` is the one it was.
-            skip_to_sigma: in place of skip_steps, the noise level (noise over signal) to start from: the steps before
-                the one whose level is nearest are dropped, so that the start stays where it is for any number of steps.
+            skip_to_sigma: in place of skip_steps, the noise level (noise over signal) to start from, for any number of
+                steps: those before the step whose level is nearest are dropped.
             guidance_scale: w in eps_null + w (eps_label - eps_null); 1 is off.
             eta: 0 for DDIM, 1 for its ancestral form; only for schedulers that take it.
             use_clipped_model_output: for DDIM, whether the noise is derived anew from the clipped x0. By default
@@ -181,7 +181,7 @@ class BoostAndSkipPipeline(DiffusionPipeline):
 
     @contextmanager
     def _scheduler_for_call(self, gamma: float | None, skip_steps: int | None, skip_to_sigma: float | None):
-        """Put the scheduler of this call in place; yields what is left to do here: noise factor, both kinds of skip."""
+        """Put the scheduler of this call in place; yields what is left to do here: noise factor, two kinds of skip."""
         own, scheduler = self.scheduler, self.scheduler
         if is_boost_and_skip(scheduler):
             given = {"gamma": gamma, "skip_steps": skip_steps, "skip_to_sigma": skip_to_sigma}

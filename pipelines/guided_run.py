@@ -193,7 +193,7 @@ class Run:
 
 
 def _is_distilled(plan: Plan) -> bool:
-    """Whether the guidance weight is an input of the network, as Flux's is, beside true guidance by two predictions."""
+    """Whether the weight is an input of the network, as Flux's is, beside true guidance by two predictions."""
     takes_true = "true_cfg_scale" in inspect.signature(plan.code).parameters
     configs = [getattr(module, "config", {}) for module in plan.networks.values()]
     return takes_true and any(config.get("guidance_embeds") for config in configs)

@@ -84,9 +84,7 @@ def _boosted_init(parent: type[SchedulerMixin]):
     """
     inherited = inspect.signature(parent.__init__)
 
-    def __init__(
-        self, *args, gamma: float = 1.0, skip_steps: int = 0, skip_to_sigma: float | None = None, **kwargs
-    ):
+    def __init__(self, *args, gamma: float = 1.0, skip_steps: int = 0, skip_to_sigma: float | None = None, **kwargs):
         gamma, skip_steps, skip_to_sigma = _checked(gamma, skip_steps, skip_to_sigma)
         # By name, because diffusers takes positional arguments for defaults and then leaves them out of from_config.
         parent.__init__(**inherited.bind(self, *args, **kwargs).arguments)

@@ -86,9 +86,9 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
 )  # fmt: skip
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py files of MODEL's repository while loading it.")
 def sample(
-    model, output, format, pipeline, gamma, skip_steps, skip_to_sigma, num_samples, num_inference_steps, class_labels, random_labels,
-    prompt, prompts, guidance_scale, guidance_interval, sampler, timesteps, batch_size, decode_batch_size, seed,
-    device, dtype, cpu_threads, trust_remote_code,
+    model, output, format, pipeline, gamma, skip_steps, skip_to_sigma, num_samples, num_inference_steps, class_labels,
+    random_labels, prompt, prompts, guidance_scale, guidance_interval, sampler, timesteps, batch_size,
+    decode_batch_size, seed, device, dtype, cpu_threads, trust_remote_code,
 ):  # fmt: skip
     """Draw images, texts or token sequences from MODEL into a folder.
 

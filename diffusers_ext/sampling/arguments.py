@@ -72,9 +72,7 @@ def check_call(pipe: DiffusionPipeline, inputs: dict, call: dict) -> None:
     given = {*inputs, *call, "generator", "output_type"}
     unknown = sorted(given - set(known))
     if unknown:
-        raise ValueError(
-            f"{name} does not take {', '.join(unknown)}; leave it out or choose another pipeline"
-        )
+        raise ValueError(f"{name} does not take {', '.join(unknown)}; leave it out or choose another pipeline")
     named = {key: value for key, value in known.items() if value.kind is not value.VAR_KEYWORD}
     missing = sorted(key for key, value in named.items() if value.default is value.empty and key not in given)
     if missing:

@@ -11,7 +11,7 @@ from ..pipelines.guidance_interval import GuidanceInterval
 from ..pipelines.interval import interval_bounds
 from ..schedulers import boost_and_skip
 
-BOOST = {"gamma": 1, "skip_steps": 0, "skip_to_sigma": None}  # and what is off
+BOOST = ("gamma", "skip_steps", "skip_to_sigma")
 
 
 def applied(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextManager, dict]:
@@ -58,13 +58,20 @@ def _boosted(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextManage
             f"{type(pipe).__name__} does not take gamma, nor multiply its initial noise by scheduler.init_noise_sigma;"
             " pixel-space UNets are boosted by BoostAndSkipPipeline (--pipeline boost-and-skip)"
         )
+    return _scheduled(pipe, boosted_scheduler(pipe, given, call.get("num_inference_steps"))), others
+
+
+def boosted_scheduler(pipe: DiffusionPipeline, given: dict, steps: int | str | None = None) -> SchedulerMixin:
+    """The Boost-and-Skip scheduler of a pipeline; given: of `BOOST`. steps: of the schedule, whose skip is tried.
+
+    Raises ValueError as `boost_and_skip`, and for a skip that leaves no step.
+    """
     if getattr(pipe, "scheduler", None) is None:
         raise ValueError(f"{type(pipe).__name__} has no scheduler that takes {', '.join(given)}; leave it out")
     boosted = boost_and_skip(pipe.scheduler, **given)
-    steps = call.get("num_inference_steps")
-    if isinstance(steps, int):  # a skip that leaves no step is refused now
+    if isinstance(steps, int):
         type(boosted).from_config(boosted.config).set_timesteps(steps)
-    return _scheduled(pipe, boosted), others
+    return boosted
 
 
 @contextmanager
