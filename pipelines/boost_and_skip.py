@@ -282,7 +282,7 @@ def _check_boost_and_skip(gamma: float, skip_steps: int, skip_to_sigma: float | 
             f"skip_to_sigma must be a finite number > 0, noise over signal, got {skip_to_sigma!r}; None skips nothing"
         )
     if skip_steps:
-        raise ValueError(f"give skip_steps or skip_to_sigma, not both, got {skip_steps} and {skip_to_sigma}")
+        raise ValueError(f"{skip_steps=} and {skip_to_sigma=} both say where the sampler starts; give one")
 
 
 def _steps_before(skip_to_sigma: float, scheduler: DDPMScheduler) -> int:

@@ -86,6 +86,7 @@ class Painter:
         if boost := self._boost(settings):
             with _naming(next(iter(boost))):
                 boosted_scheduler(self.pipe, boost, self.steps)
+                applied(self.pipe, boost)
         _, call = self._applied(settings)
         check_call(self.pipe, self._inputs(settings), call)
 
