@@ -87,9 +87,12 @@ class Names(click.ParamType):
 @click.option(
     "--num-inference-steps", type=click.IntRange(min=1), default=None, help="By default the pipeline's own number."
 )
-@click.option("--negative-prompt", default=None, metavar="TEXT")
-@click.option("--height", type=click.IntRange(min=1), default=None)
-@click.option("--width", type=click.IntRange(min=1), default=None)
+@click.option(
+    "--negative-prompt", default=None, metavar="TEXT",
+    help="For text-to-image models; an empty one where true guidance (Flux, Qwen-Image) needs one.",
+)  # fmt: skip
+@click.option("--height", type=click.IntRange(min=1), default=None, help="In pixels; by default the pipeline's own.")
+@click.option("--width", type=click.IntRange(min=1), default=None, help="In pixels; by default the pipeline's own.")
 @click.option(
     "--pipeline", type=click.Choice(["boost-and-skip"]), default=None,
     help="Draw from the model with this pipeline; by default with its own.",
