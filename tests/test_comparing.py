@@ -160,14 +160,14 @@ REFUSED = {
     "weight 1": ({"guidance_scales": 1, "guiders": "apg"}, "guider: .* not guided at guidance_scale=1.0"),
     "interval": ({"guidance_scales": 2, "guidance_intervals": [(2, 1)]}, "sigma_lo < sigma_hi"),
     "guider": ({"guidance_scales": 2, "guiders": ["cfg", "none"]}, "guider: must be one of cfg, apg"),
-    "gamma": ({"gammas": [1, 0]}, "gamma: gamma=0.0 must be a finite number > 0"),
+    "gamma": ({"gammas": [1, 0]}, "gamma: must be > 0, got 0"),
     "skip": ({"skip_steps": [0, 4]}, "skip_steps: skip_steps=4 must be smaller"),
     "both skips": ({"skip_steps": 1, "skip_to_sigma": 2.0}, "both say where the sampler starts"),
     "sigma": ({"skip_to_sigma": 1e9}, "skip_to_sigma: .* outside of the noise levels"),
     "columns": ({"columns": ("sigma",)}, "columns must be among prompt"),
     "size": ({"height": 64}, "does not take height"),
     "empty": ({"seeds": []}, "seed: give at least one value"),
-    "seed": ({"seeds": [-1]}, "seed: must be >= 0, got -1"),
+    "seed": ({"seeds": [-1]}, "seed: must be >= 0 .*got -1"),
 }
 
 
@@ -236,6 +236,11 @@ def test_command(tmp_path):
         (("--guiders", "cfg,foo"), "'foo' is none of cfg, apg"),
         (("--offload", "model"), "on a CPU leave it out"),
         (("--seeds", "0,x"), "not integers"),
+        (("--seeds", "0,-1"), "seed: must be >= 0"),
+        (("--seeds", "1,1"), "more than once"),
+        (("--gammas", "0"), "gamma: must be > 0"),
+        (("--guidance-scales", "nan"), "guidance_scale: must be a finite number"),
+        (("--skip-steps", "1", "--skip-to-sigma", "3"), "give one"),
     ):
         refused = run(*more)
         assert refused.exit_code == 2 and message in refused.output, refused.output

@@ -1,5 +1,6 @@
 """`diffusers-ext compare`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -52,34 +53,86 @@ class Names(click.ParamType):
         return words
 
 
+def axis_of(name: str) -> Callable:
+    """An option's callback that refuses values which are none of an axis, before a model is loaded."""
+
+    def check(ctx, param, value):
+        from ..comparing.settings import axis
+
+        try:
+            if value:
+                axis(name, list(value))
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, param) from error
+        return value
+
+    return check
+
+
 @click.command(cls=ListsCommand)
 @MODEL
 @click.option(
     "--output", type=click.Path(path_type=Path, file_okay=False), required=True,
     help="Folder for grid.png, images/ and comparison.json; new, or one to go on in.",
 )  # fmt: skip
-@click.option("--prompt", multiple=True, metavar="TEXT", help="For text-to-image models; more than one make an axis.")
-@click.option("--class-labels", type=INTEGERS, default=None, help="For class-conditional models.")
 @click.option(
-    "--seeds", type=INTEGERS, default=[0], show_default="0", help="The noise of each column is equal in all rows."
+    "--prompt",
+    callback=axis_of("prompt"),
+    multiple=True,
+    metavar="TEXT",
+    help="For text-to-image models; more than one make an axis.",
 )
 @click.option(
-    "--guidance-scales", type=NUMBERS, default=None, help="1 is off; Flux's and Qwen-Image's true_cfg_scale."
+    "--class-labels",
+    callback=axis_of("class_label"),
+    type=INTEGERS,
+    default=None,
+    help="For class-conditional models.",
 )
 @click.option(
-    "--guidance-intervals", type=Intervals(), default=None,
+    "--seeds",
+    callback=axis_of("seed"),
+    type=INTEGERS,
+    default=[0],
+    show_default="0",
+    help="The noise of each column is equal in all rows.",
+)
+@click.option(
+    "--guidance-scales",
+    callback=axis_of("guidance_scale"),
+    type=NUMBERS,
+    default=None,
+    help="1 is off; Flux's and Qwen-Image's true_cfg_scale.",
+)
+@click.option(
+    "--guidance-intervals", callback=axis_of("guidance_interval"), type=Intervals(), default=None,
     help="Guide in steps that start at noise levels sigma (of EDM) in (LO, HI]; none: in all steps.",
 )  # fmt: skip
 @click.option(
-    "--guiders",
-    type=Names("GUIDERS", "cfg,apg,..."),
-    default=["cfg"],
-    show_default="cfg",
+    "--guiders", callback=axis_of("guider"), type=Names("GUIDERS", "cfg,apg,..."), default=["cfg"], show_default="cfg",
     help="Also cfg-zero, tcfg, mag.",
+)  # fmt: skip
+@click.option(
+    "--gammas",
+    callback=axis_of("gamma"),
+    type=NUMBERS,
+    default=None,
+    help="Boost-and-Skip: factors on the initial noise; 1 is off.",
 )
-@click.option("--gammas", type=NUMBERS, default=None, help="Boost-and-Skip: factors on the initial noise; 1 is off.")
-@click.option("--skip-steps", type=INTEGERS, default=None, help="Boost-and-Skip: first steps to drop.")
-@click.option("--skip-to-sigma", type=NUMBERS, default=None, help="Instead: noise levels sigma to start from.")
+@click.option(
+    "--skip-steps",
+    callback=axis_of("skip_steps"),
+    type=INTEGERS,
+    default=None,
+    help="Boost-and-Skip: first steps to drop.",
+)
+@click.option(
+    "--skip-to-sigma",
+    callback=axis_of("skip_to_sigma"),
+    type=NUMBERS,
+    default=None,
+    help="Instead: noise levels sigma to start from.",
+)
 @click.option(
     "--columns", type=Names("AXES", "seed,..."), default=None,
     help="Axes that make the columns; by default prompt, class_label and seed. The others make the rows.",
@@ -124,6 +177,8 @@ def compare(
     from ..runs.files import check_folder
     from ..shipped import load_pipeline
 
+    if skip_steps is not None and skip_to_sigma is not None:
+        raise click.UsageError("--skip-steps and --skip-to-sigma both say where the sampler starts; give one")
     check_folder(output, KEPT)  # before a large model is loaded
     device = device or best_device()
     if offload is not None and torch.device(device).type == "cpu":

@@ -22,6 +22,7 @@ AXES = (
     "skip_to_sigma",
 )  # fmt: skip
 COLUMNS = ("prompt", "class_label", "seed")
+LARGEST_SEED = 2**62
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Grid:
-    """The axes, each with its values, of which those named in `columns` make the columns and the others the rows."""
+    """The axes, each with its values, of which those named in `columns` make the columns and the others the rows.
+
+    Raises ValueError for columns that are no axes.
+    """
 
     axes: Mapping[str, tuple]
     columns: tuple[str, ...]
@@ -92,6 +96,7 @@ def axis(name: str, values: Any) -> tuple:
 
     Raises ValueError for an empty axis, a value twice, and what is no value of this axis.
     """
+    values = values.tolist() if hasattr(values, "tolist") else values  # of arrays, tensors and their scalars
     is_pair = isinstance(values, tuple | list) and len(values) == 2 and all(isinstance(one, Real) for one in values)
     if values is None or isinstance(values, str | Real) or (name == "guidance_interval" and is_pair):
         values = [values]
@@ -118,15 +123,11 @@ def _value(name: str, value: Any) -> Any:
         sigma_lo, sigma_hi = interval_bounds(value)
         interval = Interval(sigma_lo, sigma_hi)  # which says what bounds are allowed
         return interval.sigma_lo, interval.sigma_hi
-    kind, least = KINDS[name]
+    kind = Integral if name in ("class_label", "seed", "skip_steps") else Real
     if isinstance(value, bool) or not isinstance(value, kind) or not isfinite(value):
         raise ValueError(f"{name}: must be {'an integer' if kind is Integral else 'a finite number'}, got {value!r}")
-    if least is not None and value < least:
-        raise ValueError(f"{name}: must be >= {least}, got {value!r}")
+    if name in ("gamma", "skip_to_sigma") and value <= 0:
+        raise ValueError(f"{name}: must be > 0, got {value!r}")
+    if name in ("seed", "skip_steps") and not 0 <= value <= LARGEST_SEED:
+        raise ValueError(f"{name}: must be >= 0 and at most {LARGEST_SEED}, got {value!r}")
     return int(value) if kind is Integral else float(value)
-
-
-KINDS = {
-    "class_label": (Integral, None), "seed": (Integral, 0), "guidance_scale": (Real, None), "gamma": (Real, None),
-    "skip_steps": (Integral, 0), "skip_to_sigma": (Real, None),
-}  # fmt: skip
