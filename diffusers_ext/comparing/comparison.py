@@ -26,6 +26,7 @@ from ..runs.kept import Kept
 from ..runs.lock import lock
 from ..runs.provenance import describe_pipeline, drawing_versions
 from ..sampling.image_files import file_names
+from ..sampling.labels import cycled_labels
 from .drawing import Drawn, Painter
 from .settings import COLUMNS, Grid, Settings, axis, label_of
 
@@ -308,8 +309,6 @@ def _begun_with(pipe: DiffusionPipeline, grid: Grid, call: dict) -> dict[str, An
 
 
 def _some_class(pipe: DiffusionPipeline) -> int | None:
-    from ..sampling import cycled_labels
-
     labels = cycled_labels(pipe, 1)
     return None if labels is None else int(labels[0])
 

@@ -55,9 +55,8 @@ class Painter:
         self.steps = self.call.get("num_inference_steps", None if steps is None else steps.default)
         self.guiders: dict[tuple[str, Any], BaseGuidance] = {}
         known = [each for each in ("true_cfg_scale", "guidance_scale") if each in self.takes]
-        self.weight = (
-            known[0] if known else None
-        )  # of two predictions; Flux's guidance_scale is an input of its network
+        # of two predictions: beside true_cfg_scale, Flux's guidance_scale is an input of its network
+        self.weight = known[0] if known else None
 
     def check_axes(self, axes: Mapping[str, tuple]) -> None:
         """Raises ValueError, naming the axis, for settings that no image would show. axes: of `Grid`."""
@@ -128,10 +127,9 @@ class Painter:
         """The arguments that have one value an image."""
         inputs = {"prompt": settings.prompt, "class_labels": settings.class_label}
         inputs["negative_prompt"] = self.call.get("negative_prompt")
-        if self.weight == "true_cfg_scale" and inputs["negative_prompt"] is None:
+        needs_one = self.weight == "true_cfg_scale" and settings.prompt is not None
+        if needs_one and "negative_prompt" in self.takes and inputs["negative_prompt"] is None:
             inputs["negative_prompt"] = ""  # without one there is no second prediction
-        if settings.prompt is None and "negative_prompt" not in self.call:
-            del inputs["negative_prompt"]
         return {name: [value] for name, value in inputs.items() if value is not None}
 
     def _applied(self, settings: Settings) -> tuple[AbstractContextManager, dict]:

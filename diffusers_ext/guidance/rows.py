@@ -13,11 +13,14 @@ from ..pipelines.guided_run import denoisers_of
 def counted_rows(pipe: DiffusionPipeline) -> Iterator[list[int]]:
     """A list to which every call of a network that denoises adds the rows of its batch.
 
-    The networks are the components that are called with a timestep, such as the UNet or the transformer.
+    The networks are the components that are called with a timestep, such as the UNet or the transformer, and others of
+    their classes: EDM2's guiding network.
     """
+    kinds = tuple(type(one) for one in denoisers_of(pipe).values())
+    networks = {id(one): one for one in pipe.components.values() if kinds and isinstance(one, kinds)}
     counts: list[int] = []
     with ExitStack() as hooks:
-        for network in {id(one): one for one in denoisers_of(pipe).values()}.values():
+        for network in networks.values():
             handle = network.register_forward_pre_hook(
                 lambda module, args, kwargs: counts.append(_rows([*args, *kwargs.values()])), with_kwargs=True
             )
