@@ -198,7 +198,7 @@ def test_other_kinds_of_pipelines(digits):
 def test_rows_of_a_transformer_and_of_an_argument_of_the_call():
     dit = compare(CASES["dit"]().pipe, guidance_scales=[1, 4], guidance_intervals=[None, (0.5, 5.0)], **STEPS)
     assert [cell.network_rows for cell in dit.cells][:3] == [4, 4, 8] and 4 < dit.cells[3].network_rows < 8
-    edm2 = compare(load_pipeline("mnist-edm2"), guidance_scales=2, guidance_intervals=[None, (0.5, 5.0)], **STEPS)
+    edm2 = compare(load_pipeline("mnist-edm2"), guidance_scales=2, guidance_intervals=[None, (0.1, 20)], **STEPS)
     everywhere, inside = (cell.network_rows for cell in edm2.cells)
     assert everywhere == 14 and 7 < inside < 14  # Heun of 4 steps: 7 evaluations, each of two networks
 
