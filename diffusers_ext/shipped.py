@@ -1,5 +1,6 @@
 """The front door: a shipped model, a folder or a Hub id becomes a pipeline or a network."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,9 +72,9 @@ def load_pipeline(
     the .py files that lie in the model's repository. dtype: of the parameters; None leaves it to `from_pretrained`.
     kwargs: further arguments of that.
 
-    Raises ValueError for an unknown pipeline name, what `check_name` refuses, a shipped model that is no pipeline,
-    code that is not trusted, a folder whose files are damaged or do not belong together, and what `download_pipeline`
-    raises ValueError and OSError for.
+    Raises ValueError for an unknown pipeline name, one that leaves parts of the model out, what `check_name` refuses,
+    a shipped model that is no pipeline, code that is not trusted, a folder whose files are damaged or do not belong
+    together, and what `download_pipeline` raises ValueError and OSError for.
     """
     if pipeline is not None and pipeline not in PIPELINES:
         raise ValueError(f"pipeline must be one of {sorted(PIPELINES)}, got {pipeline!r}")
@@ -91,6 +92,8 @@ def load_pipeline(
         cls = FlowPostprocessingPipeline  # which takes dtype and variant to a pipeline within it
     if trust_remote_code:  # some versions note an argument that they do not know, also where it is False
         kwargs["trust_remote_code"] = True
+    if pipeline is not None:
+        _check_parts(model, folder, pipeline, cls)
     check_pipeline_folder(folder, cls)
     with _no_bars_of_components(), refusing(f"model {model!r} cannot be loaded"):
         pipe = cls.from_pretrained(folder, **kwargs)
@@ -146,6 +149,21 @@ def network_class(model: str) -> str | None:
         return None
     name = read_json(config).get("_class_name")
     return name if isinstance(name, str) else None
+
+
+def _check_parts(model: str, folder: Path, pipeline: str, cls: type[DiffusionPipeline]) -> None:
+    """Raise ValueError where a pipeline has no use for parts of a model, such as a VAE and text encoders."""
+    index = read_json(folder / "model_index.json")
+    parts = [
+        name for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_") and entry[1:]
+    ]
+    unused = [name for name in parts if index[name][1] and name not in inspect.signature(cls.__init__).parameters]
+    if unused:
+        raise ValueError(
+            f"model {model!r} is a {index.get('_class_name')} with {', '.join(unused)}, for which pipeline"
+            f" {pipeline!r} has no use; leave the pipeline out: gamma and skip_steps then go through the scheduler of"
+            " pipelines that multiply their noise by it"
+        )
 
 
 def _check_trust(model: str, folder: Path, trust_remote_code: bool) -> None:

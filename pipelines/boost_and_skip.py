@@ -84,6 +84,7 @@ class BoostAndSkipPipeline(DiffusionPipeline):
         timesteps: list[int] | None = None,
         gamma: float | None = None,
         skip_steps: int | None = None,
+        skip_to_sigma: float | None = None,
         guidance_scale: float = 1.0,
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
@@ -106,8 +107,10 @@ class BoostAndSkipPipeline(DiffusionPipeline):
             gamma: factor on the standard deviation of the initial noise, > 0. The paper uses 2.5 to 4. By default
                 the scheduler's, or 1.
             skip_steps: how many of the first steps to drop, >= 0. The paper drops 3 of 250. By default the
-                scheduler's, or 0; of `timesteps=`, only those asked for here. Both numbers hold for this call:
+                scheduler's, or 0; of `timesteps=`, only those asked for here. All three hold for this call:
                 afterwards `self.scheduler` is the one it was.
+            skip_to_sigma: in place of skip_steps, the noise level (noise over signal) to start from, for any number of
+                steps: those before the step whose level is nearest are dropped.
             guidance_scale: w in eps_null + w (eps_label - eps_null); 1 is off.
             eta: 0 for DDIM, 1 for its ancestral form; only for schedulers that take it.
             use_clipped_model_output: for DDIM, whether the noise is derived anew from the clipped x0. By default
@@ -134,8 +137,8 @@ class BoostAndSkipPipeline(DiffusionPipeline):
         device = self._execution_device
         labels = self._label_tensor(labels, batch_size, device)
 
-        with self._scheduler_for_call(gamma, skip_steps) as (boost, skip):
-            steps = self._set_timesteps(num_inference_steps, timesteps, skip, device)
+        with self._scheduler_for_call(gamma, skip_steps, skip_to_sigma) as (boost, *skip):
+            steps = self._set_timesteps(num_inference_steps, timesteps, *skip, device)
             extra = self._step_kwargs(eta, use_clipped_model_output, generator)
             latents = self._initial_sample(batch_size, latents, generator, device) * boost
             self._num_timesteps = len(steps)
@@ -172,38 +175,46 @@ class BoostAndSkipPipeline(DiffusionPipeline):
         return output
 
     @contextmanager
-    def _scheduler_for_call(self, gamma: float | None, skip_steps: int | None):
-        """Put the scheduler of this call in place; yields the noise factor left to do and the steps asked to skip."""
+    def _scheduler_for_call(self, gamma: float | None, skip_steps: int | None, skip_to_sigma: float | None):
+        """Put the scheduler of this call in place; yields what is left to do here: noise factor, two kinds of skip."""
         own, scheduler = self.scheduler, self.scheduler
         if is_boost_and_skip(scheduler):
-            given = {"gamma": gamma, "skip_steps": skip_steps}
+            given = {"gamma": gamma, "skip_steps": skip_steps, "skip_to_sigma": skip_to_sigma}
             given = {name: value for name, value in given.items() if value is not None}
+            if len(given.keys() & {"skip_steps", "skip_to_sigma"}) == 1:  # in place of the scheduler's
+                given = {"skip_steps": 0, "skip_to_sigma": None, **given}
             if given:
                 scheduler = type(scheduler).from_config(scheduler.config, **given)
-            on = (scheduler.config.gamma, scheduler.config.skip_steps) != (1, 0)
-            gamma, skip_steps = 1.0, given.get("skip_steps", 0)
+            config = scheduler.config
+            on = (config.gamma, config.skip_steps, config.get("skip_to_sigma")) != (1, 0, None)
+            gamma, skip_steps, skip_to_sigma = 1.0, given.get("skip_steps", 0), given.get("skip_to_sigma")
         elif isinstance(scheduler, DDPMScheduler):
             gamma = 1.0 if gamma is None else gamma
             skip_steps = 0 if skip_steps is None else skip_steps
-            _check_boost_and_skip(gamma, skip_steps)
-            on = (gamma, skip_steps) != (1, 0)
+            _check_boost_and_skip(gamma, skip_steps, skip_to_sigma)
+            on = (gamma, skip_steps, skip_to_sigma) != (1, 0, None)
         else:
             raise ValueError(_unsupported(scheduler))
         # switched off it is the stock sampler, bit for bit
         self.scheduler = with_precise_alphas(scheduler) if on else scheduler
         try:
-            yield gamma, skip_steps
+            yield gamma, skip_steps, skip_to_sigma
         finally:
             self.scheduler = own
 
-    def _set_timesteps(self, num_inference_steps, timesteps, skip_steps, device) -> torch.Tensor:
+    def _set_timesteps(self, num_inference_steps, timesteps, skip_steps, skip_to_sigma, device) -> torch.Tensor:
         """Set the schedule and return the timesteps to walk, from the first one that is kept."""
         if timesteps is not None:
             timesteps = checked_timesteps(timesteps, self.scheduler.config.num_train_timesteps)
             timesteps, skip_steps = kept_steps(timesteps, skip_steps), 0
         elif is_boost_and_skip(self.scheduler):
-            skip_steps = 0  # it drops them itself
+            skip_steps, skip_to_sigma = 0, None  # it drops them itself
         set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
+        if skip_to_sigma is not None:
+            skip_steps = _steps_before(skip_to_sigma, self.scheduler)
+            if timesteps is not None:
+                timesteps, skip_steps = kept_steps(timesteps, skip_steps), 0
+                set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
         return kept_steps(self.scheduler.timesteps, skip_steps)
 
     def _step_kwargs(self, eta: float, use_clipped_model_output: bool | None, generator) -> dict:
@@ -255,11 +266,36 @@ class BoostAndSkipPipeline(DiffusionPipeline):
         return label_tensor(labels, batch_size, device)
 
 
-def _check_boost_and_skip(gamma: float, skip_steps: int) -> None:
+def _check_boost_and_skip(gamma: float, skip_steps: int, skip_to_sigma: float | None) -> None:
     if isinstance(gamma, bool) or not isinstance(gamma, Real) or not (math.isfinite(gamma) and gamma > 0):
         raise ValueError(f"gamma must be a finite number > 0, got {gamma!r}; 1 is the stock initial noise")
     if not is_integer(skip_steps) or skip_steps < 0:
         raise ValueError(f"skip_steps must be an integer >= 0, got {skip_steps!r}; 0 skips nothing")
+    if skip_to_sigma is None:
+        return
+    is_number = isinstance(skip_to_sigma, Real) and not isinstance(skip_to_sigma, bool)
+    if not (is_number and math.isfinite(skip_to_sigma) and skip_to_sigma > 0):
+        raise ValueError(
+            f"skip_to_sigma must be a finite number > 0, noise over signal, got {skip_to_sigma!r}; None skips nothing"
+        )
+    if skip_steps:
+        raise ValueError(f"{skip_steps=} and {skip_to_sigma=} both say where the sampler starts; give one")
+
+
+def _steps_before(skip_to_sigma: float, scheduler: DDPMScheduler) -> int:
+    """How many steps lie before the one whose noise level is nearest to skip_to_sigma, by their ratio.
+
+    Raises ValueError for a level that the training's schedule does not have, or the last step lies above.
+    """
+    alphas = scheduler.alphas_cumprod.double().cpu()
+    levels = ((1 - alphas) / alphas).sqrt()
+    highest, levels = levels[-1].item(), levels[scheduler.timesteps.cpu().long()].tolist()
+    if not levels[-1] <= skip_to_sigma <= highest:
+        raise ValueError(
+            f"skip_to_sigma={skip_to_sigma:g} is outside of the noise levels of this schedule, {levels[-1]:.4g} to"
+            f" {highest:.4g} (noise over signal); choose one between them"
+        )
+    return min(range(len(levels)), key=lambda i: abs(math.log(levels[i] / skip_to_sigma)))
 
 
 def _unsupported(scheduler: SchedulerMixin) -> str:

@@ -121,6 +121,8 @@ class Run:
         self.prepared: set[int] = set()
         self.contexts: dict[int, str | None] = {}
         plans = guidance.plans_of(pipe)
+        if any(plan.source == "listed" and _is_distilled(plan) for plan in plans):
+            self._refuse_without_second_prediction()
         stages = [Stage(self, plan, guidance.verify, as_given) for plan in plans]
         self.stages = {id(module): stage for stage in stages for module in stage.plan.networks.values()}
         self.of_scheduler = {id(one): stage for stage in stages for one in schedulers_of(stage.plan.pipe)}
@@ -171,6 +173,13 @@ class Run:
             stacklevel=5,
         )
 
+    def _refuse_without_second_prediction(self) -> None:
+        """Raises ValueError, before the first step, for a distilled network whose call asks for no true guidance."""
+        scale = self.arguments.get("true_cfg_scale")
+        negative = [value for name, value in self.arguments.items() if name.startswith("negative_prompt")]
+        if negative and not (_above_one(scale) and any(value is not None for value in negative)):
+            raise ValueError(f"{self.name} {DISTILLED} to leave out. {_TRUE_GUIDANCE}; {NOT_LIMITED}")
+
     def raise_without_guidance(self) -> None:
         """Raises ValueError if there was no unconditional prediction, though one should be."""
         if self.distilled:
@@ -181,6 +190,13 @@ class Run:
                 f"{self.name} was called with {_listed(asked or self.scales)}, but no unconditional prediction was"
                 f" seen; {_TRUE_GUIDANCE if 'true_cfg_scale' in self.scales else NOT_LIMITED}"
             )
+
+
+def _is_distilled(plan: Plan) -> bool:
+    """Whether the weight is an input of the network, as Flux's is, beside true guidance by two predictions."""
+    takes_true = "true_cfg_scale" in inspect.signature(plan.code).parameters
+    configs = [getattr(module, "config", {}) for module in plan.networks.values()]
+    return takes_true and any(config.get("guidance_embeds") for config in configs)
 
 
 def _bound(call: Callable, pipe: DiffusionPipeline, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -31,6 +31,7 @@ SETTINGS = {
     "boost and skip, gamma 2": {"gamma": 2.0, "skip_steps": 2},
     "boost and skip, gamma 3": {"gamma": 3.0, "skip_steps": 2},
     "boost and skip, gamma 4": {"gamma": 4.0, "skip_steps": 2},
+    "boost and skip to sigma 5.8, gamma 3": {"gamma": 3.0, "skip_to_sigma": 5.8},  # where step 2 of 30 starts
     "boost alone (temperature), gamma 4": {"gamma": 4.0},
     "skip alone": {"skip_steps": 2},
     "guidance 0.8": {"guidance_scale": 0.8},

@@ -11,7 +11,10 @@ later start. In the variance-exploding form of `EulerDiscreteScheduler` the same
 :math:`x = \gamma \epsilon \sqrt{1 + \sigma_{start}^2}`. The paper uses gamma 4 (CelebA-64) and 2.5 (ImageNet-64) with
 skip_steps 3 of 250. gamma 1 and skip_steps 0 is the stock scheduler, bit for bit.
 
-Both numbers are scheduler configuration, so every pipeline that honours `init_noise_sigma` gets them with
+What the skip means is the noise level that the sampler starts from, and 3 steps of 250 are another one than 3 of 50.
+`skip_to_sigma` names the level itself: the first step that is kept is the one whose sigma is nearest to it.
+
+All are scheduler configuration, so every pipeline that honours `init_noise_sigma` gets them with
 
     pipe.scheduler = boost_and_skip(pipe.scheduler, gamma=2.5, skip_steps=3)
 
@@ -38,8 +41,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from .scheduler_arguments import check_generators, checked_arguments, is_of_kind, short
 
 
-def _checked(gamma: float, skip_steps: int) -> tuple[float, int]:
-    """Both numbers as plain (JSON-able) Python numbers. Raises ValueError if one is not allowed."""
+def _checked(gamma: float, skip_steps: int, skip_to_sigma: float | None) -> tuple[float, int, float | None]:
+    """The three as plain (JSON-able) Python numbers. Raises ValueError if one is not allowed."""
     if not is_of_kind(gamma, float) or not (math.isfinite(gamma) and gamma > 0):
         raise ValueError(
             f"gamma={short(gamma)} must be a finite number > 0: it multiplies the standard deviation of the initial"
@@ -50,26 +53,43 @@ def _checked(gamma: float, skip_steps: int) -> tuple[float, int]:
             f"skip_steps={short(skip_steps)} must be an integer >= 0: it counts the steps dropped from the start of"
             " the schedule. Pass skip_steps=0 to drop none."
         )
-    return float(gamma), int(skip_steps)
+    if skip_to_sigma is None:
+        return float(gamma), int(skip_steps), None
+    if not is_of_kind(skip_to_sigma, float) or not (math.isfinite(skip_to_sigma) and skip_to_sigma > 0):
+        raise ValueError(
+            f"skip_to_sigma={short(skip_to_sigma)} must be a finite number > 0: the noise level, noise over signal,"
+            " of the first step that is kept. Pass None to drop none."
+        )
+    if skip_steps:
+        raise ValueError(
+            f"skip_steps={skip_steps} and skip_to_sigma={skip_to_sigma} both say where the sampler starts: pass one."
+        )
+    return float(gamma), int(skip_steps), float(skip_to_sigma)
+
+
+def _noise_over_signal(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """sqrt((1 - alpha) / alpha), float64, of a table of any shape."""
+    alphas = alphas_cumprod.cpu().double()  # which not every device has
+    return ((1 - alphas) / alphas).sqrt()
 
 
 def _boosted_init(parent: type[SchedulerMixin]):
-    """`__init__` with every parameter of `parent`, then `gamma` and `skip_steps` as keywords.
+    """`__init__` with every parameter of `parent`, then `gamma`, `skip_steps` and `skip_to_sigma` as keywords.
 
     diffusers reads the config keys off the signature, which must therefore be spelled out: behind a bare `**kwargs`
     `from_config` would show the given values in the config but build the scheduler with the defaults.
     """
     inherited = inspect.signature(parent.__init__)
 
-    def __init__(self, *args, gamma: float = 1.0, skip_steps: int = 0, **kwargs):
-        gamma, skip_steps = _checked(gamma, skip_steps)
+    def __init__(self, *args, gamma: float = 1.0, skip_steps: int = 0, skip_to_sigma: float | None = None, **kwargs):
+        gamma, skip_steps, skip_to_sigma = _checked(gamma, skip_steps, skip_to_sigma)
         # By name, because diffusers takes positional arguments for defaults and then leaves them out of from_config.
         given = inherited.bind(self, *args, **kwargs).arguments
         length = given.get("num_train_timesteps", 1000)
         if not is_of_kind(length, int) or length < 1:
             raise ValueError(f"num_train_timesteps={short(length)} must be an integer >= 1.")
         parent.__init__(**given)
-        self.register_to_config(gamma=gamma, skip_steps=skip_steps)
+        self.register_to_config(gamma=gamma, skip_steps=skip_steps, skip_to_sigma=skip_to_sigma)
         if "init_noise_sigma" in vars(self):  # in Euler it is a property, see there
             self.init_noise_sigma = gamma
 
@@ -124,8 +144,15 @@ class _BoostAndSkip:
             raise ValueError(f"sigmas={sigmas} must be finite, strictly decreasing and >= 0, at least two.")
 
     def _drop_skipped_steps(self):
-        """Drop the first `skip_steps` entries of each table. Raises ValueError if no step would be left."""
-        skip_steps, num_steps = self.config.skip_steps, len(self.timesteps)
+        """Drop the first entries of each table, `skip_steps` or those before the sigma nearest to `skip_to_sigma`.
+
+        Raises ValueError if no step would be left, and for a sigma that the schedule does not reach.
+        """
+        if self.config.skip_to_sigma is not None:
+            skip_steps = self._steps_before(self.config.skip_to_sigma)
+        else:
+            skip_steps = self.config.skip_steps
+        num_steps = len(self.timesteps)
         if skip_steps >= num_steps:
             raise ValueError(
                 f"skip_steps={skip_steps} must be smaller than the number of steps, and this schedule has {num_steps}:"
@@ -138,7 +165,7 @@ class _BoostAndSkip:
         """Stock takes the second of equal timesteps, right for a start in the middle; a boosted run starts at the
         first one, where Karras, exponential, beta and Lu noise levels that round to one timestep may lie."""
         super()._init_step_index(timestep)
-        on = self.config.gamma != 1 or self.config.skip_steps
+        on = self.config.gamma != 1 or self._skips()
         if on and self.begin_index is None and self._step_index == 1 and self.timesteps[0] == self.timesteps[1]:
             self._step_index = 0
 
@@ -151,13 +178,36 @@ class _BoostAndSkip:
             raise ValueError(
                 f"timesteps must be one or one a sample, {len(original_samples)}, got {tuple(timesteps.shape)}."
             )
-        if self.config.skip_steps and not timesteps.numel():
+        if self._skips() and not timesteps.numel():
             raise ValueError(
-                f"strength leaves no step: skip_steps={self.config.skip_steps} are dropped from the start of the"
-                " schedule, and image-to-image starts behind its end; use a strength > skip_steps /"
-                f" num_inference_steps, {self.config.skip_steps} / {self.num_inference_steps}, or skip_steps=0."
+                f"strength leaves no step: {self.num_inference_steps - len(self.timesteps)} of"
+                f" {self.num_inference_steps} are dropped from the start of the schedule (skip_steps="
+                f"{self.config.skip_steps}, skip_to_sigma={self.config.skip_to_sigma}), and image-to-image starts"
+                " behind its end; use a strength larger than their share, or skip_steps=0."
             )
         return super().add_noise(original_samples, noise, timesteps)
+
+    def _skips(self) -> bool:
+        return bool(self.config.skip_steps) or self.config.skip_to_sigma is not None
+
+    def _steps_before(self, sigma: float) -> int:
+        """How many steps lie before the one whose noise level is nearest to sigma, by their ratio.
+
+        The highest level that can be asked for is that of the last training timestep: with few steps a schedule may
+        start below it, and then no step is dropped.
+        """
+        levels = self._noise_levels()
+        highest = max(_noise_over_signal(self.alphas_cumprod)[-1].item(), levels[0])
+        if not levels[-1] <= sigma <= highest:
+            raise ValueError(
+                f"skip_to_sigma={sigma:g} is outside of the noise levels of this schedule, {levels[-1]:.4g} to"
+                f" {highest:.4g} (noise over signal): choose one between them."
+            )
+        return min(range(len(levels)), key=lambda i: abs(math.log(levels[i] / sigma)))
+
+    def _noise_levels(self) -> list[float]:
+        """Noise over signal at the start of each step of the schedule as set."""
+        return _noise_over_signal(self.alphas_cumprod)[self.timesteps.cpu().long()].tolist()
 
     def _checked_timesteps(self, timesteps: list[int]) -> np.ndarray:
         table, end = np.asarray(timesteps), self.config.num_train_timesteps
@@ -182,9 +232,12 @@ class BoostAndSkipDDPMScheduler(_BoostAndSkip, DDPMScheduler):
     Args:
         gamma: factor on the standard deviation of the initial noise, finite and > 0; 1 is off.
         skip_steps: steps dropped from the start of a schedule set by its number of steps, >= 0; 0 is off.
+        skip_to_sigma: instead of `skip_steps`, the noise level (noise over signal, > 0) to start from, whatever the
+            number of steps: those before the step whose level is nearest, by the ratio, are dropped; None is off.
 
     Raises:
-        ValueError: if `gamma` or `skip_steps` is out of range, or (in `set_timesteps`) no step would be left.
+        ValueError: if one of the three is out of range, for both kinds of skip at once, or (in `set_timesteps`) if no
+            step would be left or the schedule does not reach `skip_to_sigma`.
     """
 
     __init__ = _boosted_init(DDPMScheduler)
@@ -195,7 +248,7 @@ class BoostAndSkipDDPMScheduler(_BoostAndSkip, DDPMScheduler):
 class BoostAndSkipEulerDiscreteScheduler(_BoostAndSkip, EulerDiscreteScheduler):
     """`EulerDiscreteScheduler` with `gamma` and `skip_steps`: `timesteps` and `sigmas` are cut together.
 
-    Takes every argument of `EulerDiscreteScheduler`; `gamma`, `skip_steps` and `Raises` as in
+    Takes every argument of `EulerDiscreteScheduler`; `gamma`, `skip_steps`, `skip_to_sigma` and `Raises` as in
     `BoostAndSkipDDPMScheduler`. `s_churn` of `step` is spread over the steps that are kept.
     """
 
@@ -203,6 +256,9 @@ class BoostAndSkipEulerDiscreteScheduler(_BoostAndSkip, EulerDiscreteScheduler):
     __init__ = _boosted_init(EulerDiscreteScheduler)
     _whole_timesteps = False
     set_timesteps = _skipping(EulerDiscreteScheduler.set_timesteps, list[float] | None)
+
+    def _noise_levels(self) -> list[float]:
+        return self.sigmas[: len(self.timesteps)].tolist()
 
     @property
     def init_noise_sigma(self) -> float | torch.Tensor:
@@ -214,13 +270,17 @@ class BoostAndSkipEulerDiscreteScheduler(_BoostAndSkip, EulerDiscreteScheduler):
 class BoostAndSkipDPMSolverMultistepScheduler(_BoostAndSkip, DPMSolverMultistepScheduler):
     """`DPMSolverMultistepScheduler` with `gamma` and `skip_steps`: `timesteps` and `sigmas` are cut together.
 
-    Takes every argument of `DPMSolverMultistepScheduler`; `gamma`, `skip_steps` and `Raises` as in
+    Takes every argument of `DPMSolverMultistepScheduler`; `gamma`, `skip_steps`, `skip_to_sigma` and `Raises` as in
     `BoostAndSkipDDPMScheduler`. The solver starts anew, at order 1, at the first kept step.
     """
 
     _tables = ("timesteps", "sigmas")
     __init__ = _boosted_init(DPMSolverMultistepScheduler)
     set_timesteps = _skipping(DPMSolverMultistepScheduler.set_timesteps)
+
+    def _noise_levels(self) -> list[float]:
+        levels = self.sigmas[: len(self.timesteps)].double()
+        return (levels / (1 - levels) if self.config.use_flow_sigmas else levels).tolist()
 
 
 class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
@@ -229,9 +289,10 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
     A step goes from a timestep to the next entry of the table, also where the table is uneven. The stock scheduler
     goes to t - num_train_timesteps // num_inference_steps instead, which is another timestep for linspace spacing and
     for trailing spacing that does not divide evenly. To equal it bit for bit, that rule is kept while nothing is
-    changed: gamma 1, skip_steps 0 and a table set by its number of steps.
+    changed: gamma 1, nothing skipped and a table set by its number of steps.
 
-    Takes every argument of `DDIMScheduler`; `gamma`, `skip_steps` and `Raises` as in `BoostAndSkipDDPMScheduler`.
+    Takes every argument of `DDIMScheduler`; `gamma`, `skip_steps`, `skip_to_sigma` and `Raises` as in
+    `BoostAndSkipDDPMScheduler`.
     """
 
     custom_timesteps = False
@@ -375,7 +436,7 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
         return self._table[t + 1][0], self._table[s.clamp(min=-1) + 1][0]
 
     def _follows_stock_rule(self) -> bool:
-        off = self.config.gamma == 1 and self.config.skip_steps == 0
+        off = (self.config.gamma, self.config.skip_steps, self.config.skip_to_sigma) == (1, 0, None)
         return bool(off and self.num_inference_steps and not self.custom_timesteps)
 
     def _predict(self, model_output, sample, alpha_prod_t):
@@ -401,23 +462,32 @@ _BOOSTED = {
 
 @checked_arguments
 def boost_and_skip(
-    scheduler: SchedulerMixin, gamma: float | None = None, skip_steps: int | None = None
+    scheduler: SchedulerMixin,
+    gamma: float | None = None,
+    skip_steps: int | None = None,
+    skip_to_sigma: float | None = None,
 ) -> SchedulerMixin:
     """The Boost-and-Skip scheduler with the config of `scheduler`; one that is boosted already gets the new numbers.
 
-    A number left out is off for a stock scheduler (gamma 1, skip_steps 0) and stays as it is for a boosted one. The
-    class must be one of the four exactly: a subclass, or a variant such as `DDPMParallelScheduler`, may hold tables of
-    its own, which a cut would not reach. The result is a new scheduler: call `set_timesteps` on it.
+    A number left out is off for a stock scheduler (gamma 1, no skip) and stays as it is for a boosted one, of which a
+    new skip of either kind replaces the old one. The class must be one of the four exactly: a subclass, or a variant
+    such as `DDPMParallelScheduler`, may hold tables of its own, which a cut would not reach. The result is a new
+    scheduler: call `set_timesteps` on it.
 
     Raises:
-        ValueError: for a scheduler of any other class, and if `gamma` or `skip_steps` is out of range.
+        ValueError: for a scheduler of any other class, if a number is out of range, and for both kinds of skip.
     """
     cls = type(scheduler)
-    given = {name: value for name, value in (("gamma", gamma), ("skip_steps", skip_steps)) if value is not None}
+    given = {"gamma": gamma, "skip_steps": skip_steps, "skip_to_sigma": skip_to_sigma}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.keys() & {"skip_steps", "skip_to_sigma"}:
+        given = {"skip_steps": 0, "skip_to_sigma": None, **given}
     if cls in _BOOSTED.values():
         return cls.from_config(scheduler.config, **given)
     if cls in _BOOSTED:  # a stock scheduler made from ours keeps its numbers in the config, so off is said aloud
-        return _BOOSTED[cls].from_config(scheduler.config, **{"gamma": 1.0, "skip_steps": 0, **given})
+        return _BOOSTED[cls].from_config(
+            scheduler.config, **{"gamma": 1.0, "skip_steps": 0, "skip_to_sigma": None, **given}
+        )
     advice = (
         "Unless the model is distilled, convert first: EulerDiscreteScheduler.from_config(pipe.scheduler.config)."
         if hasattr(scheduler, "alphas_cumprod")

@@ -176,8 +176,11 @@ RUN = {
         {"50_000": "4", "=250": "=2", '"random"': "None"},
         {0: lambda folder: {"pipe": BoostAndSkipPipeline(tiny_unet(), DDPMScheduler())}},
     ),
+    "first_hour": Page(
+        {**CUDA, "stabilityai/stable-diffusion-xl-base-1.0": "sdxl", "_steps=30": "_steps=4"}, {0: sdxl}
+    ),
     "README": Page(
-        {"stabilityai/stable-diffusion-xl-base-1.0": "sdxl", "google/ddpm-celebahq-256": "ddpm", "=250": "=5",
+        {**CUDA, "stabilityai/stable-diffusion-xl-base-1.0": "sdxl", "google/ddpm-celebahq-256": "ddpm", "=250": "=5",
          '"pipelines/boost_and_skip.py"': repr(str(ROOT / "pipelines/boost_and_skip.py"))},
         {1: sdxl, 2: ddpm},
     ),

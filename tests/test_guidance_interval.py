@@ -16,7 +16,7 @@ import tiny_guided_pipelines
 import torch
 from contracts import same_noise_in_every_type
 from conventions import newer_torch
-from tiny_guided_pipelines import BATCH, CASES, STEPS, TWO, Case
+from tiny_guided_pipelines import CASES, STEPS, TWO, Case
 from tiny_pipelines import tiny_stable_diffusion
 
 from diffusers_ext.pipelines.guidance_interval import (
@@ -550,7 +550,7 @@ class TestBadInput:
             sample(pipe, WORDS)
 
     def test_distilled_model(self):
-        """Flux without true guidance: an error at the second step, and the way to true guidance in the message."""
+        """Flux without true guidance: an error before the first step, with the way to true guidance in the message."""
         case = CASES["flux"]()
         transformer = diffusers.FluxTransformer2DModel.from_config(case.pipe.transformer.config, guidance_embeds=True)
         case.pipe.transformer = transformer
@@ -558,7 +558,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"distilled.*true_cfg_scale > 1") as error, Network(case) as network:
             sample(case.pipe, {**case.options, "true_cfg_scale": 1.0})
         assert "FluxPipeline" in str(error.value)
-        assert network.rows == {"transformer": [BATCH]}
+        assert network.rows == {"transformer": []}
+        positive = {key: value for key, value in case.options.items() if not key.startswith("negative")}
+        with pytest.raises(ValueError, match=r"and a negative_prompt"), Network(case) as network:
+            sample(case.pipe, positive)
+        assert network.rows == {"transformer": []}
+        sample(case.pipe, case.options)
 
     def test_network_that_embeds_the_scale(self, pipe):
         components = dict(pipe.components)

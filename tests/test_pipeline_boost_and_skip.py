@@ -171,6 +171,23 @@ def test_the_scheduler_comes_back_after_an_error():
     assert pipe.scheduler is own
 
 
+@pytest.mark.parametrize("steps", [10, 50])
+def test_a_skip_to_a_noise_level_is_a_number_of_steps(steps):
+    """Through the call, of a stock scheduler and of one that skips itself, whose own skip it replaces."""
+    pipe = pipeline(DDPMScheduler())
+    pipe.scheduler.set_timesteps(steps)
+    alphas = pipe.scheduler.alphas_cumprod.double()[pipe.scheduler.timesteps]
+    levels = ((1 - alphas) / alphas).sqrt().tolist()
+    for first in (0, 1, 4):
+        expected = run(pipe, num_inference_steps=steps, gamma=2.0, skip_steps=first)
+        call = {"num_inference_steps": steps, "gamma": 2.0, "skip_to_sigma": levels[first] * 1.001}
+        assert torch.equal(run(pipe, **call), expected)
+        ours = BoostAndSkipPipeline(pipe.unet, BoostAndSkipDDPMScheduler(gamma=4.0, skip_steps=2))
+        ours.set_progress_bar_config(disable=True)
+        assert torch.equal(run(ours, **call), expected)
+        assert ours.scheduler.config.skip_steps == 2
+
+
 def test_euler_starts_from_gamma_times_the_first_kept_sigma():
     pipe, seen = pipeline(BoostAndSkipEulerDiscreteScheduler(timestep_spacing="leading")), []
     pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -277,6 +294,10 @@ BAD = [
     ({"gamma": float("nan")}, "gamma"),
     ({"gamma": float("inf")}, "gamma"),
     ({"skip_steps": -1}, "skip_steps"),
+    ({"skip_to_sigma": 0.0}, "skip_to_sigma.*must be a finite number > 0"),
+    ({"skip_to_sigma": float("inf")}, "skip_to_sigma.*must be a finite number > 0"),
+    ({"skip_to_sigma": 1e6}, "outside of the noise levels"),
+    ({"skip_to_sigma": 3.0, "skip_steps": 1}, "both say where"),
     ({"skip_steps": 10}, "skip_steps"),
     ({"skip_steps": 1.5}, "skip_steps"),
     ({"skip_steps": True}, "skip_steps"),

@@ -661,10 +661,66 @@ def test_signatures_that_pipelines_inspect(name):
     stock_schedule = list(inspect.signature(stock.set_timesteps).parameters)
     assert schedule == stock_schedule + ["timesteps"] * (name == "ddim")
     init = inspect.signature(type(ours).__init__).parameters
-    assert list(init) == [*inspect.signature(type(stock).__init__).parameters, "gamma", "skip_steps"]
-    assert (init["gamma"].default, init["skip_steps"].default) == (1.0, 0)
+    own = {"gamma": 1.0, "skip_steps": 0, "skip_to_sigma": None}
+    assert list(init) == [*inspect.signature(type(stock).__init__).parameters, *own]
+    assert {key: init[key].default for key in own} == own
     assert ours.order == stock.order == 1
     assert type(ours).__module__ == "diffusers_ext.schedulers.scheduling_boost_and_skip"
+
+
+LEVELS = {**LATENT_SCHEDULE, "timestep_spacing": "trailing"}
+
+
+def start_of(scheduler) -> float:
+    """Noise over signal where the sampler starts, from the timestep alone."""
+    alpha = scheduler.alphas_cumprod[scheduler.timesteps[0].long()].double()
+    return ((1 - alpha) / alpha).sqrt().item()
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("sigma", [11.2, 9.0, 3.0])  # the first lies between two levels of ten steps
+def test_a_skip_to_a_noise_level_is_one_for_any_number_of_steps(name, sigma):
+    """The start is the step of the stock schedule whose level is nearest; 3 steps are another level each time."""
+    stock, ours = PAIRS[name]
+    starts, counted = [], []
+    for steps in (10, 30, 50, 250):
+        plain, skipping, by_count = stock(**LEVELS), ours(**LEVELS, skip_to_sigma=sigma), ours(**LEVELS, skip_steps=3)
+        for scheduler in (plain, skipping, by_count):
+            scheduler.set_timesteps(steps)
+        table = [((1 - a) / a) ** 0.5 for a in plain.alphas_cumprod.double()[plain.timesteps.long()].tolist()]
+        first = min(range(steps), key=lambda i: abs(math.log(table[i] / sigma)))
+        assert torch.equal(skipping.timesteps, plain.timesteps[first:])
+        if hasattr(plain, "sigmas"):
+            assert torch.equal(skipping.sigmas, plain.sigmas[first:])
+        starts.append(start_of(skipping))
+        counted.append(start_of(by_count))
+    assert max(starts[1:]) / min(starts[1:]) < 1.15 < 1.4 < max(counted[1:]) / min(counted[1:])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_one_kind_of_skip_replaces_the_other(name, tmp_path):
+    stock, ours = PAIRS[name]
+    counted = boost_and_skip(stock(**LEVELS), gamma=2.0, skip_steps=3)
+    by_level = boost_and_skip(counted, skip_to_sigma=5.0)
+    assert (by_level.config.gamma, by_level.config.skip_steps, by_level.config.skip_to_sigma) == (2.0, 0, 5.0)
+    assert boost_and_skip(by_level, skip_steps=1).config.skip_to_sigma is None
+    assert boost_and_skip(by_level, gamma=3.0).config.skip_to_sigma == 5.0
+    by_level.save_pretrained(tmp_path)
+    loaded = ours.from_pretrained(tmp_path)
+    assert loaded.config.skip_to_sigma == 5.0
+    off = boost_and_skip(stock.from_config(by_level.config))
+    assert (off.config.gamma, off.config.skip_steps, off.config.skip_to_sigma) == (1.0, 0, None)
+    for wrong, message in (
+        ({"skip_to_sigma": 0.0}, "skip_to_sigma=0.0 must be"),
+        ({"skip_to_sigma": math.nan}, "skip_to_sigma=nan must be"),
+        ({"skip_to_sigma": True}, "skip_to_sigma=True must be"),
+        ({"skip_to_sigma": 5.0, "skip_steps": 1}, "pass one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ours(**LEVELS, **wrong)
+    for unreached in (14.7, 0.001):  # above the training's last timestep, and below the last step
+        with pytest.raises(ValueError, match="outside of the noise levels of this schedule"):
+            ours(**LEVELS, skip_to_sigma=unreached).set_timesteps(30)
 
 
 def test_module_stands_alone(monkeypatch, tmp_path):

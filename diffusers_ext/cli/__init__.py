@@ -12,6 +12,7 @@ import click
 from .. import __version__
 from ..machine.interruptions import ABORTED, interruptions
 from .app import app
+from .compare import compare
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
@@ -84,7 +85,7 @@ def main():
 
 
 for command in (
-    app, convert, demo, evaluate, export, info, optimize_timesteps, sample, train_postprocessing, tune_interval,
-    upsample,
+    app, compare, convert, demo, evaluate, export, info, optimize_timesteps, sample, train_postprocessing,
+    tune_interval, upsample,
 ):  # fmt: skip
     main.add_command(command)

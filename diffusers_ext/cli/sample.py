@@ -37,6 +37,10 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
     "--gamma", type=Finite(min=0, min_open=True), default=None, help="Boost-and-Skip: factor on the initial noise."
 )
 @click.option("--skip-steps", type=click.IntRange(min=0), default=None, help="Boost-and-Skip: first steps to drop.")
+@click.option(
+    "--skip-to-sigma", type=Finite(min=0, min_open=True), default=None,
+    help="Instead: the noise level sigma (of EDM) to start from, whatever the number of steps.",
+)  # fmt: skip
 @click.option("--num-samples", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option(
     "--num-inference-steps", type=Steps(), default=50, show_default=True,
@@ -76,9 +80,9 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
 @CPU_THREADS
 @TRUST_REMOTE_CODE
 def sample(
-    model, output, format, pipeline, gamma, skip_steps, num_samples, num_inference_steps, class_labels, random_labels,
-    prompt, prompts, guidance_scale, guidance_interval, sampler, timesteps, batch_size, decode_batch_size, seed,
-    device, dtype, cpu_threads, trust_remote_code,
+    model, output, format, pipeline, gamma, skip_steps, skip_to_sigma, num_samples, num_inference_steps, class_labels,
+    random_labels, prompt, prompts, guidance_scale, guidance_interval, sampler, timesteps, batch_size,
+    decode_batch_size, seed, device, dtype, cpu_threads, trust_remote_code,
 ):  # fmt: skip
     """Draw images, texts or token sequences from MODEL into a folder.
 
@@ -92,6 +96,7 @@ def sample(
     call = {
         "gamma": gamma,
         "skip_steps": skip_steps,
+        "skip_to_sigma": skip_to_sigma,
         "guidance_scale": guidance_scale,
         "guidance_interval": guidance_interval,
         "decode_batch_size": decode_batch_size,

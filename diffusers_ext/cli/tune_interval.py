@@ -61,7 +61,10 @@ def tune_interval(
     pipe = load_pipeline(model, pipeline, trust_remote_code, dtype=getattr(torch, dtype)).to(device)
     labels = cycled_labels(pipe, num_samples)
     if labels is None:
-        raise click.UsageError(f"{model} takes no class labels; tune text-to-image models through the Python function")
+        raise click.UsageError(
+            f"{model} takes no class labels; of text-to-image models compare candidates: `sample --guidance-interval`,"
+            " then `evaluate` (docs/first_hour.md)"
+        )
     with Progress() as progress:
         tasks = {}
 

@@ -1,5 +1,7 @@
 """Sheets of images and of sequences, put side by side or above each other under titles."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -75,3 +77,62 @@ def sequences_picture(
         red[:, offset::width] = marked.numpy().repeat(height, axis=0)
     pixels[red] = (220, 30, 30)
     return Image.fromarray(pixels)
+
+
+def labelled_grid(
+    cells: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: Sequence[str], title: str = ""
+) -> Image.Image:
+    """Pictures in rows and columns, each row named at its left, each column at its top; the title is above all.
+
+    cells: row by row, of one size a picture or of several. Pictures are enlarged by a whole factor, or made smaller,
+    so that a cell is 128 to 512 pixels wide. Names may have several lines; long lines are broken.
+    """
+    gap, font = 8, ImageFont.load_default(size=15)
+    pictures = [[_sized(picture.convert("RGB")) for picture in row] for row in cells]
+    width = max(picture.width for row in pictures for picture in row)
+    height = max(picture.height for row in pictures for picture in row)
+    rows, columns = [_broken(name, font, 220) for name in rows], [_broken(name, font, width) for name in columns]
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = 2 * gap + max(_size(measure, name, font)[0] for name in rows)
+    title = _broken(title, font, left + len(columns) * (width + gap) - 2 * gap)
+    above = gap + _size(measure, title, font)[1] + (gap if title else 0)
+    top = above + max(_size(measure, name, font)[1] for name in columns) + gap
+    height = max(height, *(_size(measure, name, font)[1] for name in rows))
+    canvas = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.multiline_text((gap, gap), title, fill="black", font=font)
+    for j, name in enumerate(columns):
+        draw.multiline_text((left + j * (width + gap), above), name, fill="black", font=font)
+    for i, (name, row) in enumerate(zip(rows, pictures, strict=True)):
+        draw.multiline_text((gap, top + i * (height + gap)), name, fill="black", font=font)
+        for j, picture in enumerate(row):
+            canvas.paste(picture, (left + j * (width + gap), top + i * (height + gap)))
+    return canvas
+
+
+def _sized(picture: Image.Image, least: int = 128, most: int = 512) -> Image.Image:
+    if picture.width < least:
+        factor = -(-least // picture.width)
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    if picture.width > most:
+        return picture.resize((most, max(1, picture.height * most // picture.width)), Image.Resampling.LANCZOS)
+    return picture
+
+
+def _broken(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text with a line break where a line would be wider than so many pixels."""
+    lines = []
+    for line in text.split("\n"):
+        lines.append("")
+        for word in line.split(" "):
+            longer = f"{lines[-1]} {word}" if lines[-1] else word
+            if lines[-1] and font.getlength(longer) > width:
+                lines.append(word)
+            else:
+                lines[-1] = longer
+    return "\n".join(lines)
+
+
+def _size(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
+    _, _, right, bottom = draw.multiline_textbbox((0, 0), text, font=font)
+    return round(right), round(bottom) if text else 0

@@ -1,17 +1,38 @@
 """What guidance costs: rows that pass the network."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+import torch
 from diffusers import DiffusionPipeline
+
+from ..pipelines.guided_run import denoisers_of
 
 
 @contextmanager
 def counted_rows(pipe: DiffusionPipeline) -> Iterator[list[int]]:
-    """A list to which every call of the UNet adds the rows of its batch."""
+    """A list to which every call of a network that denoises adds the rows of its batch.
+
+    The networks are the components that are called with a timestep, such as the UNet or the transformer, and others of
+    their classes: EDM2's guiding network.
+    """
+    kinds = tuple(type(one) for one in denoisers_of(pipe).values())
+    networks = {id(one): one for one in pipe.components.values() if kinds and isinstance(one, kinds)}
     counts: list[int] = []
-    handle = pipe.unet.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
-    try:
+    with ExitStack() as hooks:
+        for network in networks.values():
+            handle = network.register_forward_pre_hook(
+                lambda module, args, kwargs: counts.append(_rows([*args, *kwargs.values()])), with_kwargs=True
+            )
+            hooks.callback(handle.remove)
         yield counts
-    finally:
-        handle.remove()
+
+
+def _rows(values: list) -> int:
+    """Of the first tensor that has dimensions, or of the first list of tensors (Z-Image), one a row."""
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.ndim > 1:
+            return len(value)
+        if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+            return len(value)
+    return 0

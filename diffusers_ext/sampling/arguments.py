@@ -3,14 +3,11 @@
 import inspect
 import json
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from diffusers import DiffusionPipeline
 
 from ..pipelines.discrete_diffusion import check_start
-from ..pipelines.guidance_interval import GuidanceInterval
-from ..pipelines.interval import Interval
 from . import image_files, sequence_files
 from .draw import is_discrete
 from .labels import cycled_labels, random_labels
@@ -81,10 +78,7 @@ def check_call(pipe: DiffusionPipeline, inputs: dict, call: dict) -> None:
     given = {*inputs, *call, "generator", "output_type"}
     unknown = sorted(given - set(known))
     if unknown:
-        raise ValueError(
-            f"{name} does not take {', '.join(unknown)}; leave it out or choose another pipeline"
-            " (--pipeline boost-and-skip for gamma and skip_steps)"
-        )
+        raise ValueError(f"{name} does not take {', '.join(unknown)}; leave it out or choose another pipeline")
     named = {key: value for key, value in known.items() if value.kind is not value.VAR_KEYWORD}
     missing = sorted(key for key, value in named.items() if value.default is value.empty and key not in given)
     if missing:
@@ -120,15 +114,3 @@ def format_of(pipe: DiffusionPipeline, kind: str, format: str | None) -> str:
     if format in ("txt", "jsonl") and not has_tokenizer:
         raise ValueError(f"format {format!r} needs a tokenizer, which this pipeline has not; use npz")
     return format
-
-
-def limited_by(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextManager, dict]:
-    """What to draw in, and the arguments of the call; an interval that the call does not take is applied."""
-    interval = call.get("guidance_interval")
-    if interval is None:
-        return nullcontext(), call
-    Interval(guidance_interval=interval)  # says what bounds are allowed
-    if "guidance_interval" in inspect.signature(pipe.__call__).parameters:
-        return nullcontext(), call
-    others = {name: value for name, value in call.items() if name != "guidance_interval"}
-    return GuidanceInterval(pipe, guidance_interval=interval), others

@@ -23,9 +23,10 @@ from ..runs.lock import lock
 from ..runs.processes import Processes, start_processes
 from ..runs.provenance import describe_pipeline, drawing_versions, hash_of
 from ..runs.shards import Shards
-from .arguments import check_call, format_of, given_tokens, inputs_of, limited_by
+from .arguments import check_call, format_of, given_tokens, inputs_of
 from .draw import batches_of, check_sizes, draw, draws_sequences, to_integers, to_uint8
 from .image_files import check_channels, file_names, write_images
+from .methods import applied
 from .sequence_files import write_sequences
 
 MANIFEST, SHARDS = "manifest.json", "shards"
@@ -90,7 +91,8 @@ def sample_to_folder(
         processes are the better use of many cores.
     accelerator: of a program that has one. By default what a launcher started, or this process alone.
     call: further arguments of the pipeline's call, JSON-able. guidance_interval=(sigma_lo, sigma_hi) is for every
-        pipeline that guides: where its call does not take it, a `GuidanceInterval` is applied.
+        pipeline that guides: where its call does not take it, a `GuidanceInterval` is applied. gamma, skip_steps and
+        skip_to_sigma are for every pipeline with a scheduler of Boost-and-Skip's kinds: see `boost_and_skip`.
 
     Every process calls this function, with the same arguments, and returns when the result is complete.
 
@@ -104,7 +106,7 @@ def sample_to_folder(
         inputs = inputs_of(pipe, count, labels, prompts, images, seed)
     elif any(value is not None for value in (labels, prompts, images)):
         raise ValueError("tokens exclude labels, prompts and images; give one of them")
-    limited, its_call = limited_by(pipe, call)
+    methods, its_call = applied(pipe, call)
     check_call(pipe, inputs, its_call)
     kind = "sequences" if draws_sequences(pipe) else "images"
     format = format_of(pipe, kind, format)
@@ -137,7 +139,7 @@ def sample_to_folder(
         finished = processes.agreed(run.open)
         if finished is not None:
             return Sampled(folder / finished, count, drawn=0, was_finished=True, kind=kind)
-        with limited, _cpu_threads(threads):
+        with methods, _cpu_threads(threads):
             drawn = run.draw(lambda rows: _shard(pipe, rows, seed, inputs, its_call, format), processes)
         result = processes.agreed(lambda: run.finish(pipe))
     return Sampled(folder / result, count, drawn, was_finished=False, kind=kind)
