@@ -88,11 +88,14 @@ def load_pipeline(
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"model {model!r} is no pipeline: {folder} has no model_index.json")
     _check_trust(model, folder, trust_remote_code)
-    if read_json(folder / "model_index.json").get("_class_name") == FlowPostprocessingPipeline.__name__:
+    if (
+        pipeline is None
+        and read_json(folder / "model_index.json").get("_class_name") == FlowPostprocessingPipeline.__name__
+    ):
         cls = FlowPostprocessingPipeline  # which takes dtype and variant to a pipeline within it
     if trust_remote_code:  # some versions note an argument that they do not know, also where it is False
         kwargs["trust_remote_code"] = True
-    if pipeline is not None:
+    if pipeline == "boost-and-skip":
         _check_parts(model, folder, pipeline, cls)
     check_pipeline_folder(folder, cls)
     with _no_bars_of_components(), refusing(f"model {model!r} cannot be loaded"):

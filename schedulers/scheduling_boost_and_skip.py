@@ -179,11 +179,11 @@ class _BoostAndSkip:
                 f"timesteps must be one or one a sample, {len(original_samples)}, got {tuple(timesteps.shape)}."
             )
         if self._skips() and not timesteps.numel():
+            dropped = self.num_inference_steps - len(self.timesteps)
             raise ValueError(
-                f"strength leaves no step: {self.num_inference_steps - len(self.timesteps)} of"
-                f" {self.num_inference_steps} are dropped from the start of the schedule (skip_steps="
-                f"{self.config.skip_steps}, skip_to_sigma={self.config.skip_to_sigma}), and image-to-image starts"
-                " behind its end; use a strength larger than their share, or skip_steps=0."
+                f"strength leaves no step: skip_steps={dropped} are dropped from the start of the schedule, and"
+                " image-to-image starts behind its end; use a strength > skip_steps / num_inference_steps,"
+                f" {dropped} / {self.num_inference_steps}, or skip none."
             )
         return super().add_noise(original_samples, noise, timesteps)
 

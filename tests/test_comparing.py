@@ -154,7 +154,7 @@ def test_a_folder_tells_its_settings_and_keeps_to_them(tmp_path, digits):
 REFUSED = {
     "prompt twice": ({"prompt": ["a", "a"]}, "prompt: 'a' is there more than once"),
     "prompt": ({"prompt": "a"}, "does not take prompt"),
-    "class": ({"class_labels": [3, 17]}, r"class_label: class labels must be in \[0, 10\]"),
+    "class": ({"class_labels": [3, 17]}, r"class_label: class labels must be in \[0, 9\]"),
     "scale": ({"guidance_scales": [1.0, float("nan")]}, "guidance_scale: must be a finite number, got nan"),
     "no guidance": ({"guidance_intervals": [(1, 2)]}, "guidance_interval: .* not guided at guidance_scale=1.0"),
     "weight 1": ({"guidance_scales": 1, "guiders": "apg"}, "guider: .* not guided at guidance_scale=1.0"),

@@ -239,8 +239,8 @@ def test_what_libraries_raise_for_bad_input_is_one_line(monkeypatch):
 @pytest.mark.parametrize(
     ("start", "expected"),
     [
-        (["-m", "diffusers_ext.cli", "info"], (130, "Aborted!\n")),
-        (["diffusers-ext", "info"], (130, "Aborted!\n")),
+        (["-m", "diffusers_ext.cli", "sample", "mnist-unet", "--output", "out"], (130, "Aborted!\n")),
+        (["diffusers-ext", "sample", "mnist-unet", "--output", "out"], (130, "Aborted!\n")),
         (["-c", "import diffusers_ext, diffusers"], (-signal.SIGINT, None)),  # of other programs it is not ours
     ],
     ids=["module", "script", "library"],
