@@ -32,8 +32,9 @@ def sample(pipe, **options) -> torch.Tensor:
 
 
 def beside(pipe):
-    """A stock pipeline with the same networks."""
-    other = STOCK(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}, add_watermarker=False)
+    """A stock pipeline with the same networks; tokenizers pad as the thread before has asked, so each has its own."""
+    own = {name: copy.deepcopy(getattr(pipe, name)) for name in ("scheduler", "tokenizer", "tokenizer_2")}
+    other = STOCK(**{**pipe.components, **own}, add_watermarker=False)
     other.set_progress_bar_config(disable=True)
     return other
 

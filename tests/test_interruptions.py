@@ -118,7 +118,7 @@ def test_kills_at_random_moments_change_no_byte(tmp_path):
     script = Path(__file__).parent / "killed_at_random.py"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "0", "4"], env=environment, capture_output=True, text=True
+        [sys.executable, str(script), str(tmp_path), "0", "2"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -48,8 +48,8 @@ class Kept:
             pass
         if whole:
             return content
-        if isinstance(content, dict) and all(isinstance(content.get(name), dict) for name in self.begun_with):
-            self.check(content)
+        if isinstance(content, dict) and all(content.get(name) for name in self.begun_with):
+            self.check(content)  # an earlier version may have kept another form
         raise ValueError(f"{self.path} was not written by this command; choose another output folder")
 
     def check(self, content: Mapping) -> None:
