@@ -48,7 +48,8 @@ class Kept:
             pass
         if whole:
             return content
-        if isinstance(content, dict) and all(content.get(name) for name in self.begun_with):
+        kinds = [isinstance(content, dict) and content.get(name) for name in self.begun_with]
+        if all(kind and isinstance(kind, dict) for kind in kinds):
             self.check(content)  # an earlier version may have kept another form
         raise ValueError(f"{self.path} was not written by this command; choose another output folder")
 
