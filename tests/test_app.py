@@ -8,11 +8,27 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+)
 from PIL import Image
 from tiny_discrete import build
+from tiny_pipelines import tiny_sdxl
 
-from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, FlowPostprocessingPipeline, SEDDTransformer, cli
+from diffusers_ext import (
+    CTMCScheduler,
+    DiscreteDiffusionPipeline,
+    FlowPostprocessingPipeline,
+    GuidanceInterval,
+    SEDDTransformer,
+    cli,
+)
 from diffusers_ext.app import computations, interface
 from diffusers_ext.app.computations import (
     SEARCH,
@@ -88,6 +104,29 @@ def test_steps_are_planned_as_they_are_run(models):
     assert planned_steps(models, "mnist-unet", 5, 0.2, 2.0) == pair.chart != ""
     assert planned_steps(models, "mnist-unet", 5, 0.2, 1.0) != pair.chart
     assert planned_steps(models, "some/model", 5, 0.2, 2.0) == ""  # nothing is loaded to draw an axis
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [HeunDiscreteScheduler(), KDPM2DiscreteScheduler(), PNDMScheduler(), PNDMScheduler(skip_prk_steps=True)],
+    ids=["heun", "kdpm2", "pndm", "pndm without prk"],
+)
+def test_steps_of_several_evaluations_count_once(models, scheduler, monkeypatch):
+    pipe = tiny_sdxl()
+    pipe.scheduler = scheduler
+    monkeypatch.setattr(models, "holds", lambda model: True)
+    monkeypatch.setattr(models, "load", lambda model: pipe)
+    with GuidanceInterval(pipe, guidance_interval=(0.5, 3.0)) as interval:
+        pipe(prompt="a", num_inference_steps=6, guidance_scale=5.0, output_type="latent")
+    planned = planned_steps(models, "any", 6, 0.5, 3.0)
+    assert f"{len(interval.report.guided_steps)} of {len(interval.report.steps)} steps guided" in planned
+
+
+def test_steps_of_edm2_count_once(models):
+    pipe = models.load("mnist-edm2")
+    pipe(class_labels=[0], num_inference_steps=16, guidance_scale=2.0, guidance_interval=(0.2, 2.0))
+    planned = planned_steps(models, "mnist-edm2", 16, 0.2, 2.0)
+    assert f"{len(pipe.guided_steps)} of 16 steps guided" in planned and pipe.guided_steps
 
 
 def test_discrete_tables_beside_even_steps(models, tmp_path):

@@ -17,9 +17,9 @@ from ..jump_your_steps import optimize_timesteps
 from ..metrics import countdown_errors, countdown_wrong
 from ..pipelines import BoostAndSkipPipeline, FlowPostprocessingPipeline, GuidanceInterval
 from ..pipelines.guidance_interval import GuidedStep
-from ..pipelines.interval import Interval, read_step
+from ..pipelines.interval import Interval, StepStart, read_step
 from ..sampling import cycled_labels, draws_sequences, is_discrete, sample_batches
-from ..schedulers import boost_and_skip
+from ..schedulers import EDMHeunScheduler, boost_and_skip
 from .models import Models
 
 LARGEST = 64  # samples a picture
@@ -122,12 +122,23 @@ def planned_steps(models: Models, model: str, num_inference_steps: int, sigma_lo
     scheduler = type(scheduler).from_config(scheduler.config)
     try:
         scheduler.set_timesteps(num_inference_steps)
-        starts = [read_step(scheduler, t) for t in scheduler.timesteps]
-        interval = Interval(sigma_lo, sigma_hi)
+        starts, interval = _starts(scheduler), Interval(sigma_lo, sigma_hi)
         steps = [GuidedStep(start.index, start.sigma, start in interval) for start in starts]
     except (ValueError, TypeError):  # schedulers that need more than a number, such as the size of the image
         return ""
     return sigma_chart(steps, sigma_lo, sigma_hi)
+
+
+def _starts(scheduler) -> list[StepStart]:
+    """The steps of a schedule, of which some schedulers list each evaluation of the network."""
+    if isinstance(scheduler, EDMHeunScheduler):
+        levels, name = scheduler.sigmas.tolist()[:-1], type(scheduler).__name__
+        return [StepStart(i, len(levels), sigma, name) for i, sigma in enumerate(levels)]
+    starts = {}
+    for timestep in scheduler.timesteps:
+        start = read_step(scheduler, timestep)
+        starts.setdefault(start.index, start)
+    return list(starts.values())
 
 
 def sigma_chart(steps: Iterable[GuidedStep], sigma_lo: float, sigma_hi: float) -> str:
