@@ -843,8 +843,18 @@ class TestSurvives:
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
-        ("how", "first"),
-        [("wrapped", "compile"), ("in place", "interval"), ("repeated blocks", "compile"), ("forward", "interval")],
+        ("alive", "how", "first"),
+        [
+            ("stable_diffusion", "wrapped", "compile"),
+            ("stable_diffusion", "repeated blocks", "interval"),
+            ("flux", "wrapped", "interval"),
+            ("flux", "in place", "interval"),
+            ("flux", "in place", "compile"),
+            ("flux", "repeated blocks", "compile"),
+            ("flux", "forward", "interval"),
+            ("flux", "forward", "compile"),
+        ],
+        indirect=["alive"],
     )
     def test_compile(self, alive, how, first):
         (case, expected), pipe, name = alive, alive[0].pipe, alive[0].networks[0]
