@@ -252,6 +252,7 @@ def test_ctrl_c_while_importing(start, expected, tmp_path):
     running = subprocess.Popen(
         [sys.executable, *start], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
     )  # fmt: skip
     assert running.stdout.readline() == "importing\n"
     running.send_signal(signal.SIGINT)

@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..checkpoints.tensor_files import read_torch_file
 from ..pipelines.call_arguments import checked_arguments
-from ..runs.files import replacing
+from ..runs.files import write_json
 from ..schedulers import CTMCScheduler
 from ..schedulers.timestep_tables import chain_of as chain_of_config
 from ..schedulers.timestep_tables import check_chain, check_tables
@@ -66,9 +66,7 @@ class TimestepTables:
             "info": {str(n): entry for n, entry in self.info.items()},
             **(notes or {}),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(f"{json.dumps(content, indent=1)}\n".encode())
+        write_json(path, content)
         return path
 
     @classmethod

@@ -12,6 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, TypeVar
 
+import psutil
+
 from .lock import LOCK, lock
 
 TEMPORARY = ".unfinished-"
@@ -53,6 +55,10 @@ def write_json(path: Path, content) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False)
     text = re.sub(r"\[\n[-\d,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f"{TEMPORARY}*-{glob.escape(path.name)}"):  # of starts that were killed
+        pid = leftover.name.removeprefix(TEMPORARY).split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            leftover.unlink(missing_ok=True)
     with replacing(path) as file:
         file.write(f"{text}\n".encode())
     sync_folder(path.parent)
