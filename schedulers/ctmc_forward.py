@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from .ctmc_draws import Generators, check_generators, uniforms
-from .ctmc_inputs import check_number, check_tokens, recorded_noise
+from .ctmc_inputs import Times, check_number, check_tokens, recorded_noise
 from .ctmc_noise_schedules import NoiseSchedule
 from .scheduler_arguments import checked_arguments
 from .timestep_edges import times_of
@@ -18,17 +18,17 @@ class ForwardChain:
     """
 
     @checked_arguments
-    def sigma_bar(self, timestep: float | list[float] | torch.Tensor) -> torch.Tensor:
+    def sigma_bar(self, timestep: Times) -> torch.Tensor:
         """Total noise up to a time in [0, 1]; the shape and dtype of a tensor are kept, a number gives float32."""
         return self._at(self._noise.sigma_bar, timestep)
 
     @checked_arguments
-    def sigma(self, timestep: float | list[float] | torch.Tensor) -> torch.Tensor:
+    def sigma(self, timestep: Times) -> torch.Tensor:
         """Noise rate d sigma_bar / dt at a time in [0, 1]; shape and dtype as of `sigma_bar`."""
         return self._at(self._noise.sigma, timestep)
 
     @staticmethod
-    def _at(function: Callable, timestep: float | list[float] | torch.Tensor) -> torch.Tensor:
+    def _at(function: Callable, timestep: Times) -> torch.Tensor:
         on_device = isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"  # not read
         if not on_device and not all(0 <= time <= 1 for time in times_of(timestep)):
             raise ValueError(f"timestep must lie in [0, 1], got {timestep}")
@@ -37,9 +37,7 @@ class ForwardChain:
         return function(torch.as_tensor(timestep, dtype=torch.float64)).float()
 
     @checked_arguments
-    def model_time(
-        self, timestep: float | list[float] | torch.Tensor, batch_size: int, device: str | torch.device | None = None
-    ) -> torch.Tensor:
+    def model_time(self, timestep: Times, batch_size: int, device: str | torch.device | None = None) -> torch.Tensor:
         """What the network receives beside the tokens, (batch_size,) float32: sigma_bar(t), or t.
 
         device: of the result; by default the timestep's. An entry of `timesteps` was computed with the schedule; times
@@ -110,7 +108,7 @@ class ForwardChain:
         self,
         original_samples: torch.Tensor,
         noise: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | Generators,
-        timesteps: float | list[float] | torch.Tensor,
+        timesteps: Times,
     ) -> torch.Tensor:
         """Tokens at a time t > 0 given clean ones: a draw from P_{0t}[x_0, .] at every position.
 

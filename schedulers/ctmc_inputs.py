@@ -4,6 +4,8 @@ import torch
 
 from .ctmc_draws import Generators, check_generators
 
+Times = float | list[float] | torch.Tensor  # one, or one a sample
+
 
 def check_tokens(tokens: torch.Tensor) -> None:
     """Raise ValueError for anything but int64 (batch, length) of at least one sample."""

@@ -12,7 +12,7 @@ from diffusers.utils import BaseOutput
 from .ctmc_config import check_config, check_source
 from .ctmc_draws import Generators, column
 from .ctmc_forward import ForwardChain
-from .ctmc_inputs import batch_times, check_number, check_step_inputs, check_tokens, counts_of, spans
+from .ctmc_inputs import Times, batch_times, check_number, check_step_inputs, check_tokens, counts_of, spans
 from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel, build_kernel
 from .ctmc_noise_schedules import NoiseSchedule, build_noise_schedule
 from .ctmc_reverse import ReverseChain
@@ -24,10 +24,8 @@ from .timestep_tables import check_edges, check_tables, interpolated_edges, tabl
 
 @dataclass
 class CTMCSchedulerOutput(BaseOutput):
-    """prev_sample: (batch, length) int64, the tokens at the next, smaller time. prev_timestep: (batch,), that time.
-
-    0 is the time of clean tokens.
-    """
+    """prev_sample: (batch, length) int64, the tokens at the next, smaller time. prev_timestep: (batch,), that time, 0
+    for clean tokens."""
 
     prev_sample: torch.Tensor
     prev_timestep: torch.Tensor | None = None  # accelerate rebuilds outputs from one dict, taken as first field
@@ -176,12 +174,11 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
     def _edges_for(self, steps: int) -> list[float]:
         if not is_of_kind(steps, int) or steps < 1:
             raise ValueError(f"num_inference_steps must be an integer >= 1, got {short(steps)}")
-        tables = {}
-        if self.config.timestep_spacing == "table":
-            tables = tables_for(self.config, self.sampler.counts_tokens, self.reverse)
-        if not tables:
-            return torch.linspace(1, self.config.min_timestep, steps + 1, dtype=torch.float64).tolist()
-        return interpolated_edges(tables, steps, self.config.min_timestep)
+        with_tables = self.config.timestep_spacing == "table"
+        tables = tables_for(self.config, self.sampler.counts_tokens, self.reverse) if with_tables else {}
+        if tables:
+            return interpolated_edges(tables, steps, self.config.min_timestep)
+        return torch.linspace(1, self.config.min_timestep, steps + 1, dtype=torch.float64).tolist()
 
     @property
     def edges(self) -> torch.Tensor:
@@ -196,9 +193,7 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
     # The chain in reverse
 
     @checked_arguments
-    def reverse_rates(
-        self, model_output: torch.Tensor, timestep: float | list[float] | torch.Tensor, sample: torch.Tensor
-    ) -> torch.Tensor:
+    def reverse_rates(self, model_output: torch.Tensor, timestep: Times, sample: torch.Tensor) -> torch.Tensor:
         """Rates of jumping from each current token x to every token y, (batch, length, vocab) float32.
 
         A row sums to 0: the entry of the current token is minus the rate of leaving it. Positions that the absorbing
@@ -214,9 +209,7 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
         return self._rows(rates, 0.0, model_output, timestep, sample)
 
     @checked_arguments
-    def scores(
-        self, model_output: torch.Tensor, timestep: float | list[float] | torch.Tensor, sample: torch.Tensor
-    ) -> torch.Tensor:
+    def scores(self, model_output: torch.Tensor, timestep: Times, sample: torch.Tensor) -> torch.Tensor:
         """Ratios p_t(y) / p_t(x) of every token y to the current token x, (batch, length, vocab) float32; 1 at x.
 
         At positions that the absorbing kernel has decoded they say nothing and are 1. Arguments as of `reverse_rates`.
@@ -241,11 +234,11 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
     def step(
         self,
         model_output: torch.Tensor,
-        timestep: float | list[float] | torch.Tensor,
+        timestep: Times,
         sample: torch.Tensor,
         generator: Generators = None,
         *,
-        next_timestep: float | list[float] | torch.Tensor | None = None,
+        next_timestep: Times | None = None,
         num_decode: int | list[int] | torch.Tensor | None = None,
         noise: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
         return_dict: bool = True,
@@ -280,7 +273,7 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
             index = self._schedule().index(timestep)
             if index + 1 == len(self._steps.points):
                 denoised = self.denoise(model_output, timestep, sample, generator, noise=noise)
-                return self._output(denoised, 0.0, return_dict)
+                return self._output(denoised, [0.0] * len(sample), return_dict)
             timestep, next_timestep = self._steps.points[index : index + 2]
             stage = index % self.sampler.evaluations_per_step
         elif self.sampler.evaluations_per_step > 1:
@@ -288,8 +281,7 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
                 f"next_timestep={next_timestep}: a step of sampler={self.config.sampler!r} calls the network more than"
                 " once; give all edges with set_timesteps(timesteps=...) and step along `timesteps`"
             )
-        starts = self._times(timestep, len(sample))
-        times = spans(starts, times_of(next_timestep), self.sampler.least)
+        times = spans(self._times(timestep, len(sample)), times_of(next_timestep), self.sampler.least)
         moved = self.sampler.stages[stage](model_output, sample, times, generator, noise)
         return self._output(moved, [then for _, then in times], return_dict)
 
@@ -302,7 +294,7 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
         least = self.config.min_timestep
         return self._output(tokens, (start - elapsed).clamp(min=least).masked_fill(finished, least), return_dict)
 
-    def _start(self, timestep: float | list[float] | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    def _start(self, timestep: Times, sample: torch.Tensor) -> torch.Tensor:
         """The times of a batch, (batch,) float32 on its device."""
         on_device = isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"
         if on_device and (self._steps is None or self._steps.known(timestep) is None):
@@ -312,16 +304,15 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
 
     @staticmethod
     def _output(sample: torch.Tensor, time, return_dict: bool) -> CTMCSchedulerOutput | tuple:
-        """time: a number or a list of one a sample on the host, or (batch,) on the sample's device."""
-        if not isinstance(time, torch.Tensor):
-            time = column(time if isinstance(time, list) else [time] * len(sample), sample.device)
+        """time: a list of one a sample on the host, or (batch,) on the sample's device."""
+        time = time if isinstance(time, torch.Tensor) else column(time, sample.device)
         return CTMCSchedulerOutput(prev_sample=sample, prev_timestep=time) if return_dict else (sample, time)
 
     @checked_arguments
     def step_correct(
         self,
         model_output: torch.Tensor,
-        timestep: float | list[float] | torch.Tensor,
+        timestep: Times,
         sample: torch.Tensor,
         step_size: float,
         generator: Generators = None,
@@ -351,8 +342,8 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
         """(time, step size) of the corrector steps that follow evaluation `index`, none but at the end of a step."""
         step, stage = divmod(index, self.sampler.evaluations_per_step)
         edges = self._schedule().edges[step : step + 2]
-        inside = stage + 1 < self.sampler.evaluations_per_step
-        if inside or len(edges) < 2 or edges[0] > self.config.corrector_entry_time:
+        at_end = stage + 1 == self.sampler.evaluations_per_step and len(edges) == 2
+        if not at_end or edges[0] > self.config.corrector_entry_time:
             return []
         size = self.config.corrector_step_size_multiplier * (edges[0] - edges[1])
         return [(edges[1], size)] * self.config.num_corrector_steps
@@ -361,7 +352,7 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
     def denoise(
         self,
         model_output: torch.Tensor,
-        timestep: float | list[float] | torch.Tensor,
+        timestep: Times,
         sample: torch.Tensor,
         generator: Generators = None,
         *,
@@ -386,8 +377,7 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
         At an edge t of the schedule ceil(length (t - t_min) / (1 - t_min)) tokens are still masked, t_min the smaller
         of `min_timestep` and the last edge: a table of token counts k_0 = 0 < k_1 < ... < k_n = length is the table of
         times 1 - k_i / length, the last one `min_timestep`. What is left at a last edge above that, one more step
-        decodes. Where other tokens were given from the start, the same share of the masks stays. sample: (batch,
-        length).
+        decodes. Where other tokens were given at first, the same share of the masks stays. sample: (batch, length).
         """
         check_tokens(sample)
         return self.num_decode_on_device(sample, step_index).tolist()
@@ -405,5 +395,5 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
             raise ValueError(f"timestep={timestep} is the last edge, where gillespie has decoded everything")
         return self.num_decode_on_device(sample, index)
 
-    def _times(self, timestep: float | list[float] | torch.Tensor, batch: int) -> list[float]:
+    def _times(self, timestep: Times, batch: int) -> list[float]:
         return batch_times(self._steps.times(timestep) if self._steps else times_of(timestep), batch)
