@@ -8,8 +8,10 @@ they find the run through a context variable, so that another pipeline with the 
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -99,7 +101,8 @@ class Guidance:
 
         For pipelines that take the interval as an argument; after it, `report` tells what was done.
         """
-        args = tuple(map(outside_callback, args))
+        names = [*inspect.signature(call).parameters][1 : 1 + len(args)]
+        args = tuple(outside_callback(value, name) for value, name in zip_longest(args, names, fillvalue=""))
         kwargs = {key: outside_callback(value, key) for key, value in kwargs.items()}
         begin_again = _random_states(args, kwargs)
         try:

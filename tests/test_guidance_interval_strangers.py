@@ -669,6 +669,36 @@ class ListOfRows(Plain):
         return torch.stack(rows)
 
 
+class SmoothedElsewhere(Stranger):
+    """The unconditional prediction passes a function that keeps it, which the pipeline's source does not show."""
+
+    def predict(self, x, t, text, negative):
+        uncond, cond = self.unet(torch.cat([x] * 2), t, torch.cat([negative, text])).chunk(2)
+        if self.i == 0:
+            self.smooth = Smooth()
+        uncond = self.smooth(uncond)
+        return uncond + self.w * (cond - uncond)
+
+    def oracle(pipe, guided, latents, prompt_embeds, negative_prompt_embeds, guidance_scale=WEIGHT, **_):
+        scheduler, net, smooth = copy.deepcopy(pipe.scheduler), copy.deepcopy(pipe.unet), Smooth()
+        scheduler.set_timesteps(STEPS)
+        for i, t in enumerate(scheduler.timesteps):
+            noise = net(latents, t, prompt_embeds)
+            if i in guided:
+                u = smooth(net(latents, t, negative_prompt_embeds))
+                noise = u + guidance_scale * (noise - u)
+            latents = scheduler.step(noise, t, latents, return_dict=False)[0]
+        return latents
+
+
+class Smooth:
+    value = None
+
+    def __call__(self, uncond):
+        self.value = uncond if self.value is None else 0.5 * (uncond + self.value)
+        return self.value
+
+
 class Average:
     value = 0.0
 
@@ -1548,6 +1578,7 @@ REFUSED_THOUGH_GIVEN = [
     "WeightPerSampleNegative",
     "Momentum",
     "MomentumLocal",
+    "SmoothedElsewhere",
     "ReusedUncond",
     "ReusedDifference",
     "GuidesLater",
@@ -1849,6 +1880,28 @@ class WithCallback(Plain):
         return (latents,)
 
 
+class WithHook(Plain):
+    def __call__(
+        self,
+        latents,
+        prompt_embeds,
+        negative_prompt_embeds,
+        guidance_scale=WEIGHT,
+        num_inference_steps=STEPS,
+        after_step=None,
+    ):
+        self.w, self.finished = guidance_scale, False
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            noise = self.unet(torch.cat([latents] * 2), t, torch.cat([negative_prompt_embeds, prompt_embeds]))
+            noise_uncond, noise_text = noise.chunk(2)
+            noise = noise_uncond + self.w * (noise_text - noise_uncond)
+            latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
+            after_step()
+        self.finished = True
+        return (latents,)
+
+
 class _Object:
     def __init__(self, function):
         self.function = function
@@ -1904,6 +1957,20 @@ class TestCallbacks:
         callback = WRAPPERS[wrapper](lambda *args: pictures.append(stock(inner, **inputs(3))))
         with GuidanceInterval(pipe, guided_steps=(1, 2)):
             result = pipe(**given, callback_on_step_end=callback)[0]
+        assert all(torch.equal(one, expected) for one in pictures) and len(pictures) == STEPS
+        torch.testing.assert_close(result, plain_loop(given, (1, 2)), rtol=0, atol=1e-3)
+
+    @pytest.mark.parametrize(
+        ("cls", "wrapper"),
+        [*((WithCallback, wrapper) for wrapper in WRAPPERS), (WithHook, "function"), (WithHook, "partial")],
+    )
+    def test_by_its_place_or_under_another_name(self, cls, wrapper):
+        pipe, given, pictures = build(cls), inputs(2), []
+        inner = build(Plain, net=pipe.unet)
+        expected = stock(inner, **inputs(3))
+        callback = WRAPPERS[wrapper](lambda *args: pictures.append(stock(inner, **inputs(3))))
+        with GuidanceInterval(pipe, guided_steps=(1, 2)):
+            result = pipe(*given.values(), WEIGHT, STEPS, callback)[0]
         assert all(torch.equal(one, expected) for one in pictures) and len(pictures) == STEPS
         torch.testing.assert_close(result, plain_loop(given, (1, 2)), rtol=0, atol=1e-3)
 
