@@ -150,11 +150,12 @@ _TABLE = {
         CycleDiffusion KandinskyPrior KandinskyV22PriorEmb2Emb MusicLDM PaintByExample ShapE ShapEImg2Img StableAudio
         StableDiffusionControlNetXS StableDiffusionDiffEdit StableDiffusionGLIGEN StableDiffusionImageVariation
         StableDiffusionInpaintPipelineLegacy StableDiffusionLatentUpscale StableDiffusionModelEditing
-        StableDiffusionUpscale StableDiffusionXLControlNetXS StableUnCLIP StableUnCLIPImg2Img TextToVideoSD
-        TextToVideoZero TextToVideoZeroSDXL VersatileDiffusionDualGuided VersatileDiffusionImageVariation
+        StableDiffusionSAG StableDiffusionUpscale StableDiffusionXLControlNetXS StableUnCLIP StableUnCLIPImg2Img
+        TextToVideoSD TextToVideoZero TextToVideoZeroSDXL VersatileDiffusionDualGuided VersatileDiffusionImageVariation
         VersatileDiffusionTextToImage VideoToVideoSD VQDiffusion
     """,
     Layout(UNCOND_COND, on=BY_SCALE, variance="may"): "Latte PixArtAlpha PixArtSigma",
+    Layout(UNCOND_COND, on=lambda pipe, call: call["guidance_scale"] != 1, variance="may"): "BoostAndSkip",
     Layout(UNCOND_COND, on=BY_SCALE, variance="always"): """
         IF IFImg2Img IFImg2ImgSuperResolution IFInpainting IFInpaintingSuperResolution IFSuperResolution Kandinsky
         KandinskyImg2Img KandinskyInpaint KandinskyV22Controlnet KandinskyV22ControlnetImg2Img
@@ -222,9 +223,6 @@ def _by_name(table: dict) -> dict[str, Any]:
 
 
 LAYOUTS = _by_name(_TABLE)
-LAYOUTS["BoostAndSkipPipeline"] = Layout(
-    UNCOND_COND, on=lambda pipe, call: call["guidance_scale"] != 1, variance="may"
-)  # this package's
 # Pipelines of pipelines, each of which guides.
 COMBINED = {
     "KandinskyCombinedPipeline",
@@ -269,7 +267,6 @@ REFUSED_CALLS: dict[str, tuple[str, Callable[[dict], bool]]] = {
         lambda call: call["cfg_interval_start"] > 0,
     ),
 }
-LAYOUTS["StableDiffusionSAGPipeline"] = Layout(UNCOND_COND, on=BY_SCALE)
 
 # Where the code may come from that the table describes, and what diffusers wraps it in.
 _ROOTS = [os.path.dirname(inspect.getfile(module)) + os.sep for module in (diffusers, torch)]

@@ -2,13 +2,13 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..pipelines.guidance_interval import GuidanceInterval
-from ..pipelines.interval import interval_bounds
+from ..pipelines.interval import Interval
 from ..schedulers import boost_and_skip
 
 BOOST = ("gamma", "skip_steps", "skip_to_sigma")
@@ -29,10 +29,8 @@ def applied(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextManager
 
 
 @contextmanager
-def _both(*contexts: AbstractContextManager) -> Iterator[None]:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
+def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
+    with outer, inner:
         yield
 
 
@@ -40,11 +38,11 @@ def _limited(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextManage
     interval = call.get("guidance_interval")
     if interval is None:
         return nullcontext(), call
-    sigma_lo, sigma_hi = interval_bounds(interval)
+    Interval(guidance_interval=interval)  # says what is allowed
     if "guidance_interval" in inspect.signature(pipe.__call__).parameters:
         return nullcontext(), call
     others = {name: value for name, value in call.items() if name != "guidance_interval"}
-    return GuidanceInterval(pipe, sigma_lo=sigma_lo, sigma_hi=sigma_hi), others
+    return GuidanceInterval(pipe, guidance_interval=interval), others
 
 
 def _boosted(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextManager, dict]:
