@@ -11,6 +11,7 @@ from diffusers import DiTPipeline, ImagePipelineOutput
 
 # diffusers copies only the files that this one itself imports
 from .applied_guiders import GuiderOfCall  # noqa: F401
+from .call_arguments import checked_arguments  # noqa: F401
 from .guidance_interval import GuidanceInterval, GuidanceReport
 from .guidance_layouts import Layout  # noqa: F401
 from .guided_run import Run  # noqa: F401

@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from diffusers.guiders import BaseGuidance
 
 from .applied_guiders import check_guider
+from .call_arguments import checked_arguments
 from .guidance_layouts import parse_layout
 from .guided_run import GuidanceReport, GuidedStep, Plan, Run, make_plans  # noqa: F401  GuidedStep for who imports it here
 from .guided_stage import Stage  # noqa: F401  what a sibling imports, the file that is loaded imports as well
@@ -159,6 +160,7 @@ class GuidanceInterval(Guidance):
     where it does not guide as its layout says, and warns where the interval has no effect.
     """
 
+    @checked_arguments
     def __init__(
         self,
         pipe: DiffusionPipeline,
@@ -183,6 +185,7 @@ class GuidanceInterval(Guidance):
         super().attach()
 
 
+@checked_arguments
 def apply_guidance_interval(
     pipe: DiffusionPipeline,
     *,
@@ -213,12 +216,14 @@ def apply_guidance_interval(
     return interval
 
 
+@checked_arguments
 def remove_guidance_interval(pipe: DiffusionPipeline) -> None:
     """Guide as the pipeline itself does again, bit for bit; nothing happens to a pipeline without an interval."""
     if pipe.__dict__.pop("_guidance_interval", None) is not None:
         pipe.__class__ = type(pipe).__mro__[1]
 
 
+@checked_arguments
 def apply_guider(
     pipe: DiffusionPipeline,
     guider: BaseGuidance,
@@ -257,11 +262,13 @@ def apply_guider(
     return guidance
 
 
+@checked_arguments
 def remove_guider(pipe: DiffusionPipeline) -> None:
     """Guide as the pipeline itself does again, bit for bit; nothing happens to a pipeline without a guider."""
     remove_guidance_interval(pipe)
 
 
+@checked_arguments
 def guidance_report(pipe: DiffusionPipeline) -> GuidanceReport:
     """What the interval did in the pipeline's last call. Raises ValueError if there was no such call."""
     guidance = pipe.__dict__.get("_guidance_interval")

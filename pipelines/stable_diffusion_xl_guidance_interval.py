@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 # diffusers copies only the files that this one itself imports
 from .applied_guiders import GuiderOfCall  # noqa: F401
+from .call_arguments import checked_arguments  # noqa: F401
 from .guidance_interval import GuidanceInterval, GuidanceReport
 from .guidance_layouts import Layout  # noqa: F401
 from .guided_run import Run  # noqa: F401

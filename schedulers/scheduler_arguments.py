@@ -73,7 +73,7 @@ def is_of_kind(value, kind) -> bool:
         same = isinstance(value, torch.Tensor) and value.is_floating_point() == kind.dtype.is_floating_point
         return same and (value.is_floating_point() or value.dtype == kind.dtype)
     if kind is DiffusionPipeline:  # or what is called and placed like one
-        return callable(value) or hasattr(value, "_execution_device")
+        return not isinstance(value, type) and (callable(value) or hasattr(value, "_execution_device"))
     if (origin or kind) is collections.abc.Callable:
         return callable(value)
     if origin is collections.abc.Iterable and not isinstance(value, str | bytes) and _elements(value) is None:

@@ -199,7 +199,7 @@ def test_config_and_copies(tmp_path):
 def test_errors():
     with pytest.raises(ValueError, match="need 0 <= sigma_lo < sigma_hi"):
         IntervalGuidance(sigma_lo=2.0, sigma_hi=1.0)
-    with pytest.raises(ValueError, match="guider must be a diffusers guider, got int"):
+    with pytest.raises(ValueError, match="guider must be of the class BaseGuidance, got 3"):
         limit_to_interval(3, sigma_lo=1.0)
     with pytest.raises(ValueError, match="no running pipeline with a scheduler was found"):
         IntervalGuidance(sigma_lo=1.0).set_state(0, 4, torch.tensor(900))

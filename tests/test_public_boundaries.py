@@ -5,7 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL, ClassifierFreeGuidance, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler, UNet2DModel,
+)  # fmt: skip
 
 import diffusers_ext
 from diffusers_ext import evaluation, flow, metrics, sampling
@@ -120,6 +123,10 @@ TRAINING = {
     "samples": PIXELS, "real": PIXELS, "k": 2, "steps": 1, "batch_size": 2, "learning_rate": 1e-3, "weight_decay": 0.0,
     "ema_decay": 0.9, "max_grad_norm": 1.0, "log_every": 1, "seed": 0, "balance": False,
 }  # fmt: skip
+STOCK = DiTPipeline(
+    DiTTransformer2DModel(1, 4, 3, num_layers=1, sample_size=4, norm_num_groups=1), AutoencoderKL(), DDIMScheduler()
+)
+INTERVAL = {"sigma_lo": 0.2, "sigma_hi": 3.0, "sigma_unit": "edm"}
 NEAREST = {"features": POINTS, "reference": POINTS, "k": 3}
 CASES = {
     "BoostAndSkipPipeline": (
@@ -158,6 +165,21 @@ CASES = {
         diffusers_ext.CTMCScheduler, {"kernel": "absorbing", "vocab_size": 7, "eps": 1e-3, "time_exponential": 100.0,
         "timestep_tables": None},
     ),
+    "GuidanceInterval": (diffusers_ext.GuidanceInterval, {"pipe": STOCK, **INTERVAL, "layout": "uncond, cond"}),
+    "apply_guidance_interval": (diffusers_ext.apply_guidance_interval, {"pipe": STOCK, **INTERVAL, "verify": True}),
+    "apply_guidance_interval steps": (
+        diffusers_ext.apply_guidance_interval, {"pipe": STOCK, "guided_steps": (1, 2), "layout": "uncond, cond"},
+    ),
+    "apply_guider": (
+        diffusers_ext.apply_guider, {"pipe": STOCK, "guider": ClassifierFreeGuidance(), **INTERVAL},
+    ),
+    "limit_to_interval": (diffusers_ext.limit_to_interval, {"guider": ClassifierFreeGuidance(), **INTERVAL}),
+    "IntervalGuidance": (
+        diffusers_ext.IntervalGuidance, {"guidance_scale": 2.0, **INTERVAL, "guidance_rescale": 0.1, "start": 0.1,
+        "stop": 0.9, "enabled": False},
+    ),
+    "remove_guider": (diffusers_ext.remove_guider, {"pipe": STOCK}),
+    "remove_guidance_interval": (diffusers_ext.remove_guidance_interval, {"pipe": STOCK}),
     "optimize_timesteps": (optimize_timesteps, SEARCH),
     "KLUB": (KLUB(NETWORK, CTMC, TOKENS), {"t1": 0.9, "t2": 0.5, "t3": 0.1}),
     "TimestepTables.of": (TimestepTables.of, {"scheduler": CTMC}),

@@ -6,6 +6,7 @@ to steps, and can be used for a second call whatever they did in the last step o
 
 import copy
 import functools
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from diffusers_ext.pipelines.call_arguments import checked_arguments
 from diffusers_ext.pipelines.interval import Interval, StepStart, Walk
 
 # What pipelines ask of a guider between `set_state` and the end of the step's evaluation.
@@ -134,6 +136,7 @@ class IntervalGuidance(_Limited, ClassifierFreeGuidance):
     """
 
     @register_to_config
+    @checked_arguments
     def __init__(
         self,
         guidance_scale: float = 7.5,
@@ -148,6 +151,9 @@ class IntervalGuidance(_Limited, ClassifierFreeGuidance):
         stop: float = 1.0,
         enabled: bool = True,
     ):
+        for name, value in (("guidance_scale", guidance_scale), ("guidance_rescale", guidance_rescale)):
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value!r}")
         self.interval = Interval(sigma_lo, sigma_hi, guided_steps, sigma_unit, guidance_interval)
         super().__init__(
             guidance_scale=guidance_scale,
@@ -159,6 +165,7 @@ class IntervalGuidance(_Limited, ClassifierFreeGuidance):
         )
 
 
+@checked_arguments
 def limit_to_interval(
     guider: BaseGuidance,
     *,
@@ -177,8 +184,6 @@ def limit_to_interval(
     guidance_interval, sigma_lo, sigma_hi, guided_steps, sigma_unit: see `Interval`. Raises ValueError for what is no
     guider.
     """
-    if not isinstance(guider, BaseGuidance):
-        raise ValueError(f"guider must be a diffusers guider, got {type(guider).__name__}")
     limited = copy.copy(guider)
     limited.__class__ = _limited_class(type(guider))
     limited.interval = Interval(sigma_lo, sigma_hi, guided_steps, sigma_unit, guidance_interval)
