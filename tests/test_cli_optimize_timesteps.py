@@ -9,6 +9,11 @@ import torch
 from cli_on_processes import run_on_two
 from click.testing import CliRunner
 from test_timestep_search import Stopped, same_info
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, SEDDTransformer, cli
 from diffusers_ext.jump_your_steps import TimestepTables, model_folder
@@ -221,16 +226,27 @@ def test_data_with_few_of_the_tokens_is_pointed_out(model, tmp_path, monkeypatch
     assert ("no token above 2, and the model's vocabulary has 5" in "".join(said)) == warned
 
 
-def test_text_is_cut_into_sequences(model, tmp_path):
-    class Letters:
-        def __call__(self, text):
-            return type("Encoding", (), {"input_ids": [ord(letter) % 5 for letter in text]})
+def letters(alphabet: str) -> PreTrainedTokenizerFast:
+    """One token a letter, and [CLS] and [SEP] around every text."""
+    words = Tokenizer(
+        WordLevel({letter: i for i, letter in enumerate([*alphabet, "[CLS]", "[SEP]", "[UNK]"])}, "[UNK]")
+    )
+    words.pre_tokenizer = Split("", "isolated")
+    ids = [(name, words.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    words.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
 
+
+def test_text_is_cut_into_sequences(model, tmp_path):
     pipe = DiscreteDiffusionPipeline.from_pretrained(model)
-    pipe.tokenizer = Letters()
-    (tmp_path / "text.txt").write_text("abcdefghij" * 3 + "abc")
+    pipe.tokenizer = letters("abcde")
+    (tmp_path / "text.txt").write_text("abcdeedcba" * 3 + "abc")
     sequences = read_sequences(str(tmp_path / "text.txt"), pipe, 2)
-    assert sequences.tolist() == [[ord(letter) % 5 for letter in "abcdefghij"]] * 2
+    assert sequences.tolist() == [[0, 1, 2, 3, 4, 4, 3, 2, 1, 0]] * 2
     (tmp_path / "text.txt").write_text("short")
     with pytest.raises(ValueError, match="has 5 tokens, a sequence of this model has 10"):
+        read_sequences(str(tmp_path / "text.txt"), pipe, 2)
+    pipe.tokenizer = letters("abcdefghij")
+    (tmp_path / "text.txt").write_text("abcdefghij")
+    with pytest.raises(ValueError, match="must hold tokens in"):
         read_sequences(str(tmp_path / "text.txt"), pipe, 2)

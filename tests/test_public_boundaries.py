@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL, ClassifierFreeGuidance, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler, UNet2DModel,
+    AutoencoderKL,
+    ClassifierFreeGuidance,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
 )  # fmt: skip
 
 import diffusers_ext

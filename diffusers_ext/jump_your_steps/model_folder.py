@@ -39,8 +39,8 @@ def read_sequences(data: str, pipe: DiffusionPipeline, count: int, seed: int = 0
     """Sequences to optimise on, (count or fewer, length) int64.
 
     data: an .npz with `tokens` or an .npy, (count, length) integers; a .txt file, which the pipeline's tokenizer cuts
-    into sequences of the model's length; or "countdown", sequences of Jump Your Steps' CountDown task for the model's
-    length and vocabulary, drawn with the seed.
+    into sequences of the model's length, without the special tokens it adds; or "countdown", sequences of Jump Your
+    Steps' CountDown task for the model's length and vocabulary, drawn with the seed.
 
     Raises ValueError for other files, where there is no sequence in it, and for sequences of another length or with
     other tokens than the model's. Warns of tokens that fill too little of its vocabulary to be of it.
@@ -50,7 +50,7 @@ def read_sequences(data: str, pipe: DiffusionPipeline, count: int, seed: int = 0
         return countdown_sequences(count, _length(config), tokens, torch.Generator().manual_seed(seed))
     content = check_data(data)
     if isinstance(content, str):
-        return _tokens(data, content, pipe, count)
+        content = _tokens(data, content, pipe)
     sequences = torch.from_numpy(content[:count].astype(np.int64)).flatten(1)
     _check_belongs(data, sequences, content, config, tokens)
     return sequences
@@ -97,14 +97,16 @@ def check_data(data: str) -> np.ndarray | str | None:
     return content
 
 
-def _tokens(data: str, text: str, pipe: DiffusionPipeline, count: int) -> torch.Tensor:
+def _tokens(data: str, text: str, pipe: DiffusionPipeline) -> np.ndarray:
     if getattr(pipe, "tokenizer", None) is None:
         raise ValueError(f"{data!r} is text and the pipeline has no tokenizer; give an .npz with tokens")
-    tokens, length = pipe.tokenizer(text).input_ids, _length(pipe.model.config)
+    # [CLS] and [SEP] would stand in the first and the last sequence alone
+    tokens = pipe.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    length = _length(pipe.model.config)
     whole = len(tokens) // length
     if whole == 0:
         raise ValueError(f"{data!r} has {len(tokens)} tokens, a sequence of this model has {length}")
-    return torch.tensor(tokens[: whole * length], dtype=torch.int64).view(whole, length)[:count]
+    return np.array(tokens[: whole * length]).reshape(whole, length)
 
 
 def _length(config) -> int:
