@@ -25,6 +25,7 @@ from .tables import TimestepTables, chain_of, times_of_counts
 
 METHODS = ("exact", "hierarchical", "golden")
 GRID_SIZES = {"exact": 256, "hierarchical": 256, "golden": 1024}
+INTERVALS_A_STEP, FEWEST_INTERVALS = 4, 64  # of exact's grid of times: docs/jump_your_steps.md has what fewer cost
 
 
 @checked_arguments
@@ -78,8 +79,9 @@ def optimize_timesteps(
         made anyway, then is a step like the others. Only "exact" can, for kernels whose final denoising draws tokens:
         there it is the default. Otherwise, and by default elsewhere, "min_timestep".
     coupling: of golden, "data" or "path", see `KLUB`. average: of golden, see `KLUB`.
-    grid_size: intervals of the grid, by default 256, for golden 1024. The grid of gillespie are the numbers of tokens,
-        all of them where the length is no larger, and always for golden.
+    grid_size: intervals of the grid, so many evaluations of the network; by default for exact 4 for each of the most
+        steps and at least 64, for hierarchical 256, for golden 1024. The grid of gillespie are the numbers of tokens,
+        by default 256 of them or all where the length is no larger, and always all for golden.
     num_positions: of exact and hierarchical, how many positions of a sequence enter, see `RateStatistics`.
     given, seed, noise: see `KLUB`. batch_size: sequences that pass the network together.
     resume: a file in which what was computed is kept, so that a later call with the same settings goes on from there.
@@ -109,7 +111,7 @@ def optimize_timesteps(
             f" {scheduler.sampler.evaluations_per_step} a step; optimise with sampler='euler', whose tables it takes"
         )
     free_end = _free_end(last_edge, method, scheduler)
-    grid = _grid(method, scheduler, data.shape[1], grid_size)
+    grid = _grid(method, scheduler, data.shape[1], grid_size, max(numbers))
     num_report_samples = _num_report(num_report_samples, method, len(data))
     settings = {
         "method": method, "objective": cost.objective, "alpha": cost.alpha, "held": cost.held,
@@ -337,11 +339,13 @@ def _num_report(asked: int | None, method: str, count: int) -> int:
     return asked
 
 
-def _grid(method: str, scheduler: CTMCScheduler, length: int, size: int | None) -> Grid:
+def _grid(method: str, scheduler: CTMCScheduler, length: int, size: int | None, most: int) -> Grid:
     if method == "golden" and scheduler.sampler.counts_tokens:
         size = size or length
         if size != length:
             raise ValueError(f"grid_size={size}: golden with gillespie counts every token, {length}; leave it out")
+    elif method == "exact" and not scheduler.sampler.counts_tokens:
+        size = size or max(FEWEST_INTERVALS, INTERVALS_A_STEP * most)
     return Grid.of(scheduler, length, size or GRID_SIZES[method])
 
 
