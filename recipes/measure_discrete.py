@@ -3,6 +3,7 @@
     python recipes/measure_discrete.py countdown countdown-sedd --steps 256 --samples 1024
     python recipes/measure_discrete.py continue jsb-sedd jsb_tokens.npz --steps 256
     python recipes/measure_discrete.py likelihood jsb-sedd jsb_tokens.npz
+    python recipes/measure_discrete.py words shakespeare-sedd out/shakespeare --steps 16 --steps 64
 
 MODEL is a shipped model, a folder or a Hub id. Samples lie in OUTPUT, a folder for each number of steps, and the
 numbers in OUTPUT/results.json; started again, it goes on, and on many processes with torchrun in place of python.
@@ -54,6 +55,8 @@ from diffusers_ext.metrics import (
     countdown_errors_original,
     generative_perplexity,
     histogram_distance,
+    ngram_divergence,
+    real_word_share,
     unigram_entropy,
 )
 from diffusers_ext.runs.processes import end_processes, start_processes
@@ -227,6 +230,36 @@ def text(model, samples, language_model, **options):
             "perplexity": perplexity["tokens"],
             "perplexity_of_batches": perplexity["batches"],
             **summary("entropy", unigram_entropy(tokens)),
+        }
+
+    run(model, measure, samples, **options)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True))
+@SAMPLES
+@sampling_options
+def words(model, folder, samples, **options):
+    """Share of words that occur in FOLDER/train.txt, and the divergence of 5-grams from FOLDER/valid.txt.
+
+    FOLDER: as recipes/shakespeare.py writes it. For scale, `train_divergence` is that of as many stretches of
+    train.txt of as many characters.
+    """
+    train, valid = ((folder / name).read_text() for name in ("train.txt", "valid.txt"))
+    tokenizer = load_pipeline(model).tokenizer
+
+    def measure(path: Path) -> dict[str, float]:
+        texts = tokenizer.batch_decode(read_tokens(path))
+        size = sum(map(len, texts)) // len(texts)
+        starts = np.linspace(0, len(train) - size, len(texts)).astype(int)
+        real = [train[start : start + size] for start in starts]
+        held_out = [valid[start : start + size] for start in range(0, len(valid) - size, size)]
+        row = summary("real_words", torch.tensor(real_word_share(texts, train)))
+        return {
+            **row,
+            "divergence": ngram_divergence(texts, held_out),
+            "train_divergence": ngram_divergence(real, held_out),
         }
 
     run(model, measure, samples, **options)

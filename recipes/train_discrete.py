@@ -6,7 +6,8 @@
 A `SEDDTransformer` and a `CTMCScheduler`, saved together as a DiscreteDiffusionPipeline in fp16; the weights are an
 exponential moving average. The objective is the score entropy (`--objective score`), or for networks of x_0 the cross
 entropy (`--objective x0`). `--data` is an .npz with `tokens`, (count, length) integers from 0, and perhaps `valid`,
-others of the same length, whose likelihood is measured at the end; recipes/jsb_chorales.py makes one. Without it
+others of the same length, whose likelihood is measured at the end; recipes/jsb_chorales.py and recipes/shakespeare.py
+make one. Without it
 CountDown sequences (2410.07761) are drawn anew at every step, and the strict error rate of samples is printed at the
 end. An interrupted run goes on from its last checkpoint; a finished one measures again.
 
@@ -28,6 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, SEDDTransformer
 from diffusers_ext.discrete.losses import likelihood_bound, score_entropy_loss, x0_cross_entropy
@@ -84,12 +86,12 @@ def loss_of(model, scheduler: CTMCScheduler, original: torch.Tensor, weighting: 
     return loss.mean() / original.shape[1]
 
 
-def save_pipeline(model: SEDDTransformer, ema: EMAModel, scheduler: CTMCScheduler, output: Path):
+def save_pipeline(model: SEDDTransformer, ema: EMAModel, scheduler: CTMCScheduler, output: Path, tokenizer=None):
     """Write the averaged weights in fp16 as a Hub-layout folder; returns the pipeline in float32."""
     averaged = deepcopy(model)
     ema.copy_to(averaged.parameters())
-    DiscreteDiffusionPipeline(averaged.half(), scheduler).save_pretrained(output)
-    return DiscreteDiffusionPipeline(averaged.float().eval(), scheduler)
+    DiscreteDiffusionPipeline(averaged.half(), scheduler, tokenizer).save_pretrained(output)
+    return DiscreteDiffusionPipeline(averaged.float().eval(), scheduler, tokenizer)
 
 
 def report_countdown(pipe: DiscreteDiffusionPipeline, samples: int, steps: int) -> str:
@@ -111,6 +113,7 @@ def report_validation(pipe: DiscreteDiffusionPipeline, valid: torch.Tensor, batc
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path, exists=True), help="tokens.npz; default: CountDown.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--tokenizer", default=None, help="Folder or Hub id of the tokenizer of --data, saved with the model.")
 @click.option("--kernel", type=click.Choice(["absorbing", "uniform"]), default="absorbing", show_default=True)
 @click.option("--objective", type=click.Choice(["score", "x0"]), default="score", show_default=True)
 @click.option("--weighting", type=click.Choice(["sigma", "none"]), default="sigma", show_default=True)
@@ -133,6 +136,7 @@ def report_validation(pipe: DiscreteDiffusionPipeline, valid: torch.Tensor, batc
 def main(
     data,
     output,
+    tokenizer,
     kernel,
     objective,
     weighting,
@@ -154,6 +158,7 @@ def main(
     eval_steps,
 ):
     """Train a discrete diffusion model."""
+    tokenizer = None if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
     accelerator = Accelerator(mixed_precision=mixed_precision)
     set_seed(seed, device_specific=True)
     tokens, valid = (None, None) if data is None else load_tokens(data, num_tokens)
@@ -193,7 +198,8 @@ def main(
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
             checkpoints.save(step + 1)
     if accelerator.is_main_process:
-        pipe = save_pipeline(accelerator.unwrap_model(model), ema, scheduler, output).to(accelerator.device)
+        trained = accelerator.unwrap_model(model)
+        pipe = save_pipeline(trained, ema, scheduler, output, tokenizer).to(accelerator.device)
         if valid is not None:
             accelerator.print(report_validation(pipe, valid, batch_size))
         if tokens is None and eval_samples:

