@@ -256,7 +256,7 @@ def test_chorales_become_tokens_and_back(layout, tmp_path):
 
 @pytest.mark.parametrize("num_tokens", [66, 90])
 def test_works_become_tokens_a_model_and_its_measure(num_tokens, tmp_path):
-    works = {"ado": '\tO\xa0that "this" too,  too\r\n\n\n\nsolid_ flesh & sword 12' * 40, "macbeth": "Thou thou " * 30}
+    works = {"ado": '\tO\xa0that "this" too,  too\r\n\n\n\nsolid_ flesh & 12 ' * 40, "macbeth": "Thou thou " * 30}
     works |= {"tempest": "Full fathom five thy father lies. " * 20, "milton": "Of Man's first disobedience"}
     with tarfile.open(tmp_path / "works.tar.gz", "w:gz") as archive:
         for name, text in works.items():
@@ -267,7 +267,7 @@ def test_works_become_tokens_a_model_and_its_measure(num_tokens, tmp_path):
     options = ("--num-tokens", num_tokens, "--length", 8)
     output = run(recipe("shakespeare"), tmp_path / "works.tar.gz", tmp_path / "data", *options)
     train, valid = ((tmp_path / "data" / name).read_text() for name in ("train.txt", "valid.txt"))
-    assert train.startswith("O that 'this' too, too\n\nsolid flesh and sword O that") and "Man" not in train
+    assert train.startswith("O that 'this' too, too\n\nsolid flesh and O that") and "Man" not in train
     assert valid.startswith("Thou thou") and valid.endswith("father lies.\n\n")
     with np.load(tmp_path / "data/tokens.npz") as data:
         tokens, held_out = data["tokens"], data["valid"]
