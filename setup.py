@@ -19,7 +19,7 @@ BASE = [
     "pillow>=10.1.0",
     "huggingface_hub>=1.3.0",
     "pyyaml>=6.0.0",
-    "click>=8.1.0",
+    "click>=8.4.0",
     "rich>=13.0.0",
     "filelock>=3.32.0",  # the oldest with a hook for the acquired lock; tested apart from the others
 ]

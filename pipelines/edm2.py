@@ -22,6 +22,7 @@ from .pixel_space import (
     as_output,
     check_call,
     check_count,
+    checked_decoding,
     checked_generator,
     checked_labels,
     initial_noise,
@@ -67,6 +68,11 @@ class EDM2Pipeline(DiffusionPipeline):
         latent_bias: list[float] = EDM2_LATENT_BIAS,
     ):
         super().__init__()
+        for name, values in (("latent_scale", latent_scale), ("latent_bias", latent_bias)):
+            if not is_of_kind(values, list[float]) or not all(map(math.isfinite, values)):
+                raise ValueError(f"{name} must be a list of finite numbers, got {short(values)}")
+        if 0 in latent_scale:
+            raise ValueError(f"latent_scale must not be 0, by which latents are divided, got {short(latent_scale)}")
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guidance_unet=guidance_unet)
         self.register_to_config(latent_scale=list(latent_scale), latent_bias=list(latent_bias))
 
@@ -230,27 +236,23 @@ class EDM2Pipeline(DiffusionPipeline):
         in [0, 1] already. Without a VAE the sample is an image in [-1, 1]. batch_size: how many go through the VAE at
         once; None for all.
 
-        Raises ValueError for latents without a VAE, numbers of channels that do not fit, and a batch size below 1.
+        Raises ValueError for latents without a VAE, numbers of channels that do not fit, a batch size below 1, and
+        images that are not finite.
         """
         check_count("batch_size", batch_size)
         if latents.ndim != 4 or latents.shape[1] != self.unet.config.img_channels:
             channels = self.unet.config.img_channels
             raise ValueError(f"latents must be (batch, {channels}, height, width), got {tuple(latents.shape)}")
+        self._check_decodable()
         if self.vae is None:
-            self._check_decodable()
             return (latents.to(torch.float32) / 2 + 0.5).clamp(0, 1)
         scale, bias = (
             torch.tensor(values, dtype=torch.float32, device=latents.device).reshape(1, -1, 1, 1)
             for values in (self.config.latent_scale, self.config.latent_bias)
         )
-        if not scale.shape[1] == bias.shape[1] == latents.shape[1]:
-            raise ValueError(
-                f"latent_scale={self.config.latent_scale} and latent_bias={self.config.latent_bias} must have one"
-                f" number for each of the {latents.shape[1]} channels: build the pipeline with the ones of training."
-            )
         raw = ((latents.to(torch.float32) - bias) / scale).to(self.vae.dtype)
         parts = [self.vae.decode(part).sample.to(torch.float32) for part in raw.split(batch_size or len(raw))]
-        return torch.cat(parts).clamp(0, 1)
+        return checked_decoding(torch.cat(parts)).clamp(0, 1)
 
     def _check_decodable(self) -> None:
         channels = self.unet.config.img_channels
@@ -258,6 +260,12 @@ class EDM2Pipeline(DiffusionPipeline):
             raise ValueError(
                 f"The network makes latents of {channels} channels and the pipeline has no vae: pass"
                 " output_type='latent', or build it with vae=AutoencoderKL.from_pretrained(...)."
+            )
+        scale, bias = self.config.latent_scale, self.config.latent_bias
+        if self.vae is not None and not len(scale) == len(bias) == channels:
+            raise ValueError(
+                f"latent_scale={scale} and latent_bias={bias} must have one number for each of the {channels}"
+                " channels: build the pipeline with the ones of training."
             )
 
     def _check_inputs(self, batch_size, guidance_scale, output_type, callback_tensors) -> None:

@@ -25,6 +25,7 @@ from .pixel_space import (
     FiniteWatch,
     as_output,
     check_call,
+    checked_decoding,
     checked_generator,
     checked_labels,
     image_tensor,
@@ -337,7 +338,7 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
         """Scaled latents to images around [-1, 1]."""
         vae, scale, shift = self._vae, *self._latent_units()
         with _precise(vae):
-            return vae.decode((latents.to(vae.dtype) / scale + shift), return_dict=False)[0]
+            return checked_decoding(vae.decode((latents.to(vae.dtype) / scale + shift), return_dict=False)[0])
 
     def _latent_units(self) -> tuple[float, float]:
         config = self._vae.config

@@ -285,7 +285,11 @@ def _codes(code) -> Iterator:
 def _same_code(source, code) -> bool:
     """Whether a function's code is that of its source, but for where it stands and what its free names refer to."""
     names = [{*one.co_names, *one.co_freevars, *one.co_cellvars} - {"__class__"} for one in (source, code)]
-    constants = [[repr(value) for value in one.co_consts if not inspect.iscode(value)] for one in (source, code)]
+    # until Python 3.10 the full names of nested functions are constants as well
+    constants = [
+        [repr(value) for value in one.co_consts if not inspect.iscode(value) and ".<locals>." not in str(value)]
+        for one in (source, code)
+    ]
     if any(name.startswith("@") for name in names[1]):  # pytest has put more into its asserts
         names[1], constants[1] = names[1] & names[0], constants[0]
     local = [[name for name in one.co_varnames if not name.startswith("@")] for one in (source, code)]

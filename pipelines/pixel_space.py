@@ -75,6 +75,17 @@ class FiniteWatch:
             raise NotFiniteError(what, int((~finite).nonzero()[0]), step, self.num_steps)
 
 
+def checked_decoding(images: torch.Tensor) -> torch.Tensor:
+    """Images (batch, ...) that a VAE made. Raises ValueError where they are not finite, as those in float16 may be."""
+    finite = images.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        raise ValueError(
+            f"the VAE's image of sample {int((~finite).nonzero()[0])} is not finite; decode in another dtype"
+            ' (vae.to(torch.float32)), or take output_type="latent" and decode that'
+        )
+    return images
+
+
 def check_call(pipeline: DiffusionPipeline, output_type: str, callback_tensors: list[str]) -> None:
     """Raises ValueError for an unknown output type and for tensors that the pipeline shows to no callback."""
     if output_type not in OUTPUT_TYPES:

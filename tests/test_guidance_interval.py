@@ -726,9 +726,9 @@ class TestUnlistedPipelines:
         ("cls", "message"),
         [
             (_UnconditionalFirst, "calls the network without the condition before it calls it with"),
-            (_Anonymous, r"in unclear parts: .a, b = self.unet\("),
+            (_Anonymous, r"in unclear parts: .\(?a, b\)? = self.unet\("),
             (_Again, "calls the network once more without the condition: .degraded = self.unet"),
-            (_Halves, "splits a prediction in unclear parts: ._, noise_text"),
+            (_Halves, r"splits a prediction in unclear parts: .\(?_, noise_text"),
         ],
     )
     def test_refused(self, cls, message):
@@ -848,9 +848,9 @@ class TestSurvives:
             ("stable_diffusion", "wrapped", "compile"),
             ("stable_diffusion", "repeated blocks", "interval"),
             ("flux", "wrapped", "interval"),
-            ("flux", "in place", "interval"),
-            ("flux", "in place", "compile"),
-            ("flux", "repeated blocks", "compile"),
+            pytest.param("flux", "in place", "interval", marks=newer_torch),
+            pytest.param("flux", "in place", "compile", marks=newer_torch),
+            pytest.param("flux", "repeated blocks", "compile", marks=newer_torch),
             ("flux", "forward", "interval"),
             ("flux", "forward", "compile"),
         ],

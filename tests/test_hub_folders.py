@@ -184,7 +184,11 @@ def test_what_diffusers_itself_writes_is_taken():
     """The defaults of every network and scheduler, as they stand in a config."""
     checked = 0
     for name in dir(diffusers):
-        cls = getattr(diffusers, name, None)
+        try:
+            cls = getattr(diffusers, name, None)
+        except RuntimeError as error:  # older versions import torchvision for some pipelines
+            assert "No module named" in str(error)
+            continue
         if isinstance(cls, type) and issubclass(cls, ModelMixin | SchedulerMixin):
             parameters = inspect.signature(cls.__init__).parameters.values()
             config = {one.name: one.default for one in parameters if one.default is not one.empty}

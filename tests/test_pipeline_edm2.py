@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -313,8 +314,30 @@ def test_decoding():
     pictures = run(pipe, output_type="pil")
     assert pictures[0].size == (16, 16)
     wrong = pipeline(channels=4, vae=vae, latent_scale=(1.0,), latent_bias=(0.0,))
+    wrong.unet.register_forward_pre_hook(lambda *_: pytest.fail("it is refused before the first step"))
     with pytest.raises(ValueError, match="must have one number for each of the 4 channels"):
         run(wrong, output_type="pt")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latent_scale": (0.5, 0.0)}, "latent_scale must not be 0"),
+        ({"latent_scale": (0.5, math.nan)}, "latent_scale must be a list of finite numbers"),
+        ({"latent_bias": (math.inf, 0.0)}, "latent_bias must be a list of finite numbers"),
+        ({"latent_bias": "x"}, "latent_bias must be a list of finite numbers"),
+    ],
+)
+def test_scales_of_latents(options, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(channels=4, vae=tiny_vae(), **options)
+
+
+def test_a_decoder_that_overflows():
+    pipe = pipeline(channels=4, vae=tiny_vae(), latent_scale=(1e-30,) * 4, latent_bias=(0.0,) * 4)
+    assert run(pipe, output_type="latent").isfinite().all()
+    with pytest.raises(ValueError, match="the VAE's image of sample 0 is not finite"):
+        run(pipe, output_type="pt")
 
 
 def test_saving_with_a_vae(tmp_path):
