@@ -37,6 +37,7 @@ TOOLS = [
     "build>=1.2.1",
     "playwright>=1.51.0",
     "pytest-xdist>=3.6.1",
+    "kornia>=0.8.2",  # diffusers' FrequencyDecoupledGuidance takes it
 ]
 TEST = [*TOOLS, *METRICS, *PLOTS, *TRAIN, *ODE, *APP]
 

@@ -58,6 +58,11 @@ class GuiderOfCall:
         """D (samples, ...) for the tensor of this number in the output; cond, uncond: (samples, ...)."""
         guider = self._copy(number)
         given = (cond, uncond) if guider.num_conditions == 2 else (cond, None)
+        if type(guider).__name__ == "FrequencyDecoupledGuidance" and cond.ndim != 4:
+            raise ValueError(
+                "FrequencyDecoupledGuidance takes predictions (batch, channels, height, width), of which it makes"
+                f" pyramids; those of this pipeline have the shape {tuple(cond.shape)}: use another guider"
+            )
         if type(guider).__name__ == "MagnitudeAwareGuidance" and cond.ndim > 3:
             # its norms over all dimensions but the first fail in diffusers 0.42.1 for more than two of them
             given = [None if one is None else one.flatten(2) for one in given]

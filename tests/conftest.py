@@ -53,7 +53,7 @@ ACCEPTED = re.compile(
     "no browser on PATH|has no classes|has no callback|has no guidance scale or no callback"
     "|takes no prompt, or draws one sample for each|UNets have no cache"
     "|no number shows its layout|refused at attach|it fails for images in Modular Diffusers|a weight for each frame"
-    "|is not written|as those of earlier versions|could not import 'kornia'"
+    "|is not written|as those of earlier versions"
 )
 
 
