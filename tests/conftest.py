@@ -27,7 +27,7 @@ def pytest_addoption(parser):
 
 
 COMPARES = re.compile(r"assert_close|assert_allclose|approx\(")
-STARTS = re.compile(r"run_fresh|run_on_two|subprocess|torch\.compile|check_loaded")
+STARTS = re.compile(r"(run|start)_fresh|(run_on|start)_two|subprocess|torch\.compile|check_loaded")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
