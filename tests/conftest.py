@@ -3,6 +3,7 @@
 Read before any test module, so that the environment is set before torch is imported.
 """
 
+import functools
 import inspect
 import os
 import re
@@ -30,11 +31,14 @@ COMPARES = re.compile(r"assert_close|assert_allclose|approx\(")
 STARTS = re.compile(r"(run|start)_fresh|(run_on|start)_two|subprocess|torch\.compile|check_loaded")
 
 
+source_of = functools.cache(inspect.getsource)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config, items):
     first = {}
     for item in items:
-        source = inspect.getsource(item.function)
+        source = source_of(item.function)
         if item.get_closest_marker("slow") or STARTS.search(source):
             continue
         if COMPARES.search(source):
