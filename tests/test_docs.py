@@ -194,6 +194,7 @@ def blocks(path: Path, kind: str) -> list[str]:
     return re.findall(rf"^```{kind}[^\n]*\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in PAGES if blocks(path, "python")])
 def test_python_runs(name, tmp_path, monkeypatch):
     """The blocks of a page one after the other, with the names that earlier ones left."""

@@ -334,7 +334,7 @@ def test_local_files_only(world, hidden, package):
 
 
 @pytest.mark.parametrize("mode", ["hidden", "package"])
-def test_a_missing_repository(mode, request):
+def test_a_missing_repository(mode, hub, request):
     one = request.getfixturevalue(mode)
     answer = one.ask(BASE if mode == "hidden" else LOAD, "org/none")
     assert "OSError" in answer["bases"] and "org/none" in answer["message"], answer

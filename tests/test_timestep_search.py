@@ -220,6 +220,7 @@ def test_klub_is_looked_up():
         assert (t[k] - t[j]) * float(d[k, i]) == pytest.approx(klub(t[i], t[k], t[j]), rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_klub_of_counts_is_looked_up():
     """Up to the smallest time where the end is the whole length; else with the expectation over the times between."""
     cost = Cost("klub", held="rates")
@@ -259,6 +260,7 @@ def test_held_predictions_of_other_kernels(kernel, cost):
         torch.testing.assert_close(rates[0][off], true, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_step_costs_the_total_correlation():
     """All tokens drawn at once from their own laws: the samples' KL divergence is the data's total correlation."""
     chain = markov_chain(3, 4, 0)
