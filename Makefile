@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist workstea
 help:
 	@echo "make demo     sample a shipped model with and without each method; ARGS=--quick; results go to out/"
 	@echo "make test     run the tests; ARGS=\"-k name -x\" goes to pytest"
-	@echo "make quick    run one case of every test: whether a change did harm, in 2 minutes"
+	@echo "make quick    run one case of every fast test: whether a change did harm, in 2 minutes"
 	@echo "make numeric  run the tests that compare numbers, with other kernels than usual"
 	@echo "make lint     check style and formatting with ruff; make format repairs them"
 	@echo "make release-check  build sdist and wheel into dist/, check their content and metadata, import the wheel"

@@ -1,23 +1,31 @@
-"""diffusers-ext on two processes of torchrun, each of which notes how many there are.
+"""diffusers-ext on two processes, each of which notes how many there are.
 
-torchrun ... cli_on_processes.py NOTES COMMAND ...   runs the command; NOTES/INDEX says what the process found
+cli_on_processes.py NOTES COMMAND ...   runs the command; NOTES/INDEX says what the process found
 """
 
 import subprocess
 import sys
 from pathlib import Path
 
+from fresh_process import ended, start_two
 
-def run_on_two(notes: Path, *arguments) -> str:
-    """What the command prints; fails unless it ends well and there were two processes at the work."""
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def run_on_two(notes: Path, *arguments, launcher: tuple[str, ...] = ()) -> str:
+    """What the command says; fails unless it ends well and there were two processes at the work."""
     notes.mkdir()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, __file__, notes, *arguments]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    found = {path.name: path.read_text() for path in notes.iterdir()}
-    assert found == {"0": "2 on cpu", "1": "2 on cpu"}, found
-    return done.stdout
+    if launcher:
+        command = [*launcher, __file__, notes, *arguments]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr
+        said = done.stdout
+    else:
+        processes = start_two("cli_on_processes.py", notes, *arguments, folder=notes)
+        said = "".join(ended(process, notes / f"{rank}.log") for rank, process in enumerate(processes))
+    found = [(notes / rank).read_text() for rank in "01"]
+    assert found == ["2 on cpu"] * 2, found
+    return said
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 Read before any test module, so that the environment is set before torch is imported.
 """
 
+import functools
 import inspect
 import os
 import re
@@ -23,23 +24,28 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="the first case of every test that starts no process")
+    parser.addoption("--quick", action="store_true", help="the first case of every fast test that starts no process")
 
 
 COMPARES = re.compile(r"assert_close|assert_allclose|approx\(")
-STARTS = re.compile(r"run_fresh|run_on_two|subprocess|torch\.compile|check_loaded")
+STARTS = re.compile(r"(run|start)_fresh|(run_on|start)_two|subprocess|torch\.compile|check_loaded")
+FIXTURES = {"world", "closing_line"}  # which start processes
+
+
+source_of = functools.cache(inspect.getsource)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config, items):
     first = {}
     for item in items:
-        source = inspect.getsource(item.function)
-        if item.get_closest_marker("slow") or STARTS.search(source):
+        source = source_of(item.function)
+        if STARTS.search(source) or FIXTURES.intersection(item.fixturenames):
             continue
         if COMPARES.search(source):
             item.add_marker("numeric")
-        first.setdefault(item.nodeid.split("[")[0], item)
+        if not item.get_closest_marker("slow"):
+            first.setdefault(item.nodeid.split("[")[0], item)
     if config.getoption("--quick"):
         kept = set(first.values())
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])

@@ -1,4 +1,4 @@
-"""Makes an installed package look uninstalled, in a process of its own."""
+"""Make installed packages look uninstalled, in a process of its own."""
 
 import sys
 
@@ -15,3 +15,10 @@ class _Hidden:
 def hide(package: str) -> None:
     assert not [name for name in sys.modules if name.split(".")[0] == package]
     sys.meta_path.insert(0, _Hidden(package))
+
+
+def forget(*packages: str) -> None:
+    """Also what was imported of them."""
+    for name in (*packages, *sys.modules):
+        if name.split(".")[0] in packages:
+            sys.modules[name] = None

@@ -1,18 +1,26 @@
-"""Fresh process that loads what it is asked to: a JSON line on stdin for each request, one on stdout for its answer.
+"""Fresh process that loads what it is asked to: a JSON line of a socket for each request, and one for its answer.
+
+    hub_client.py hidden|package PORT
 
 hidden: diffusers_ext cannot be imported. package: it has been imported. A request names a function, its arguments, and
 the call that draws from what it returns.
 """
 
+import importlib
 import json
 import pkgutil
+import socket
 import sys
 
 import huggingface_hub
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from hidden_package import hide
+
+# What the environment says of the Hub counts, though it was imported before; diffusers copies it when it is imported.
+importlib.reload(huggingface_hub.constants)
+huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
+DiffusionPipeline = importlib.import_module("diffusers").DiffusionPipeline
+SchedulerMixin = importlib.import_module("diffusers.schedulers.scheduling_utils").SchedulerMixin
 
 
 def set_offline(offline: bool) -> None:
@@ -48,12 +56,12 @@ def answer(request: dict) -> dict:
 
 
 if __name__ == "__main__":
-    answers, sys.stdout = sys.stdout, sys.stderr
+    channel = socket.create_connection(("127.0.0.1", int(sys.argv[2]))).makefile("rw")
     if sys.argv[1] == "hidden":
         hide("diffusers_ext")
     else:
         import diffusers_ext  # noqa: F401
-    for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+    for line in channel:
+        print(json.dumps(answer(json.loads(line))), file=channel, flush=True)
     hidden = not [name for name in sys.modules if name.split(".")[0] == "diffusers_ext"]
     assert hidden == (sys.argv[1] == "hidden")

@@ -1,4 +1,4 @@
-"""Started by torchrun: each process writes the tables that it got, METHOD-PROCESS.json, to the folder."""
+"""On two processes: each writes the tables that it got, METHOD-PROCESS.json, to the folder."""
 
 import sys
 from pathlib import Path

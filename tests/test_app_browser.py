@@ -122,6 +122,7 @@ def draws_both(page, tab: str, **values) -> str:
     return panel.inner_text()
 
 
+@pytest.mark.slow
 def test_boost_and_skip(page, drawn):
     text = draws_both(page, "Boost-and-Skip", **{"steps": 4, "skip: first steps left out": 1, "samples": 2})
     assert "gamma 4, the first 1 skipped" in text

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from fresh_process import start_fresh, wait_until
 from PIL import Image
 
 import diffusers_ext
@@ -283,20 +282,22 @@ def test_ctrl_c_is_one_word_and_130(monkeypatch, error):
 
 
 @pytest.mark.slow
-def test_a_terminated_export_leaves_nothing(tmp_path):
+def test_a_terminated_export_leaves_nothing(tmp_path, tmp_path_factory):
     """After SIGTERM; and after SIGKILL the next start tidies up."""
     script = (
-        "import time, sys\nfrom diffusers_ext import cli\nfrom diffusers_ext.hub import export\n"
+        "import sys, time\nfrom diffusers_ext import cli\nfrom diffusers_ext.hub import export\n"
         "write = export.model_card\n"
         "export.model_card = lambda *given: print('staged', flush=True) or time.sleep(100)\n"
         "cli.main(['export', 'mnist-classifier', sys.argv[1]])"
     )
+    said = tmp_path_factory.mktemp("said") / "log"
     for number in (signal.SIGTERM, signal.SIGKILL):
-        running = subprocess.Popen([sys.executable, "-c", script, tmp_path / "out"], stdout=subprocess.PIPE)
-        assert running.stdout.readline() == b"staged\n"
-        running.send_signal(number)
-        code = running.wait()
-        assert code == {signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+        running = start_fresh(script, tmp_path / "out", said=said)
+        wait_until(lambda: said.exists() and said.read_text().endswith("staged\n"), running)
+        os.kill(running.pid, number)
+        running.join()
+        assert running.exitcode == {signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+        said.unlink()
         if number != signal.SIGKILL:
             assert not list(tmp_path.iterdir())
     assert invoke("export", "mnist-classifier", tmp_path / "out").exit_code == 0

@@ -35,6 +35,7 @@ def small_demo(tmp_path_factory):
     return folder, demo.run_demo(folder, "cpu", {"boost_and_skip": partial(run_boost_and_skip, settings=settings)})
 
 
+@pytest.mark.slow
 def test_demo_saves_what_it_measured(small_demo):
     folder, result = small_demo
     saved = json.loads((folder / "demo.json").read_text())
@@ -111,6 +112,7 @@ def test_grid_is_row_by_row_ink_on_white():
     assert (pixels[:2, 2:4] == 0).all() and (pixels == 255).sum() == 20
 
 
+@pytest.mark.slow
 def test_guidance_section_counts_rows_and_draws_three_panels(tmp_path, capsys):
     settings = GuidanceIntervalSettings(
         further_scales=(2.0,), num_inference_steps=4, num_samples=20, sigma_lo=0.0, sigma_hi=1.0

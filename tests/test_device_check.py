@@ -68,7 +68,7 @@ def test_whatever_is_raised_is_an_outcome(monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_process_that_dies_or_hangs_costs_one_capability():
     names = ["first", "dies", "second", "leaves", "hangs", "last"]
-    outcomes = list(check_devices("cpu", names, limit=5.0, worker=[sys.executable, "-c", WORKER]))
+    outcomes = list(check_devices("cpu", names, limit=3.0, worker=[sys.executable, "-c", WORKER]))
     assert [outcome.capability for outcome in outcomes] == names
     results = {outcome.capability: outcome.result for outcome in outcomes}
     crashed = {name for name, result in results.items() if result == "crashed"}

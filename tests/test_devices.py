@@ -294,6 +294,7 @@ def test_a_pipeline_on_a_device(name, as_on_a_mac, monkeypatch):
     assert_nobody_waits(step, drawn, allowed_reads(getattr(pipe, "scheduler", None), draws))
 
 
+@pytest.mark.slow
 def test_dopri5_on_a_device():
     pytest.importorskip("torchdiffeq")
     pipe = RUNS["flow"][0]()

@@ -145,7 +145,7 @@ def ddpm(folder: Path) -> dict:
 
 RUN = {
     "demo_and_app": Page({}, {0: demo_folder}),
-    "devices": Page({}, {}),
+    "devices": Page({'native"])': 'native"], worker=["true"])'}, {}),  # test_device_check.py has the real one
     "hub": Page(
         {"push_to_hub(pipe": "inspect.signature(push_to_hub).bind(pipe", "google/ddpm-celebahq-256": "ddpm",
          '"me/mnist-boost-and-skip", trust': '"exported", trust', '"me/mnist-classifier"': '"classifier"',
@@ -171,7 +171,9 @@ RUN = {
          'preset="imagenet64_256_upsampler"': "large_size=32, small_size=16, num_heads=4", '"250"': '"4"'},
         {0: guided_diffusion},
     ),
-    "jump_your_steps": Page({"countdown_sequences(64,": "countdown_sequences(1,"}, {1: denoiser}),
+    "jump_your_steps": Page(
+        {"countdown_sequences(64,": "countdown_sequences(1,", "(4, 8, 12)": "(4, 8, 12), grid_size=24"}, {1: denoiser}
+    ),
     "sampling": Page(
         {"50_000": "4", "=250": "=2", '"random"': "None"},
         {0: lambda folder: {"pipe": BoostAndSkipPipeline(tiny_unet(), DDPMScheduler())}},
@@ -181,6 +183,7 @@ RUN = {
     ),
     "README": Page(
         {**CUDA, "stabilityai/stable-diffusion-xl-base-1.0": "sdxl", "google/ddpm-celebahq-256": "ddpm", "=250": "=5",
+         "_steps=50": "_steps=5", "_steps=16": "_steps=2",
          '"pipelines/boost_and_skip.py"': repr(str(ROOT / "pipelines/boost_and_skip.py"))},
         {1: sdxl, 2: ddpm},
     ),
@@ -191,6 +194,7 @@ def blocks(path: Path, kind: str) -> list[str]:
     return re.findall(rf"^```{kind}[^\n]*\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in PAGES if blocks(path, "python")])
 def test_python_runs(name, tmp_path, monkeypatch):
     """The blocks of a page one after the other, with the names that earlier ones left."""

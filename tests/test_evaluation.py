@@ -40,6 +40,7 @@ def digits():
     return images, labels
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_metrics(digits):
     images, labels = digits
     numbers = evaluate_digits(images, labels)
@@ -60,6 +61,7 @@ def test_numbers_are_those_of_the_metrics(digits):
     assert numbers["frechet"] == pytest.approx(distance, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_wrong_labels_and_noise_show(digits):
     images, labels = digits
     right = evaluate_digits(images, labels)

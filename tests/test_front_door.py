@@ -12,6 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from diffusers import DDPMPipeline, UNet2DModel
+from fresh_process import ended, start_fresh
 
 import diffusers_ext
 from diffusers_ext import EDM2Pipeline, IntervalGuidance, cli, limit_to_interval
@@ -158,6 +159,6 @@ def test_a_saved_pipeline_loads_in_any_order_of_imports_and_nothing_is_said(tmp_
     )
     stock = "from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline\n"  # not by a name of diffusers itself
     for start in ("import diffusers_ext\n" + stock, stock + "import diffusers_ext\n"):
-        done = fresh(f"import sys\n{start}print('silent', file=sys.stderr)\nimport diffusers\n{load}", tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.startswith("silent") and not done.stdout
+        code = f"import sys\n{start}print('silent')\nimport diffusers\n{load}"
+        said = tmp_path / "said"
+        assert ended(start_fresh(code, tmp_path, said=said), said).startswith("silent")

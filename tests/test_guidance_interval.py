@@ -845,7 +845,7 @@ class TestSurvives:
     @pytest.mark.parametrize(
         ("alive", "how", "first"),
         [
-            ("stable_diffusion", "wrapped", "compile"),
+            ("flux", "wrapped", "compile"),
             ("stable_diffusion", "repeated blocks", "interval"),
             ("flux", "wrapped", "interval"),
             pytest.param("flux", "in place", "interval", marks=newer_torch),

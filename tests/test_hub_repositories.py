@@ -1,10 +1,8 @@
 """Fresh processes with the real client: saved folders, exports and repositories of a Hub-shaped server on loopback."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import socket
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from diffusers import DDPMPipeline, DDPMScheduler
+from fresh_process import ended, start_fresh
 from hub_cases import cases, unet
 from hub_server import HubServer, Repository
 from packaging.version import Version
@@ -23,7 +22,6 @@ from diffusers_ext import cli, models, schedulers
 from diffusers_ext.hub import export_code, export_model, export_pipeline, push_folder, push_to_hub
 from diffusers_ext.shipped import load_network
 
-HERE = Path(__file__).parent
 NAMES = list(cases("two.npz"))
 # One for each of our pipelines; those of the flow have a pipeline among their components.
 WITH_CODE = ("boost-ddim", "upsampler-ddim", "edm2-latent", "discrete-image", "flow-heun", "sdxl-boost", "dit-boost")
@@ -37,19 +35,22 @@ class Client:
     """A process of its own that loads what it is asked to. mode: of hub_client.py."""
 
     def __init__(self, mode: str, home: Path, url: str):
-        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        environment |= {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "", "NO_PROXY": "*"}
-        environment.pop("HF_MODULES_CACHE", None)
+        environment = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "", "HF_MODULES_CACHE": str(home / "modules")}
         home.mkdir()
-        self.log = home / "stderr.txt"
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log.open("w"), "text": True}
-        command = [sys.executable, str(HERE / "hub_client.py"), mode]
-        self.process = subprocess.Popen(command, cwd=home, env=environment, **pipes)
+        self.log = home / "log"
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            server.settimeout(300)
+            port = server.getsockname()[1]
+            self.process = start_fresh("hub_client.py", mode, port, said=self.log, **environment)
+            self.socket = server.accept()[0]
+        self.socket.setblocking(True)
+        self.channel = self.socket.makefile("rw")
 
     def ask(self, function: str, *args, call: dict | None = None, **kwargs) -> dict:
         request = {"function": function, "args": [str(arg) for arg in args], "kwargs": kwargs, "call": call}
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
+        print(json.dumps(request), file=self.channel, flush=True)
+        answer = self.channel.readline()
         assert answer, self.log.read_text()
         return json.loads(answer)
 
@@ -58,8 +59,9 @@ class Client:
         return self.ask(BASE, *args, trust_remote_code=True, **kwargs)
 
     def close(self):
-        self.process.stdin.close()
-        assert self.process.wait(60) == 0, self.log.read_text()
+        self.channel.close()
+        self.socket.close()
+        ended(self.process, self.log)
 
 
 class World:
@@ -332,7 +334,7 @@ def test_local_files_only(world, hidden, package):
 
 
 @pytest.mark.parametrize("mode", ["hidden", "package"])
-def test_a_missing_repository(mode, request):
+def test_a_missing_repository(mode, hub, request):
     one = request.getfixturevalue(mode)
     answer = one.ask(BASE if mode == "hidden" else LOAD, "org/none")
     assert "OSError" in answer["bases"] and "org/none" in answer["message"], answer

@@ -4,28 +4,20 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_flow_training import images, train, unet
+from fresh_process import ended, start_fresh
+from old_runs import tables, trained
 from test_sampling import tiny_ddpm
-from test_timestep_search import countdown_tables
 
 from diffusers_ext.guidance import tuning
 from diffusers_ext.guidance.search import DistanceTable, GuidedSteps
 from diffusers_ext.runs.lock import lock
 from diffusers_ext.runs.rows import ResultRows
-
-TRAINING = {"steps": 6, "checkpoint_every": 2, "log_every": 2}
-TABLES = {"num_inference_steps": [4], "batch_size": 2}
-
-
-def trained(output=None):
-    return train(images(30), images(40, 1), model=unet(), output=output, **TRAINING)
 
 
 def full_disk(monkeypatch, name: str, after: int = 0):
@@ -53,21 +45,20 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
             trained(tmp_path)
     assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "checkpoint-4").exists()
     assert not (tmp_path / "lock.json").exists()
-    assert_same_weights(trained(tmp_path), trained())
+    assert_same_weights(trained(tmp_path), trained(None))
     assert not list(tmp_path.glob("*.new")) + list(tmp_path.glob(".unfinished-*"))
 
 
 @pytest.mark.parametrize("method", ["exact", "golden"])
 def test_a_full_disk_keeps_what_a_search_for_tables_has(method, tmp_path, monkeypatch):
-    options = {**TABLES, "method": method}
     with monkeypatch.context() as patch:
         full_disk(patch, "kept", after=2)
         with pytest.raises(OSError, match="No space left"):
-            countdown_tables(**options, resume=tmp_path / "kept")
+            tables(tmp_path / "kept", method)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
-    whole, resumed = countdown_tables(**options), countdown_tables(**options, resume=tmp_path / "kept")
+    whole, resumed = tables(None, method), tables(tmp_path / "kept", method)
     assert resumed.tables == whole.tables
-    evaluations = [tables.info[4]["network_evaluations"] for tables in (whole, resumed)]
+    evaluations = [found.info[4]["network_evaluations"] for found in (whole, resumed)]
     assert 0 < evaluations[1] == evaluations[0]
 
 
@@ -93,21 +84,18 @@ def test_a_full_disk_keeps_the_distances_of_intervals(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
 @pytest.mark.parametrize(("work", "name", "number"), [("training", "checkpoint-4", 1), ("tables", "kept", 3)])
-def test_a_kill_loses_nothing_finished(work, name, number, tmp_path):
+def test_a_kill_loses_nothing_finished(work, name, number, tmp_path, tmp_path_factory):
     """Killed the moment before a finished checkpoint, or round of batches, gets its name; then taken up again."""
-    script = Path(__file__).parent / "killed_at_work.py"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [sys.executable, str(script), work, str(tmp_path), name, str(number)], env=environment, capture_output=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    said = tmp_path_factory.mktemp("said") / "log"
+    killed = start_fresh("killed_at_work.py", work, tmp_path, name, number, said=said)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL, said.read_text()
     assert len(list(tmp_path.glob("*lock.json"))) == 1  # of the dead process, which the next start takes over
     if work == "training":
         assert json.loads((tmp_path / "checkpoint-2/history.json").read_text())[-1]["step"] == 2
-        assert_same_weights(trained(tmp_path), trained())
+        assert_same_weights(trained(tmp_path), trained(None))
     else:
-        resumed, whole = countdown_tables(**TABLES, resume=tmp_path / "kept"), countdown_tables(**TABLES)
-        assert resumed == whole
+        assert tables(tmp_path / "kept", "exact") == tables(None, "exact")
     assert not list(tmp_path.glob("*lock.json"))
 
 
@@ -115,12 +103,9 @@ def test_a_kill_loses_nothing_finished(work, name, number, tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
 def test_kills_at_random_moments_change_no_byte(tmp_path):
     """Before and after calls that change the disk, up to three times in a row; nothing is left over either."""
-    script = Path(__file__).parent / "killed_at_random.py"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "0", "2"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    said = tmp_path / "log"
+    ended(start_fresh("killed_at_random.py", tmp_path, 0, 2, said=said), said)
+    said.unlink()
     assert {path.name for path in tmp_path.iterdir()} == {
         "sampling", "pictures", "training", "exact", "golden", "tuning", "export", "flow",
     }  # fmt: skip
@@ -150,7 +135,7 @@ def test_one_start_at_a_time(tmp_path, monkeypatch):
     work = {
         tmp_path / "training": trained,
         tmp_path / "tuning": tuned,
-        tmp_path / "kept": lambda path: countdown_tables(**TABLES, resume=path),
+        tmp_path / "kept": lambda path: tables(path, "exact"),
     }
     for path, start in work.items():
         if path.name != "kept":

@@ -57,6 +57,7 @@ def test_sigmas_are_those_of_the_schedule(pipe):
     assert sigmas == pytest.approx([*((1 - alphas) / alphas).sqrt().tolist(), 0.0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_tuning_goes_on_and_keeps_its_settings(pipe, tmp_path):
     drawn = []
 
@@ -99,6 +100,7 @@ def test_reference_statistics(tmp_path):
         reference_statistics(None, EXTRACTOR)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, monkeypatch):
     arguments = ["tune-interval", "mnist-unet", "--pipeline", "boost-and-skip", "--output", str(tmp_path / "out")]
     arguments += ["--num-samples", "20", "--num-inference-steps", "3", "--guidance-scales", "2", "--device", "cpu"]

@@ -230,6 +230,7 @@ def test_a_length_out_of_proportion_is_refused(length):
 # Converters
 
 
+@pytest.mark.slow
 def test_no_tensor_of_a_checkpoint_may_be_broken(tmp_path):
     state = adm_state()
     for number, name in enumerate(state):

@@ -46,6 +46,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
+@pytest.mark.slow
 def test_every_column(recipe, model, tmp_path, monkeypatch):
     """The loop walks over the paper's sigmas, and each picture is that of a pipeline called by hand."""
     walked = []

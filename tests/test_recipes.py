@@ -113,15 +113,16 @@ def test_classifier_recipe_saves_reference_features(tmp_path, data, monkeypatch)
     assert reference["labels"].tolist() == labels[:16].tolist()
 
 
+@pytest.mark.slow
 def test_boost_and_skip_recipe_goes_on_after_the_last_row(tmp_path, monkeypatch):
     module = recipe("boost_and_skip_mnist")
     rows = ("stock sampler", "boost and skip, gamma 4", "guidance 0.5")
     only = [word for row in rows for word in ("--only", row)]
-    common = ("--output", tmp_path / "rows.json", "--samples", 10, "--steps", 8)
+    common = ("--output", tmp_path / "rows.json", "--samples", 6, "--steps", 4)
     output = run(module, *common, *only[:4])
     first = json.loads((tmp_path / "rows.json").read_text())
     assert [key.split(" | ")[0] for key in first] == list(rows[:2])
-    assert "10 samples, 1 seeds, 8 steps" in output
+    assert "6 samples, 1 seeds, 4 steps" in output
 
     drawn = []
     monkeypatch.setattr(module, "sample_images", spy(module.sample_images, drawn))
@@ -129,8 +130,8 @@ def test_boost_and_skip_recipe_goes_on_after_the_last_row(tmp_path, monkeypatch)
     second = json.loads((tmp_path / "rows.json").read_text())
     assert {key: second[key] for key in first} == first
     assert len(second) == 6 and len(drawn) == 4
-    assert [call["num_inference_steps"] for call in drawn if "guidance_scale" in call] == [4, 4]
-    stock = [second[module.row_key("stock sampler", 8, 10, seed)]["knn_distance"] for seed in (0, 1)]
+    assert [call["num_inference_steps"] for call in drawn if "guidance_scale" in call] == [2, 2]
+    stock = [second[module.row_key("stock sampler", 4, 6, seed)]["knn_distance"] for seed in (0, 1)]
     assert stock[0] != stock[1]
 
 

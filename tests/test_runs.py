@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from fresh_process import start_fresh, wait_until
 from old_runs import FIXTURES, sampled, saved_digits, tables, trained, tuned
 
 from diffusers_ext.jump_your_steps import search
@@ -23,22 +23,10 @@ from diffusers_ext.runs.files import check_folder, staged_folder, write_once
 from diffusers_ext.runs.kept import Kept, differences
 from diffusers_ext.sampling import folder as sampling
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from diffusers_ext.runs.lock import lock
-with lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(100)
-"""
 
-
-def holder(path: Path, *wrapper: str) -> subprocess.Popen:
-    """A process that holds a path."""
-    command = [*wrapper, sys.executable, "-c", HOLDER, str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdout.readline() == b"held\n"
-    return process
+@pytest.fixture
+def said(tmp_path_factory):
+    return tmp_path_factory.mktemp("said") / "log"
 
 
 def lockable(path: Path) -> bool:
@@ -51,8 +39,17 @@ def lockable(path: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
-def test_the_lock_is_its_owner_s_for_as_long_as_it_lives(tmp_path):
-    owner = holder(tmp_path)
+def test_the_lock_is_its_owner_s_for_as_long_as_it_lives(tmp_path, said):
+    script = """
+import sys, time
+from pathlib import Path
+from diffusers_ext.runs.lock import lock
+with lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+    owner = start_fresh(script, tmp_path, said=said)
+    wait_until(lambda: said.exists() and said.read_text() == "held\n", owner)
     with (
         pytest.raises(ValueError, match=f"in use by process {owner.pid} on {socket.gethostname()}"),
         lock.lock(tmp_path),
@@ -61,14 +58,14 @@ def test_the_lock_is_its_owner_s_for_as_long_as_it_lives(tmp_path):
     for content in ("", '{"pid": 1, "host": "elsewhere"}'):  # whatever the file says
         (tmp_path / "lock.json").write_text(content)
         assert not lockable(tmp_path)
-    owner.send_signal(signal.SIGKILL)
-    owner.wait()
+    owner.kill()
+    owner.join()
     assert (tmp_path / "lock.json").exists() and lockable(tmp_path) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no fork")
-def test_children_do_not_keep_the_lock(tmp_path):
+def test_children_do_not_keep_the_lock(tmp_path, said):
     script = """
 import multiprocessing, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -80,10 +77,11 @@ with lock(Path(sys.argv[1])):
     print(forked.pid, started.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    owner = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE)
-    children = [int(pid) for pid in owner.stdout.readline().split()]
+    owner = start_fresh(script, tmp_path, said=said)
+    owner.join()
+    children = [int(pid) for pid in said.read_text().split()]
     try:
-        assert owner.wait() == -signal.SIGKILL and len(children) == 2
+        assert owner.exitcode == -signal.SIGKILL and len(children) == 2
         for child in children:
             os.kill(child, 0)  # lives
         assert lockable(tmp_path)

@@ -3,20 +3,17 @@
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from zipfile import ZipFile
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from cli_on_processes import run_on_two
+from cli_on_processes import TORCHRUN, run_on_two
 from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
+from fresh_process import start_two, wait_until
 from PIL import Image
 from tiny_pipelines import tiny_stable_diffusion
 
@@ -99,19 +96,12 @@ def interrupt(monkeypatch, after: int, error: BaseException | None = None):
     monkeypatch.setattr(sampling, "draw", failing)
 
 
-def command(folder, *options) -> list[str]:
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        "-m", "diffusers_ext.cli", "sample", "mnist-unet", "--output", str(folder), "--device", "cpu",
-        *map(str, options),
-    ]  # fmt: skip
-
-
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path, digits):
     one = draw(digits, tmp_path / "one", count=7)
     options = ("--num-samples", 7, "--batch-size", 2, "--num-inference-steps", STEPS, "--device", "cpu")
-    said = run_on_two(tmp_path / "notes", "sample", "mnist-unet", "--output", tmp_path / "two", *options)
+    command = ("sample", "mnist-unet", "--output", tmp_path / "two", *options)
+    said = run_on_two(tmp_path / "notes", *command, launcher=TORCHRUN)
     assert said.count(f"wrote 7 images to {tmp_path / 'two'}, 7 of them drawn by this start") == 1
     assert said.count("sampling") == 1
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -124,16 +114,13 @@ def test_a_kill_loses_no_finished_batch(tmp_path, digits):
     """Two processes are killed; one process goes on, and the files are those of an uninterrupted one."""
     killed, whole, steps = tmp_path / "killed", tmp_path / "whole", 12
     options = ("--num-samples", 24, "--batch-size", 2, "--num-inference-steps", steps, "--random-labels")
-    running = subprocess.Popen(command(killed, *options), start_new_session=True, stderr=subprocess.DEVNULL)
-    workers = []
-    deadline = time.monotonic() + 300
-    while len(list(killed.glob("shards/[0-9]*.npy"))) < 3 and time.monotonic() < deadline:
-        workers = psutil.Process(running.pid).children(recursive=True)
-        time.sleep(0.01)
-    for process in [psutil.Process(running.pid), *workers]:
-        process.send_signal(signal.SIGKILL)
-    running.wait()
-    psutil.wait_procs(workers, timeout=10)
+    command = ("sample", "mnist-unet", "--output", killed, "--device", "cpu", *options)
+    workers = start_two("from diffusers_ext.cli import main; main()", *command, folder=tmp_path)
+    wait_until(lambda: len(list(killed.glob("shards/[0-9]*.npy"))) >= 3, workers[0])
+    for process in workers:
+        process.kill()
+    for process in workers:
+        process.join()
     finished = len(list(killed.glob("shards/[0-9]*.npy")))
     assert 3 <= finished < 12 and (killed / "lock.json").exists()
 

@@ -63,13 +63,13 @@ def test_the_model_loads_by_name_by_class_and_by_diffusers():
 def test_samples_are_recognised_and_boosted_ones_differ():
     pipe = load_pipeline("mnist-unet", "boost-and-skip")
     pipe.set_progress_bar_config(disable=True)
-    labels = torch.arange(20) % 10
+    labels = torch.arange(10)
     classifier, _ = load_shipped_classifier()
 
     def draw(**options):
         generator = torch.Generator().manual_seed(0)
         return pipe(
-            class_labels=labels, num_inference_steps=25, generator=generator, output_type="pt", **options
+            class_labels=labels, num_inference_steps=12, generator=generator, output_type="pt", **options
         ).images
 
     plain = draw()
@@ -97,7 +97,7 @@ def test_edm2_digits_are_recognised_and_guidance_runs_where_it_should():
 def test_the_flow_leads_overdone_digits_back():
     """Guidance of weight 15 leaves grey smears; after the flow images are nearer to the training set, and digits."""
     base, flow = load_pipeline("mnist-unet"), load_pipeline("mnist-flow")
-    labels = torch.arange(30) % 10
+    labels = torch.arange(10)
     for pipe in (base, flow):
         pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)

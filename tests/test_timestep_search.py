@@ -1,10 +1,7 @@
 """The search for timestep tables against the authors' schedules, closed forms, enumerated chains and itself."""
 
 import math
-import subprocess
-import sys
 from itertools import combinations, pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +18,7 @@ from exact_chains import (
     total_correlation,
     total_variation,
 )
+from fresh_process import ended, start_two
 from test_klub import TAULDR
 
 from diffusers_ext import CTMCScheduler
@@ -222,6 +220,7 @@ def test_klub_is_looked_up():
         assert (t[k] - t[j]) * float(d[k, i]) == pytest.approx(klub(t[i], t[k], t[j]), rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_klub_of_counts_is_looked_up():
     """Up to the smallest time where the end is the whole length; else with the expectation over the times between."""
     cost = Cost("klub", held="rates")
@@ -261,6 +260,7 @@ def test_held_predictions_of_other_kernels(kernel, cost):
         torch.testing.assert_close(rates[0][off], true, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_step_costs_the_total_correlation():
     """All tokens drawn at once from their own laws: the samples' KL divergence is the data's total correlation."""
     chain = markov_chain(3, 4, 0)
@@ -554,13 +554,10 @@ def test_kept_work_of_other_settings(method, tmp_path):
         countdown_tables(**options)
 
 
-PROCESSES = Path(__file__).parent / "optimize_on_processes.py"
-
-
 @pytest.mark.slow
 def test_two_processes_make_the_same_tables(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*command, str(PROCESSES), str(tmp_path)], check=True, capture_output=True, timeout=300)
+    for rank, process in enumerate(start_two("optimize_on_processes.py", tmp_path, folder=tmp_path)):
+        ended(process, tmp_path / f"{rank}.log")
     for method in ("exact", "golden"):
         alone = countdown_tables(num_inference_steps=[4], method=method, batch_size=2)
         for process in (0, 1):

@@ -127,7 +127,7 @@ def test_kept_scales_must_be_some_of_the_sampled_ones(real, tmp_path, scales):
 
 @pytest.mark.slow
 def test_two_processes(real, tmp_path):
-    """torchrun starts two, which train one network and write one pipeline."""
+    """Two train one network and write one pipeline."""
     command = ("train-postprocessing", "--real", real, "--features", "pixel", *SMALL, "--output", tmp_path)
     assert run_on_two(tmp_path / "notes", *command).count(f"wrote {tmp_path / 'pipeline'}") == 1
     assert json.loads((tmp_path / "training/settings.json").read_text())["processes"] == 2

@@ -3,7 +3,7 @@
 import ast
 import inspect
 import sys
-from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from shutil import copyfile
 
@@ -35,7 +35,7 @@ def source_of(cls: type) -> Path:
     except (TypeError, OSError):  # OSError: of a notebook, or of python -c
         source = Path()
     if source.is_file():
-        statements = ast.parse(source.read_text(encoding="utf-8")).body
+        statements = ast.parse(_text(source)).body
         if any(isinstance(node, ast.ClassDef) and node.name == cls.__name__ for node in statements):
             return source
     raise ValueError(
@@ -48,10 +48,10 @@ def with_siblings(source: Path) -> list[Path]:
 
     Raises ValueError for an import, outside of functions, that a machine with diffusers may not have.
     """
-    names = [module for level, module in _imports(source) if level == 1 and module]
+    names = [module for level, module in _imports(_text(source)) if level == 1 and module]
     files = [source, *(source.parent / f"{name}.py" for name in dict.fromkeys(names))]
     for file in files:
-        for level, module in _imports(file) if file.is_file() else [(1, file.stem)]:
+        for level, module in _imports(_text(file)) if file.is_file() else [(1, file.stem)]:
             library = module.split(".")[0]
             beside = level == 1 and source.parent / f"{module}.py" in files and file.is_file()
             installed = level == 0 and (library in INSTALLED or library in sys.stdlib_module_names)
@@ -64,15 +64,22 @@ def with_siblings(source: Path) -> list[Path]:
     return files
 
 
-def _imports(source: Path) -> Iterator[tuple[int, str]]:
+def _text(source: Path) -> str:
+    return source.read_text(encoding="utf-8")
+
+
+@lru_cache(maxsize=64)
+def _imports(text: str) -> list[tuple[int, str]]:
     """(level, module) of each import of a file that runs when it is loaded, and of relative ones in functions."""
-    pending: list[tuple[ast.AST, bool]] = [(ast.parse(source.read_text(encoding="utf-8")), False)]
+    found: list[tuple[int, str]] = []
+    pending: list[tuple[ast.AST, bool]] = [(ast.parse(text), False)]
     while pending:
         node, lazy = pending.pop()
         if isinstance(node, ast.ImportFrom) and (node.level or not lazy or node.module.startswith("diffusers_ext")):
-            yield node.level, node.module or ""
+            found.append((node.level, node.module or ""))
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-            yield from ((0, name) for name in names if not lazy or name.split(".")[0] == "diffusers_ext")
+            found.extend((0, name) for name in names if not lazy or name.split(".")[0] == "diffusers_ext")
         lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         pending.extend((child, lazy) for child in ast.iter_child_nodes(node))
+    return found
