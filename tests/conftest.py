@@ -7,9 +7,14 @@ import functools
 import inspect
 import os
 import re
+import sys
 import tempfile
 
 import pytest
+
+# Some containers ask for no bytecode: each worker, and all that a test starts, would compile everything anew.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # Workers share the cores, so each computes on one thread, and what a test starts inherits it.
