@@ -47,8 +47,10 @@ def state_of(network: torch.nn.Module) -> list:
     state: list = []
     for module in network.modules():
         own = module.__dict__
-        tensors = (*own["_parameters"].values(), *own["_buffers"].values())
-        state += [_Same(tensor) for tensor in tensors if tensor is not None and not tensor.is_meta]
+        computed = own["_non_persistent_buffers_set"]
+        for name, tensor in (*own["_parameters"].items(), *own["_buffers"].items()):
+            if tensor is not None and not tensor.is_meta:
+                state.append(_described(tensor, 0) if name in computed else _Same(tensor))
         for name, value in own.items():
             if name not in ASIDE and not (name in EMPTY and type(value) is type(EMPTY[name]) and value == EMPTY[name]):
                 state.append((name, _described(value, DEPTH)))
