@@ -27,6 +27,7 @@ from diffusers_ext.boost import BoostChoice, MeasuredBoost
 from diffusers_ext.boost.shares import at_least
 from diffusers_ext.metrics import average_knn_distance
 from diffusers_ext.runs.files import replacing, write_json
+from diffusers_ext.runs.lists import NUMBERS, ListsCommand
 from diffusers_ext.runs.rows import ResultRows
 from diffusers_ext.sampling import sample_images
 from diffusers_ext.shipped import load_pipeline, load_shipped_classifier
@@ -75,16 +76,17 @@ def draw_curve(choice: BoostChoice, others: dict[str, MeasuredBoost], target: fl
         figure.savefig(file, dpi=120, format="png")
 
 
-@click.command()
+@click.command(cls=ListsCommand)
 @click.option("--output", type=click.Path(path_type=Path), default=Path("out/choose_boost_mnist"), show_default=True)
 @click.option("--recognised", default=0.9, show_default=True, help="The share that is asked for.")
 @click.option("--samples", default=500, show_default=True, help="Digits of a setting.")
 @click.option("--steps", default=30, show_default=True, help="Steps of the schedule, before the skip.")
 @click.option(
-    "--paper-steps", default=PAPER["num_inference_steps"], show_default=True, help="For a quick look, fewer."
+    "--levels", type=NUMBERS, default=[3.0, 6.0, 12.0], show_default="3,6,12", help="Noise levels to start from."
 )
+@click.option("--paper-samples", type=int, default=None, help="Digits of the paper's setting; by default as many.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-def main(output, recognised, samples, steps, paper_steps, dtype):
+def main(output, recognised, samples, steps, levels, paper_samples, dtype):
     """Choose a boost for the shipped MNIST model, and draw what boosts cost."""
     started = time.perf_counter()
     pipe = load_pipeline("mnist-unet", "boost-and-skip", dtype=getattr(torch, dtype))
@@ -100,26 +102,26 @@ def main(output, recognised, samples, steps, paper_steps, dtype):
     with Progress(console=console) as progress:
         tasks = {}
 
-        def note(name: str, done: int) -> None:
+        def note(name: str, done: int, total: int = samples) -> None:
             if name not in tasks:
-                tasks[name] = progress.add_task(name, total=samples)
-            progress.update(tasks[name], completed=done, visible=done < samples)
+                tasks[name] = progress.add_task(name, total=total)
+            progress.update(tasks[name], completed=done, visible=done < total)
 
         output.mkdir(parents=True, exist_ok=True)
         choice = choose_boost(
-            pipe, classifier, recognised, num_samples=samples, num_inference_steps=steps, rarity=rarity,
-            resume=output / "measured.json", on_batch=lambda settings, done: note(str(settings), done),
+            pipe, classifier, recognised, num_samples=samples, num_inference_steps=steps, skip_to_sigma=levels,
+            rarity=rarity, resume=output / "measured.json", on_batch=lambda settings, done: note(str(settings), done),
         )  # fmt: skip
-        name = f"paper: gamma {PAPER['gamma']:g}, skip {PAPER['skip_steps']} of {paper_steps}"
-        settings, done = {**PAPER, "num_inference_steps": paper_steps}, [0]
+        name = f"paper: gamma {PAPER['gamma']:g}, skip {PAPER['skip_steps']} of {PAPER['num_inference_steps']}"
+        paper_samples, done = paper_samples or samples, [0]
 
         def advance(count: int) -> None:
             done[0] += count
-            note(name, done[0])
+            note(name, done[0], paper_samples)
 
         rows = ResultRows(output / "others.json")
-        key = f"{name} | {samples} samples | {dtype}"
-        other = rows.row(key, lambda: measured(pipe, classifier, rarity, samples, settings, advance))
+        key = f"{name} | {paper_samples} samples | {dtype}"
+        other = rows.row(key, lambda: measured(pipe, classifier, rarity, paper_samples, PAPER, advance))
 
     paper = MeasuredBoost(**other)
     draw_curve(choice, {name: paper}, recognised, output / "tradeoff.png")

@@ -1,7 +1,9 @@
 """Outputs of networks that are remembered: pipelines give the same results bit for bit, with fewer evaluations."""
 
+from collections import deque
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
@@ -98,6 +100,13 @@ def test_both_networks_of_edm2():
     assert memory.rows_asked == 2 * (5 + 2) + 2 * (5 + 3) and memory.rows_run == sum(counted) < 2 * 7 + 2 * 3
 
 
+class Slots:
+    __slots__ = ("last",)
+
+    def __init__(self):
+        self.last = 0
+
+
 class Network(torch.nn.Module):
     """What a network may do in a call besides answering."""
 
@@ -105,7 +114,8 @@ class Network(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1), requires_grad=False)
         self.register_buffer("count", torch.zeros(()))
-        self.does, self.kept, self.scale = does, {"last": None}, 1.0
+        self.does, self.kept, self.scale = does, {"last": None, "deep": {"er": []}}, 1.0
+        self.generator, self.queue, self.table, self.slots = torch.Generator(), deque(), np.zeros(2), Slots()
 
     def forward(self, x, timestep, **kwargs):
         self.does(self, x)
@@ -148,8 +158,26 @@ def test_an_output_is_remembered_and_nobody_s_changes_reach_it():
         lambda self, x: self.kept.update(last=x.sum().item() + len(self.kept), **{str(len(self.kept)): 0}),
         lambda self, x: setattr(self, "scale", self.scale + 1),
         lambda self, x: x.add_(1),
+        lambda self, x: torch.rand(1, generator=self.generator),
+        lambda self, x: self.queue.append(1),
+        lambda self, x: self.table.__setitem__(0, self.table[0] + 1),
+        lambda self, x: setattr(self.slots, "last", self.slots.last + 1),
+        lambda self, x: self.kept["deep"]["er"].append(1),
     ],
-    ids=["random", "dropout", "buffer", "weight", "attribute of an attribute", "attribute", "its argument"],
+    ids=[
+        "random",
+        "dropout",
+        "buffer",
+        "weight",
+        "attribute of an attribute",
+        "attribute",
+        "its argument",
+        "its own generator",
+        "queue",
+        "array",
+        "slots",
+        "list in dicts",
+    ],
 )
 def test_a_call_that_leaves_something_changed_is_run_again(does):
     one, other = Network(does), Network(does)

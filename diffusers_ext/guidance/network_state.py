@@ -1,14 +1,17 @@
 """What a network's answer depends on besides its input: weights, and what its modules keep between calls."""
 
+from collections import deque
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..runs.provenance import hash_of
 
 SMALL = 1 << 16  # bytes of a tensor that a module may compute anew in each call, such as OmniGen's frequencies
-DEPTH = 4  # of objects in objects, such as an attention processor's scales, that are looked into
+DEPTH = 6  # of objects in objects, such as an attention processor's scales, that are looked into
 # What stands there only while a pipeline is called, and a config, which is frozen.
 ASIDE = {"_compiled_call_impl", "cache_context", "_internal_dict", "_modules", "_parameters", "_buffers"}
 EMPTY = torch.nn.Module().__dict__
@@ -62,14 +65,22 @@ def _described(value: Any, depth: int) -> Any:
         return type(value), repr(value) if isinstance(value, float) else value
     if type(value) is torch.Tensor and not value.is_meta and value.nbytes <= SMALL:
         return value.dtype, value.device, value.shape, hash_of(value)
+    if isinstance(value, torch.Generator):
+        return hash_of(value.get_state())
+    if isinstance(value, np.ndarray) and value.dtype != object and value.nbytes <= SMALL:
+        return str(value.dtype), value.shape, value.tobytes()
     if isinstance(value, torch.Tensor | torch.nn.Module | type | FunctionType | BuiltinFunctionType) or depth == 0:
         return _Same(value)
     if isinstance(value, MethodType):
         return _Same(value.__self__), _Same(value.__func__)
     if isinstance(value, dict):
         return type(value), [(_described(key, depth), _described(one, depth - 1)) for key, one in value.items()]
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, list | tuple | set | frozenset | deque):
         return type(value), [_described(one, depth - 1) for one in value]
-    if hasattr(value, "__dict__"):
-        return type(value), _described(vars(value), depth - 1)
+    if isinstance(value, partial):
+        return partial, _described([value.func, value.args, value.keywords], depth - 1)
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()) if hasattr(value, name)]
+    if slots or hasattr(value, "__dict__"):
+        own = {**{name: getattr(value, name) for name in slots}, **getattr(value, "__dict__", {})}
+        return type(value), _described(own, depth - 1)
     return _Same(value)
