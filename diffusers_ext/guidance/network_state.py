@@ -15,6 +15,9 @@ DEPTH = 6  # of objects in objects, such as an attention processor's scales, tha
 # What stands there only while a pipeline is called, and a config, which is frozen.
 ASIDE = {"_compiled_call_impl", "cache_context", "_internal_dict", "_modules", "_parameters", "_buffers"}
 EMPTY = torch.nn.Module().__dict__
+PLAIN = (bool, int, str, type(None))  # what nearly all attributes are, and most calls here are made for
+ITSELF = (torch.Tensor, torch.nn.Module, type, FunctionType, BuiltinFunctionType)
+SEVERAL = (list, tuple, set, frozenset, deque)
 
 
 class _Same:
@@ -55,31 +58,38 @@ def state_of(network: torch.nn.Module) -> list:
             if tensor is not None and not tensor.is_meta:
                 state.append(_described(tensor, 0) if name in computed else _Same(tensor))
         for name, value in own.items():
-            if name not in ASIDE and not (name in EMPTY and type(value) is type(EMPTY[name]) and value == EMPTY[name]):
+            kind = type(value)
+            if kind in PLAIN:
+                state.append((name, kind, value))
+            elif name not in ASIDE and not (name in EMPTY and kind is type(EMPTY[name]) and not value):
                 state.append((name, _described(value, DEPTH)))
     return state
 
 
 def _described(value: Any, depth: int) -> Any:
-    if isinstance(value, bool | int | float | str | type(None)):
-        return type(value), repr(value) if isinstance(value, float) else value
+    if type(value) in PLAIN:
+        return type(value), value
+    if isinstance(value, float):
+        return type(value), repr(value)  # -0.0 is another than 0.0, NaN the same as NaN
     if type(value) is torch.Tensor and not value.is_meta and value.nbytes <= SMALL:
         return value.dtype, value.device, value.shape, hash_of(value)
     if isinstance(value, torch.Generator):
         return hash_of(value.get_state())
     if isinstance(value, np.ndarray) and value.dtype != object and value.nbytes <= SMALL:
         return str(value.dtype), value.shape, value.tobytes()
-    if isinstance(value, torch.Tensor | torch.nn.Module | type | FunctionType | BuiltinFunctionType) or depth == 0:
+    if isinstance(value, ITSELF) or depth == 0:
         return _Same(value)
     if isinstance(value, MethodType):
         return _Same(value.__self__), _Same(value.__func__)
     if isinstance(value, dict):
         return type(value), [(_described(key, depth), _described(one, depth - 1)) for key, one in value.items()]
-    if isinstance(value, list | tuple | set | frozenset | deque):
+    if isinstance(value, SEVERAL):
         return type(value), [_described(one, depth - 1) for one in value]
     if isinstance(value, partial):
         return partial, _described([value.func, value.args, value.keywords], depth - 1)
-    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()) if hasattr(value, name)]
+    named = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+    named = [name for names in named for name in ((names,) if isinstance(names, str) else names)]
+    slots = [name for name in named if hasattr(value, name)]
     if slots or hasattr(value, "__dict__"):
         own = {**{name: getattr(value, name) for name in slots}, **getattr(value, "__dict__", {})}
         return type(value), _described(own, depth - 1)
