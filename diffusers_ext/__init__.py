@@ -42,6 +42,7 @@ _HOMES = {
     "apply_guidance_interval": "pipelines",
     "apply_guider": "pipelines",
     "boost_and_skip": "schedulers",
+    "choose_boost": "boost",
     "compare": "comparing",
     "evaluate_images": "evaluation",
     "export_pipeline": "hub",

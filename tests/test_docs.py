@@ -165,7 +165,14 @@ RUN = {
          "num_classes=10": "num_classes=3"},
         {0: training_data, 1: classifier},
     ),
-    "guidance_interval": Page({"stabilityai/stable-diffusion-xl-base-1.0": "sdxl"}, {0: sdxl, 2: modular, 3: classic}),
+    "guidance_interval": Page(
+        {"stabilityai/stable-diffusion-xl-base-1.0": "sdxl", "] * 50": "]", "[5.0, 7.5, 10.0]": "[5.0]",
+         "steps=30": "steps=3"},
+        {0: sdxl, 2: modular, 3: classic},
+    ),
+    "boost_and_skip": Page(
+        {"recognised=0.9, num_samples=500": "recognised=0.1, num_samples=10", "steps=30": "steps=4"}, {}
+    ),
     "guided_diffusion": Page(
         {**CUDA, 'preset="imagenet64"': 'image_size=16, use_new_attention_order=True, noise_schedule="cosine"',
          'preset="imagenet64_256_upsampler"': "large_size=32, small_size=16, num_heads=4", '"250"': '"4"'},

@@ -18,7 +18,18 @@ PACKAGES = (
 )
 FILES = [path for folder in ("diffusers_ext", "pipelines", "schedulers") for path in ROOT.glob(f"{folder}/**/*.py")]
 # Modules whose names are imported from them: all are public but those with an underscore.
-ROOMS = ("comparing", "discrete", "evaluation", "flow", "guidance", "jump_your_steps", "machine", "runs", "sampling")
+ROOMS = (
+    "boost",
+    "comparing",
+    "discrete",
+    "evaluation",
+    "flow",
+    "guidance",
+    "jump_your_steps",
+    "machine",
+    "runs",
+    "sampling",
+)
 FOLDERS = ("diffusers_ext", *(f"diffusers_ext/{room}" for room in ROOMS), "pipelines")
 WORKSHOP = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
 # "(batch, 3)", "(n,)", "(batch ...)", or in words.

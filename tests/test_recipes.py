@@ -135,6 +135,27 @@ def test_boost_and_skip_recipe_goes_on_after_the_last_row(tmp_path, monkeypatch)
     assert stock[0] != stock[1]
 
 
+def test_choosing_a_boost_draws_the_curve_and_goes_on(tmp_path, monkeypatch):
+    module = recipe("choose_boost_mnist")
+    monkeypatch.setattr(module, "PAPER", {"gamma": 4.0, "skip_steps": 1, "num_inference_steps": 8})
+    options = ("--output", tmp_path, "--samples", 10, "--steps", 6, "--recognised", 0.1, "--levels", "4")
+    output = " ".join(run(module, *options).split())
+    assert "paper: gamma 4, skip 1 of 8" in output and "settings of 10 digits" in output
+    choice = json.loads((tmp_path / "choice.json").read_text())
+    measured = json.loads((tmp_path / "measured.json").read_text())["measured"]
+    assert choice["settings"]["skip_to_sigma"] == 4 and choice["chosen"] in measured.values()
+    assert choice["chosen"]["at_least"] >= 0.1 and choice["largest"]["4.0"] == choice["settings"]["gamma"]
+    assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
+
+    def none(*arguments, **options):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(module, "sample_images", none)
+    monkeypatch.setattr("diffusers_ext.boost.shares.draw", none)
+    run(module, *options)
+    assert json.loads((tmp_path / "choice.json").read_text()) == choice
+
+
 def spy(function, calls: list):
     """The function, noting the keyword arguments of each call."""
 

@@ -1,14 +1,13 @@
 """Tune a guidance interval on a model: draw images for each candidate, compare their features with real ones."""
 
-import inspect
 import json
+import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from rich.box import SIMPLE
@@ -20,64 +19,106 @@ from ..evaluation.evaluate import read_statistics
 from ..evaluation.extractors import FeatureExtractor
 from ..evaluation.images import open_images
 from ..evaluation.notes import compression, few_images
-from ..metrics import FeatureStatistics, frechet_distance
-from ..pipelines.guidance_interval import GuidanceInterval
-from ..runs.files import check_folder, replacing, write_json
+from ..metrics import FeatureStatistics
+from ..runs.files import TEMPORARY, check_folder, replacing, write_json
 from ..runs.lock import lock
 from ..runs.provenance import describe_pipeline, hash_of
-from ..sampling import sample_batches, to_uint8
 from ..shipped import load_shipped_classifier
+from .memory import remembering
+from .objective import Inputs, Judge, Objective, guided_call, number_of_images, per_image, step_sigmas  # noqa: F401
 from .search import DistanceTable, GuidedSteps, IntervalSearch, as_rows, search_interval
 
+MEMORY = 4 << 30  # bytes of network outputs that are remembered
 DISTANCES, RESULT, PICTURE = "distances.json", "interval.json", "interval.png"
 
 
 def tune_interval(
     pipe: DiffusionPipeline,
-    extractor: FeatureExtractor,
-    reference: tuple[torch.Tensor, torch.Tensor],
+    judge: Judge,
+    reference: tuple[torch.Tensor, torch.Tensor] | None,
     guidance_scales: Sequence[float],
-    labels: torch.Tensor,
+    inputs: Inputs,
     folder: str | Path,
     num_inference_steps: int = 30,
     seed: int = 0,
     batch_size: int = 50,
     on_batch: Callable[[GuidedSteps, int], None] | None = None,
+    call: Mapping | None = None,
+    memory: int = MEMORY,
 ) -> IntervalSearch:
-    """Search the weight and the interval with the least Fréchet distance; see `search_interval`.
+    """Search the weight and the interval with the least Fréchet distance, or with the highest score of your own; see
+    `search_interval`.
 
-    Every candidate is judged by images of the same seeds and labels, so that candidates differ by guidance alone. The
-    folder keeps each distance as soon as it is known (distances.json), and a second start goes on; at the end it holds
-    interval.json, all candidates with their bounds, the best first.
+    Every candidate is judged by images of the same seeds and inputs, so that candidates differ by guidance alone. The
+    folder keeps each batch of a candidate and each distance as soon as it is known (distances.json), and a second
+    start goes on; at the end it holds interval.json, all candidates with their bounds, the best first, each with the
+    network rows that its images take.
 
-    pipe: class-conditional, with a guidance_scale. extractor, reference: the feature space, and the mean (dim,) and
-    covariance (dim, dim) of the real images in it. labels: (count,), a class for each image. The paper finds 5,000
-    images enough to start with. on_batch: called with the candidate and the number of its images drawn so far.
+    Candidates of a round begin alike: as long as none is guided yet, and at one weight as long as all still are. They
+    are drawn side by side, and what the networks answered to equal inputs is remembered (`OutputMemory`), so that the
+    results are the same, bit for bit, and each beginning is run once. What rounds share is found again as far as the
+    memory reaches.
+
+    pipe: any pipeline that `GuidanceInterval` limits, with a guidance_scale or true_cfg_scale.
+    judge, reference: a `FeatureExtractor`, and the mean (dim,) and covariance (dim, dim) of real images in its space;
+        or a function of your own and None: score(images, inputs) gives one number an image, higher is better, for
+        images as the pipeline gives them, (batch, channels, height, width) in [0, 1], and the inputs of the batch by
+        name. The distance is then minus the mean score. A start goes on with a score of the same name.
+    inputs: labels (count,), a class for each image; or arguments of the pipeline's call with one value an image, by
+        name, {"prompt": [...], "negative_prompt": [...]}. The paper finds 5,000 images enough to start with.
+    call: further arguments of the call. memory: bytes; 0 remembers nothing. on_batch: called with the candidate and
+        the number of its images drawn so far.
 
     The distance of the winner is too good by what it was chosen for: measure it again with other seeds.
 
-    Raises ValueError for weights of at most 1, a folder of something else, begun with other settings or in use, and
-    pipelines without guidance.
+    Raises ValueError for weights of at most 1, a folder of something else, begun with other settings or in use,
+    pipelines without guidance, inputs of unequal length, and scores that are not finite or not one an image.
     """
     folder = check_output(folder, guidance_scales, num_inference_steps)
+    count, call = number_of_images(per_image(inputs)), dict(call or {})
+    if reference is None and (isinstance(judge, FeatureExtractor) or not callable(judge)):
+        raise ValueError(
+            f"reference=None goes with a score function of your own, got {type(judge).__name__}; give the mean and"
+            " covariance of real images (reference_statistics)"
+        )
     pipe.set_progress_bar_config(disable=True)
-    sigmas = step_sigmas(pipe, labels[:1], num_inference_steps)
-    settings = {
-        **describe_pipeline(pipe),
-        "features": [extractor.name, extractor.identity],
-        "reference": hash_of(*(np.asarray(part, dtype=np.float64) for part in reference)),
-        "num_inference_steps": num_inference_steps,
-        "labels": labels.tolist(),
-        "seed": seed,
-    }
-    objective = Objective(pipe, extractor, reference, labels, num_inference_steps, seed, batch_size, on_batch)
+    first = inputs[:1] if isinstance(inputs, torch.Tensor) else {name: one[:1] for name, one in inputs.items()}
+    sigmas = step_sigmas(pipe, first, num_inference_steps, call)
+    objective = Objective(
+        pipe, judge, reference, inputs, num_inference_steps, seed, min(batch_size, count), on_batch, call
+    )
+    settings = {**describe_pipeline(pipe), **objective.settings()}
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder):
+    with lock(folder), remembering(pipe, memory) as remembered:
         table = DistanceTable(folder / DISTANCES, settings, objective)
-        found = search_interval(table, guidance_scales, num_inference_steps)
-        result = {"settings": settings, "sigmas": sigmas, "candidates": as_rows(found, sigmas)}
-        write_json(folder / RESULT, result)
-    return found
+        rounds = 0
+
+        def prepare(candidates: list[GuidedSteps]) -> None:
+            nonlocal rounds
+            rounds += 1
+            if new := [candidate for candidate in candidates if candidate.key not in table.values]:
+                for candidate, distance, rows in objective.together(new, measured, remembered, rounds % 2 == 0):
+                    table.add(candidate, distance, rows)
+
+        with batches_folder(folder, settings, batch_size) as measured:
+            found = search_interval(table, guidance_scales, num_inference_steps, prepare)
+        candidates = as_rows(found, sigmas, table.rows)
+        write_json(folder / RESULT, {"settings": settings, "sigmas": sigmas, "candidates": candidates})
+    return replace(found, rows_asked=remembered.rows_asked, rows_run=remembered.rows_run)
+
+
+@contextmanager
+def batches_folder(folder: Path, settings: dict, batch_size: int) -> Iterator[Path]:
+    """Where the measured batches of unfinished candidates are kept, with these settings; gone at the end of a search.
+    What starts with others left is removed, since no distance came of it. Only under `lock`."""
+    number = hash_of(torch.frombuffer(bytearray(json.dumps([settings, batch_size]).encode()), dtype=torch.uint8))
+    mine = folder / f"{TEMPORARY}batches-{number[:16]}"
+    for other in folder.glob(f"{TEMPORARY}batches-*"):
+        if other != mine:
+            shutil.rmtree(other)
+    mine.mkdir(exist_ok=True)
+    yield mine
+    shutil.rmtree(mine)
 
 
 def check_output(folder: str | Path, guidance_scales: Sequence[float], num_inference_steps: int) -> Path:
@@ -97,61 +138,6 @@ def check_output(folder: str | Path, guidance_scales: Sequence[float], num_infer
         f"{folder} holds an {RESULT} or {PICTURE} that is damaged or of something else; remove it, or choose another"
         " output folder"
     )
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The Fréchet distance of a candidate; the fields are the arguments of `tune_interval`."""
-
-    pipe: DiffusionPipeline
-    extractor: FeatureExtractor
-    reference: tuple[torch.Tensor, torch.Tensor]
-    labels: torch.Tensor
-    num_inference_steps: int
-    seed: int
-    batch_size: int
-    on_batch: Callable[[GuidedSteps, int], None] | None = None
-
-    def __call__(self, candidate: GuidedSteps) -> float:
-        statistics, done = FeatureStatistics(), 0
-        with guided_call(self.pipe, candidate, self.num_inference_steps) as call:
-            for batch in sample_batches(
-                self.pipe, len(self.labels), self.labels, self.seed, self.batch_size, output_type="pt", **call
-            ):
-                statistics.update(self.extractor(to_uint8(batch, range(done, done + len(batch)))))
-                done += len(batch)
-                if self.on_batch is not None:
-                    self.on_batch(candidate, done)
-        return frechet_distance(statistics.mean, statistics.covariance, *self.reference)
-
-
-@contextmanager
-def guided_call(pipe: DiffusionPipeline, candidate: GuidedSteps, num_inference_steps: int) -> Iterator[dict]:
-    """Arguments of the pipeline's call that guide as the candidate says, within the block.
-
-    A pipeline that takes guided_steps is given them; to any other a `GuidanceInterval` is applied. Neither happens to
-    one that is guided in all of its steps.
-    """
-    call = {"guidance_scale": candidate.guidance_scale, "num_inference_steps": num_inference_steps}
-    steps = (candidate.first, candidate.last)
-    if steps == (0, num_inference_steps - 1):
-        yield call
-    elif "guided_steps" in inspect.signature(pipe.__call__).parameters:
-        yield {**call, "guided_steps": steps}
-    else:
-        with GuidanceInterval(pipe, guided_steps=steps):
-            yield call
-
-
-def step_sigmas(pipe: DiffusionPipeline, labels: torch.Tensor, num_inference_steps: int) -> list[float]:
-    """The noise level (EDM's ratio) at which each step starts, and 0 after the last, as a call shows; labels: (1,)."""
-    if hasattr(pipe.scheduler, "churn"):  # of EDM2, whose schedule is these levels
-        pipe.scheduler.set_timesteps(num_inference_steps)
-        return pipe.scheduler.sigmas.tolist()
-    with GuidanceInterval(pipe, guided_steps=(0, 0)) as interval:
-        call = {"guidance_scale": 2.0, "num_inference_steps": num_inference_steps}
-        next(sample_batches(pipe, 1, labels, 0, 1, output_type="pt", **call))
-    return [step.sigma for step in interval.report.steps] + [0.0]
 
 
 def reference_statistics(
@@ -181,29 +167,37 @@ def reference_statistics(
 
 def print_search(found: IntervalSearch, folder: Path) -> None:
     """The best interval beside the best weight without one."""
-    rows = json.loads((folder / RESULT).read_text())["candidates"]
-    table = Table("", "weight", "steps", "sigma_lo", "sigma_hi", "Fréchet distance", box=SIMPLE)
+    result = read_json(folder / RESULT)
+    rows = result["candidates"]
+    table = Table("", "weight", "steps", "sigma_lo", "sigma_hi", _distance_of(result), box=SIMPLE)
     chosen = {"best interval": found.best_interval, "best without": found.best_everywhere}
     for name, candidate in chosen.items():
         row = next(row for row in rows if GuidedSteps(row["guidance_scale"], row["first"], row["last"]) == candidate)
-        high = "inf" if row["sigma_hi"] is None else f"{row['sigma_hi']:.3g}"
+        low = "-" if row["sigma_lo"] is None else f"{row['sigma_lo']:.3g}"
+        high = low if low == "-" else "inf" if row["sigma_hi"] is None else f"{row['sigma_hi']:.3g}"
         table.add_row(
-            name, f"{candidate.guidance_scale:g}", f"{candidate.first}-{candidate.last}", f"{row['sigma_lo']:.3g}",
-            high, f"{row['distance']:.4f}",
+            name, f"{candidate.guidance_scale:g}", f"{candidate.first}-{candidate.last}", low, high,
+            f"{row['distance']:.4f}",
         )  # fmt: skip
     console = Console()
     console.print(table)
     console.print(f"{len(rows)} candidates; all of them in {folder / RESULT}. Measure the winner with other seeds.")
 
 
+def _distance_of(result: dict) -> str:
+    return "minus the mean score" if "score" in result["settings"] else "Fréchet distance"
+
+
 def plot_search(found: IntervalSearch, path: Path) -> Path:
     """Left: the distance over the weight, guided everywhere and in the best interval. Right: each interval tried.
 
-    The sigmas are read from interval.json beside the picture.
+    The sigmas are read from interval.json beside the picture; where the scheduler has none, steps are counted.
     """
     from matplotlib.figure import Figure
 
-    sigmas = json.loads((path.parent / RESULT).read_text())["sigmas"]
+    result = read_json(path.parent / RESULT)
+    known = None not in result["sigmas"]
+    sigmas = result["sigmas"] if known else [*range(len(result["sigmas"]), 0, -1)]
     weights = sorted({candidate.guidance_scale for candidate in found.distances})
     whole = (0, len(sigmas) - 2)
     everywhere, best = [], []
@@ -215,7 +209,7 @@ def plot_search(found: IntervalSearch, path: Path) -> Path:
     left, right = figure.subplots(1, 2)
     left.plot(weights, everywhere, "o-", label="guided everywhere")
     left.plot(weights, best, "o-", label="best interval of each weight")
-    left.set(xlabel="guidance weight", ylabel="Fréchet distance")
+    left.set(xlabel="guidance weight", ylabel=_distance_of(result))
     left.legend(frameon=False)
     chosen = found.best_interval.guidance_scale
     finite = [sigma for sigma in sigmas if 0 < sigma < float("inf")]
@@ -224,7 +218,11 @@ def plot_search(found: IntervalSearch, path: Path) -> Path:
             ends = min(sigmas[candidate.first], max(finite)), max(sigmas[candidate.last + 1], min(finite))
             colour = "C1" if candidate == found.best_interval else "0.6"
             right.plot(ends, [distance, distance], color=colour, linewidth=3 if colour == "C1" else 1.5)
-    right.set(xscale="log", xlabel="guided sigma", title=f"intervals at weight {chosen:g}")
+    right.set(
+        xscale="log" if known else "linear",
+        xlabel="guided sigma" if known else "steps left",
+        title=f"intervals at weight {chosen:g}",
+    )
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

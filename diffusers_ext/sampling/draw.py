@@ -89,7 +89,8 @@ def batches_of(count: int, batch_size: int) -> list[range]:
 def draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict, call: dict):
     """The images or tokens of one call; global random numbers are seeded by the batch and left as they were.
 
-    rows: of the samples. inputs: of all samples, by argument. call: further arguments of the call.
+    Of pipelines without images what they give first, frames or audios. rows: of the samples. inputs: of all samples,
+    by argument. call: further arguments of the call.
 
     Raises ValueError for a respacing that the pipeline does not take.
     """
@@ -100,7 +101,9 @@ def draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict, call: di
         torch.manual_seed(hashed("batch", seed + rows.start))  # not the seed of an image, whose noise it would repeat
         try:
             output = pipe(generator=generators, **given, **call)
-            return output.tokens if call.get("output_type") == "tokens" else output.images
+            if call.get("output_type") == "tokens":
+                return output.tokens
+            return output.images if hasattr(output, "images") else output[0]  # frames, audios
         except NotFiniteError as error:
             raise error.of_sample(rows[error.sample]) from None
         except TypeError as error:
