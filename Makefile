@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist workstea
 .PHONY: help install demo test quick numeric lint format release-check clean
 
 help:
-	@echo "make demo     sample a shipped model with and without each method; ARGS=--quick; results go to out/"
+	@echo "make demo     try each method on the models that ship, in 3 minutes; ARGS=--full; results go to out/"
 	@echo "make test     run the tests; ARGS=\"-k name -x\" goes to pytest"
 	@echo "make quick    run one case of every test: whether a change did harm, in 2 minutes"
 	@echo "make numeric  run the tests that compare numbers, with other kernels than usual"

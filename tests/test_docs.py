@@ -133,7 +133,7 @@ def hub_repositories(folder: Path) -> dict:
 def demo_folder(folder: Path) -> dict:
     (folder / "out").mkdir()
     (folder / "out/demo.json").write_text(
-        json.dumps({"version": "0", "device": "cpu", "torch_threads": 1, "quick": True})
+        json.dumps({"version": "0", "device": "cpu", "torch_threads": 1, "full": False})
     )
     return {}
 
