@@ -194,7 +194,7 @@ def test_discrete_section_measures_and_writes_music(tmp_path, sequence_models, c
     midi = (tmp_path / "out/chorales.mid").read_bytes()
     assert midi[:4] == b"MThd" and midi.count(b"MTrk") == 5
     printed = capsys.readouterr().out
-    assert "20 sequences a row" in printed and "chorales: 3 of 64 steps" in printed
+    assert "20 sequences a row" in printed and "chorales: 3 of 32 steps" in printed
 
 
 def test_jump_your_steps_section_makes_and_measures_tables(tmp_path, sequence_models, capsys):

@@ -199,8 +199,8 @@ def _errors(features, recognised, labels, reference, metrics: Sequence[str]) -> 
     .. math:: \mathrm{se}^2 = \frac{B - 1}{B} \sum_b (\theta_{(b)} - \bar\theta)^2
 
     theta_(b) is the number without block b of the images, which are dealt at random, each class over all blocks, and
-    the same way each time. It is the error of sampling with the labels given: what a Fréchet distance of few images is too
-    high by is not in it.
+    the same way each time. It is the error of sampling with the labels given: what a Fréchet distance of few images
+    is too high by is not in it.
     """
     if len(features) < 2 * BLOCKS:
         raise ValueError(f"standard errors need {2 * BLOCKS} images or more, got {len(features)}")
