@@ -16,6 +16,7 @@ import torch
 from adm_checkpoints import save_adm
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDPMPipeline,
     DDPMScheduler,
     UNet2DModel,
@@ -58,6 +59,14 @@ def tiny_unet(channels: int = 1, size: int = 8, **config) -> UNet2DModel:
 
 def sdxl(folder: Path) -> dict:
     tiny_sdxl().save_pretrained(folder / "sdxl")
+    return {}
+
+
+def sdxl_and_controlnet(folder: Path) -> dict:
+    pipe = tiny_sdxl()
+    pipe.save_pretrained(folder / "sdxl")
+    controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32))
+    controlnet.save_pretrained(folder / "canny")
     return {}
 
 
@@ -178,6 +187,11 @@ RUN = {
     ),
     "first_hour": Page(
         {**CUDA, "stabilityai/stable-diffusion-xl-base-1.0": "sdxl", "_steps=30": "_steps=4"}, {0: sdxl}
+    ),
+    "faq": Page(
+        {**CUDA, "stabilityai/stable-diffusion-xl-base-1.0": "sdxl", "diffusers/controlnet-canny-sdxl-1.0": "canny",
+         "1024, 1024": "16, 16", "compile(fullgraph=True)": 'compile(fullgraph=True, backend="eager")'},
+        {0: sdxl_and_controlnet},
     ),
     "README": Page(
         {**CUDA, "stabilityai/stable-diffusion-xl-base-1.0": "sdxl", "google/ddpm-celebahq-256": "ddpm", "=250": "=5",
