@@ -5,7 +5,19 @@ from pathlib import Path
 import click
 
 from ..runs.lists import INTERVAL, LABELS, ListsCommand
-from .options import CPU_THREADS, DEVICE, DTYPE, MODEL, PIPELINE, SEED, TRUST_REMOTE_CODE, Finite, Schedule, Steps
+from .options import (
+    CPU_THREADS,
+    DEVICE,
+    DTYPE,
+    MODEL,
+    PIPELINE,
+    SEED,
+    TRUST_REMOTE_CODE,
+    Finite,
+    Names,
+    Schedule,
+    Steps,
+)
 
 
 def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
@@ -70,7 +82,7 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
     help="Guide in steps that start at noise levels sigma (of EDM) in (LO, HI]; by default in all.",
 )  # fmt: skip
 @click.option(
-    "--sampler", type=click.Choice(["euler", "tweedie", "theta_trapezoidal", "gillespie"]), default=None,
+    "--sampler", type=Names("schedulers.ctmc_samplers.SAMPLERS", "euler|tweedie|...", single=True), default=None,
     help="Of discrete diffusion; by default the scheduler's.",
 )  # fmt: skip
 @click.option(
