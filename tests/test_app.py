@@ -44,6 +44,7 @@ from diffusers_ext.app.computations import (
     sheet,
     table_edges,
 )
+from diffusers_ext.app.grids import Axes, compare_grid
 from diffusers_ext.app.models import Models
 from diffusers_ext.app.watching import WAITING, StoppedError, Watch, watched
 from diffusers_ext.discrete.music import NUM_TOKENS
@@ -236,6 +237,24 @@ def test_who_waits_is_told_so_and_can_stop(models):
     assert told == [WAITING]
     with models.lock, models.lock:
         pass
+
+
+def test_a_grid_is_that_of_compare(models):
+    axes = Axes(class_labels="3, 8", seeds="1", guidance_scales="1,5", guidance_intervals="none, 0.75:1.7", gammas="2")
+    sheet = compare_grid(models, "mnist-unet", axes, 3, None, None)
+    names = {}
+    exec(sheet.code, names)
+    assert same(names["grid"], sheet.grid) and len(names["found"].cells) == 8
+    assert sheet.table.count("images/") == 0 and "0.75" in sheet.table
+    for wrong, message in (
+        ({"seeds": "0;1"}, "seeds: values between commas, got '0;1'"),
+        ({"guidance_intervals": "0.7"}, "guidance intervals: .*neither none nor LO:HI"),
+        ({"class_labels": "10"}, "class_label: class labels must be in"),
+        ({"seeds": ",".join(map(str, range(101)))}, "101 images, at most 100"),
+        ({"prompt": "cat"}, "prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare_grid(models, "mnist-unet", Axes(**wrong), 3, None, None)
 
 
 def test_few_sequences_make_no_narrow_strip():

@@ -152,6 +152,15 @@ def test_flow(page, folders):
     assert "repaired to strength 1 in 4 steps" in text
 
 
+def test_grid(page):
+    page.get_by_role("tab", name="Grid").click()
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    enter(panel, "steps", 2)
+    panel.get_by_role("button", name="Draw the grid").click()
+    sync_api.expect(panel.locator("img[src*='/file=']")).to_have_count(1, timeout=WAIT)
+    sync_api.expect(panel.get_by_role("row")).to_have_count(1 + 16)  # two classes, seeds, weights and intervals
+
+
 def test_the_code_of_what_is_shown_can_be_copied(page):
     text = draws_both(page, "Boost-and-Skip", **{"steps": 3, "skip: first steps left out": 1, "samples": 2})
     panel = page.get_by_role("tabpanel").filter(visible=True)

@@ -28,7 +28,7 @@ def boost_and_skip(
         "from diffusers_ext import boost_and_skip, load_pipeline",
         f"pipe = load_pipeline({model!r})",
         f"stock = {_call('pipe', call)}.images",
-        f"pipe.scheduler = boost_and_skip(pipe.scheduler, {_arguments(method)})",
+        f"pipe.scheduler = boost_and_skip(pipe.scheduler, {', '.join(_arguments(method))})",
         f"images = {_call('pipe', call)}.images",
     )
 
@@ -67,7 +67,7 @@ def flow(model: str, call: Mapping, inputs: Mapping, flow: str, repair: Mapping)
         "from diffusers_ext import load_pipeline",
         f"base, flow = load_pipeline({model!r}), load_pipeline({flow!r})",
         f"images = {_call('base', {**inputs, **call})}.images",
-        f"repaired = flow(images, {_arguments(repair)}).images",
+        f"repaired = flow(images, {', '.join(_arguments(repair))}).images",
     )
 
 
@@ -76,11 +76,12 @@ def _code(imports: str, *lines: str) -> str:
 
 
 def _call(name: str, arguments: Mapping[str, Any]) -> str:
-    """A call with generators anew, one a sample."""
-    return f"{name}({_arguments(arguments)})"
+    """A call with generators anew, one a sample; a long one with an argument a line."""
+    words = _arguments(arguments)
+    return f"{name}({', '.join(words)})" if len(words) < 3 else f"{name}(\n    " + ",\n    ".join(words) + ",\n)"
 
 
-def _arguments(arguments: Mapping[str, Any]) -> str:
+def _arguments(arguments: Mapping[str, Any]) -> list[str]:
     words = []
     for name, value in arguments.items():
         if name == "generator":
@@ -90,4 +91,4 @@ def _arguments(arguments: Mapping[str, Any]) -> str:
             words.append(f"prompt=[{value[0]!r}] * {len(value)}")
         else:
             words.append(f"{name}={value!r}")
-    return ", ".join(words)
+    return words

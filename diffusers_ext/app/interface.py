@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from importlib.util import find_spec
 
+from ..comparing import GUIDERS
 from ..hub.damage import read_json, reason
 from ..model_names import shipped_models
 from .computations import (
@@ -22,6 +23,7 @@ from .computations import (
     compare_guidance_interval,
     planned_steps,
 )
+from .grids import Axes, compare_grid
 from .models import Models
 from .watching import Watch, watched
 
@@ -31,6 +33,7 @@ BOOSTED = ["BoostAndSkipPipeline"]
 GUIDED = ["BoostAndSkipPipeline", "EDM2Pipeline"]
 DISCRETE = ["DiscreteDiffusionPipeline"]
 FLOWS = ["FlowPostprocessingPipeline"]
+SIGMA_STEP = 0.005  # of log10
 LOWEST = -3  # log10 of the lowest noise level of a slider, which stands for 0
 MOST_WAITING = 16  # computations, of which one runs
 RUNNING: dict[str, list[threading.Event]] = {}  # of each page, what stops its computations
@@ -76,6 +79,8 @@ def build_app(models: Models):
             _discrete_tab(gr, models)
         with gr.Tab("Flow postprocessing"):
             _flow_tab(gr, models)
+        with gr.Tab("Grid"):
+            _grid_tab(gr, models)
     return app
 
 
@@ -218,13 +223,53 @@ def _flow_tab(gr, models: Models) -> None:
     _run(gr, buttons, compute, [model, flow, weight, steps, strength, repair, *drawn], shown)
 
 
+def _grid_tab(gr, models: Models) -> None:
+    """`compare`, with the values of each axis between commas."""
+    labels = {
+        "prompt": "prompt, for text-to-image models",
+        "negative_prompt": "negative prompt",
+        "class_labels": "classes",
+        "seeds": "seeds",
+        "guidance_scales": "guidance scales",
+        "guidance_intervals": "guidance intervals: none, LO:HI",
+        "guiders": f"guiders: {', '.join(GUIDERS)}",
+        "gammas": "gammas",
+        "skip_steps": "skips: first steps left out",
+    }
+    begin = {"class_labels": "3,8", "seeds": "0,1", "guidance_scales": "1,5", "guidance_intervals": "none,0.75:1.7"}
+    with gr.Row():
+        with gr.Column(scale=1):
+            model = _model(gr, "mnist-unet", GUIDED)
+            texts = [gr.Textbox(begin.get(name, ""), label=label) for name, label in labels.items()]
+            steps = gr.Slider(2, 250, 16, step=1, label="steps")
+            with gr.Row():
+                sizes = [
+                    gr.Number(None, label=f"{name}, 0: the model's own", precision=0) for name in ("height", "width")
+                ]
+            buttons = _buttons(gr, "Draw the grid")
+        with gr.Column(scale=2):
+            shown = [_picture(gr, "grid"), gr.Markdown()]
+            with gr.Accordion("the same in Python", open=False):
+                shown.append(gr.Code(language="python", interactive=False, show_label=False))
+
+    def compute(model, steps, height, width, *texts) -> tuple:
+        axes = Axes(
+            **{name: text or ("cfg" if name == "guiders" else "") for name, text in zip(labels, texts, strict=True)}
+        )
+        sheet = compare_grid(models, model, axes, int(steps), height or None, width or None)
+        return sheet.grid, html.escape(sheet.table, quote=False), sheet.code
+
+    _run(gr, buttons, compute, [model, steps, *sizes, *texts], shown)
+
+
 def _sigma(gr, value: float, words: str):
     """A slider over log10 of a noise level, whose label says the level; leftmost is 0."""
 
     def labelled(exponent: float) -> str:
         return f"{words} {_level(exponent):.3g}"
 
-    slider = gr.Slider(LOWEST, 2, round(math.log10(value), 2), step=0.01, label=labelled(math.log10(value)))
+    start = round(math.log10(value) / SIGMA_STEP) * SIGMA_STEP
+    slider = gr.Slider(LOWEST, 2, start, step=SIGMA_STEP, label=labelled(start), info="its log10")
 
     def relabel(exponent: float) -> dict:
         return gr.update(label=labelled(exponent))
@@ -238,9 +283,9 @@ def _level(exponent: float) -> float:
     return 0.0 if exponent <= LOWEST else float(f"{10**exponent:.3g}")
 
 
-def _buttons(gr) -> tuple:
+def _buttons(gr, words: str = "Draw both") -> tuple:
     with gr.Row():
-        return gr.Button("Draw both", variant="primary"), gr.Button("Stop")
+        return gr.Button(words, variant="primary"), gr.Button("Stop")
 
 
 def _run(gr, buttons: tuple, compute: Callable[..., tuple], inputs: list, outputs: list) -> None:
