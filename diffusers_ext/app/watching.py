@@ -6,7 +6,6 @@ from contextvars import ContextVar
 from threading import Event, RLock
 
 from diffusers import DiffusionPipeline
-from tqdm.auto import tqdm
 
 _WATCH: ContextVar["Watch | None"] = ContextVar("watch", default=None)
 WAITING = "waiting: another computation is running"
@@ -57,14 +56,20 @@ class Turn:
         self._lock.release()
 
 
-class _Bar(tqdm):
-    """A pipeline's progress bar that is not shown, but told."""
+class _Bar:
+    """A pipeline's progress bar, as far as pipelines use it, that is not shown, but told."""
 
     def __init__(self, iterable, total: int | None, watch: Watch):
-        super().__init__(iterable, total=total, disable=True)
         watch.samplings += 1
-        self.done, self.steps, self.watch = 0, total or len(iterable), watch
+        self.iterable, self.watch, self.done = iterable, watch, 0
+        self.steps = len(iterable) if total is None else total
         self._say()
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
 
     def _say(self) -> None:
         self.watch.say(self.done, self.steps, f"sampling {self.watch.samplings}, step {self.done} of {self.steps}")
