@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 # Workers on all cores, each on one thread (tests/conftest.py); ARGS="-n 0" runs the tests in one process.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: help install demo test quick numeric lint format release-check clean
+.PHONY: help install demo test quick numeric lint format docs release-check clean
 
 help:
 	@echo "make demo     try each method on the models that ship, in 3 minutes; ARGS=--full; results go to out/"
@@ -19,6 +19,7 @@ help:
 	@echo "make quick    run one case of every test: whether a change did harm, in 2 minutes"
 	@echo "make numeric  run the tests that compare numbers, with other kernels than usual"
 	@echo "make lint     check style and formatting with ruff; make format repairs them"
+	@echo "make docs     build the pages of docs/ with an API page, to be searched, into build/site/"
 	@echo "make release-check  build sdist and wheel into dist/, check their content and metadata, import the wheel"
 	@echo "make clean    remove $(VENV), builds and caches"
 
@@ -48,6 +49,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 release-check: $(INSTALLED)
 	rm -rf dist

@@ -38,6 +38,7 @@ TOOLS = [
     "pytest-xdist>=3.6.1",
     "scipy>=1.13.0",  # of diffusers' schedulers with beta sigmas
 ]
+DOCS = ["mkdocs-material>=9.7.0", "mkdocstrings[python]>=1.0.0"]
 TEST = [*TOOLS, *METRICS, *PLOTS, *ODE, *APP]
 
 setup(
@@ -65,6 +66,7 @@ setup(
         "xformers": ["xformers"],
         "fid": ["torch-fidelity"],
         "test": TEST,
+        "docs": DOCS,
     },
     entry_points={"console_scripts": ["diffusers-ext = diffusers_ext.cli:main"]},
 )

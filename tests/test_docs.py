@@ -25,6 +25,7 @@ from tiny_modular_pipelines import MODULAR_CASES
 from tiny_pipelines import tiny_sdxl
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+import diffusers_ext
 from diffusers_ext import (
     BoostAndSkipPipeline,
     EDM2Pipeline,
@@ -250,6 +251,18 @@ def test_commands_have_the_options_that_pages_give_them(path):
         known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
         unknown = [word for word in rest if word.startswith("--") and word.split("=")[0] not in known]
         assert not unknown, f"{path}: {' '.join(words)}: {unknown}"
+
+
+def test_every_page_and_public_name_is_in_the_site():
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    nav = set(re.findall(r"[\w]+\.md", site[site.index("nav:") :]))
+    assert nav == {path.name for path in ROOT.glob("docs/*.md")}
+    api = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    places = re.findall(r"^::: (.+)\.(\w+)$", api, re.MULTILINE)
+    assert sorted(name for _, name in places) == sorted(diffusers_ext.__all__)
+    for module, name in places:
+        home = getattr(diffusers_ext, name).__module__
+        assert module == re.sub(r"^diffusers_ext\.(?=pipelines|schedulers)", "", home), name
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
