@@ -15,6 +15,7 @@ from ..pipelines import BoostAndSkipPipeline
 def boost_and_skip(
     pipe: DiffusionPipeline, model: str, gamma: float, skip_steps: int, num_inference_steps: int, inputs: Mapping
 ) -> str:
+    """By the pipeline's call, or through its scheduler."""
     call = {**inputs, "num_inference_steps": num_inference_steps}
     method = {"gamma": gamma, "skip_steps": skip_steps}
     if isinstance(pipe, BoostAndSkipPipeline):
@@ -36,6 +37,7 @@ def boost_and_skip(
 def guidance_interval(
     pipe: DiffusionPipeline, model: str, interval: tuple[float, float], call: Mapping, inputs: Mapping
 ) -> str:
+    """By the pipeline's call where it takes an interval, or with one applied."""
     call = {**inputs, **call}
     begin = (f"pipe = load_pipeline({model!r})", f"stock = {_call('pipe', call)}.images")
     if "guidance_interval" in inspect.signature(pipe.__call__).parameters:
@@ -51,6 +53,7 @@ def guidance_interval(
 
 
 def discrete(model: str, edges: Mapping[str, list[float]], count: int, seed: int) -> str:
+    """Tokens at each of the edges, by name."""
     inputs = {"batch_size": count, "generator": list(range(seed, seed + count))}
     return _code(
         "from diffusers_ext import load_pipeline",
@@ -63,6 +66,7 @@ def discrete(model: str, edges: Mapping[str, list[float]], count: int, seed: int
 
 
 def flow(model: str, call: Mapping, inputs: Mapping, flow: str, repair: Mapping) -> str:
+    """Images of a model, and their repair by a flow. repair: arguments of its call."""
     return _code(
         "from diffusers_ext import load_pipeline",
         f"base, flow = load_pipeline({model!r}), load_pipeline({flow!r})",

@@ -48,6 +48,8 @@ def negative_prompts(count: int, inputs: dict, call: dict) -> tuple[dict, dict]:
 
     Where a prompt and true_cfg_scale > 1 are given and no negative prompt, it is an empty one: pipelines with that
     argument (Flux, Qwen-Image) make no second prediction without.
+
+    Raises ValueError for a negative prompt that is no text.
     """
     negative, scale = call.get("negative_prompt"), call.get("true_cfg_scale")
     if negative is None and "prompt" in inputs and isinstance(scale, int | float) and scale > 1:
