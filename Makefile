@@ -11,14 +11,15 @@ INSTALLED := $(VENV)/.installed
 # Workers on all cores, each on one thread (tests/conftest.py); ARGS="-n 0" runs the tests in one process.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: help install demo test quick numeric lint format release-check clean
+.PHONY: help install demo test quick numeric lint format docs release-check clean
 
 help:
-	@echo "make demo     sample a shipped model with and without each method; ARGS=--quick; results go to out/"
+	@echo "make demo     try each method on the models that ship, in 3 minutes; ARGS=--full; results go to out/"
 	@echo "make test     run the tests; ARGS=\"-k name -x\" goes to pytest"
 	@echo "make quick    run one case of every fast test: whether a change did harm, in 2 minutes"
 	@echo "make numeric  run the tests that compare numbers, with other kernels than usual"
 	@echo "make lint     check style and formatting with ruff; make format repairs them"
+	@echo "make docs     build the pages of docs/ with an API page, to be searched, into build/site/"
 	@echo "make release-check  build sdist and wheel into dist/, check their content and metadata, import the wheel"
 	@echo "make clean    remove $(VENV), builds and caches"
 
@@ -48,6 +49,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 release-check: $(INSTALLED)
 	rm -rf dist

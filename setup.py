@@ -23,9 +23,8 @@ BASE = [
     "rich>=13.0.0",
     "filelock>=3.32.0",  # the oldest with a hook for the acquired lock; tested apart from the others
 ]
-METRICS = ["scikit-learn>=1.5.0", "scipy>=1.13.0", "faiss-cpu>=1.9.0.post1"]
+METRICS = ["scikit-learn>=1.5.0", "faiss-cpu>=1.9.0.post1"]
 PLOTS = ["matplotlib>=3.8.0"]
-TRAIN = ["tqdm>=4.66.0"]
 ODE = ["torchdiffeq>=0.2.5"]
 # gradio is tested with this version alone, which takes no pillow 13 and no huggingface_hub before 1.16: the oldest
 # versions above were tested without the app. playwright 1.51 is the oldest that the app's tests can be written for.
@@ -38,8 +37,10 @@ TOOLS = [
     "playwright>=1.51.0",
     "pytest-xdist>=3.6.1",
     "kornia>=0.8.2",  # diffusers' FrequencyDecoupledGuidance takes it
+    "scipy>=1.13.0",  # of diffusers' schedulers with beta sigmas
 ]
-TEST = [*TOOLS, *METRICS, *PLOTS, *TRAIN, *ODE, *APP]
+DOCS = ["mkdocs-material>=9.7.0", "mkdocstrings[python]>=1.0.0"]
+TEST = [*TOOLS, *METRICS, *PLOTS, *ODE, *APP]
 
 setup(
     name="diffusers_ext",
@@ -61,12 +62,12 @@ setup(
     extras_require={
         "metrics": METRICS,
         "plots": PLOTS,
-        "train": TRAIN,
         "ode": ODE,
         "app": APP,
         "xformers": ["xformers"],
         "fid": ["torch-fidelity"],
         "test": TEST,
+        "docs": DOCS,
     },
     entry_points={"console_scripts": ["diffusers-ext = diffusers_ext.cli:main"]},
 )

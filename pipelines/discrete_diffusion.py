@@ -85,7 +85,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         num_inference_steps: steps of the schedule; the network runs once more for the final denoising (not with
             gillespie at the end of time, twice a step with theta_trapezoidal), and once for each corrector step.
             timesteps: instead, all edges, from 1 on decreasing in (0, 1].
-        sampler: "euler", "tweedie", "theta_trapezoidal" or "gillespie" for this call.
+        sampler: one of `CTMCScheduler`, such as "tweedie", for this call.
         generator: one, or one a sample, which makes a sample independent of its batch.
         output_type: "text", "tokens", or for models of images "pil", "np" (batch, height, width, channels) or "pt"
             (batch, channels, height, width), both in [0, 1]; None is "text" with a tokenizer, "pil" for images.

@@ -121,8 +121,8 @@ class Run:
         self.prepared: set[int] = set()
         self.contexts: dict[int, str | None] = {}
         plans = guidance.plans_of(pipe)
-        if any(plan.source == "listed" and _is_distilled(plan) for plan in plans):
-            self._refuse_without_second_prediction()
+        if true := [plan for plan in plans if plan.source == "listed" and _takes_true_guidance(plan)]:
+            self._refuse_without_second_prediction(any(map(_is_distilled, true)))
         stages = [Stage(self, plan, guidance.verify, as_given) for plan in plans]
         self.stages = {id(module): stage for stage in stages for module in stage.plan.networks.values()}
         self.of_scheduler = {id(one): stage for stage in stages for one in schedulers_of(stage.plan.pipe)}
@@ -173,12 +173,23 @@ class Run:
             stacklevel=5,
         )
 
-    def _refuse_without_second_prediction(self) -> None:
-        """Raises ValueError, before the first step, for a distilled network whose call asks for no true guidance."""
+    def _refuse_without_second_prediction(self, distilled: bool) -> None:
+        """Raises ValueError, before the first step, for a call that will make one prediction a step.
+
+        Of a distilled network that is every call without true guidance; of others (Qwen-Image) one that asks for it,
+        if only by its default, and gives no negative prompt. A weight of 1 there turns guidance off on purpose.
+        """
         scale = self.arguments.get("true_cfg_scale")
         negative = [value for name, value in self.arguments.items() if name.startswith("negative_prompt")]
-        if negative and not (_above_one(scale) and any(value is not None for value in negative)):
+        if not negative or (_above_one(scale) and any(value is not None for value in negative)):
+            return
+        if distilled:
             raise ValueError(f"{self.name} {DISTILLED} to leave out. {_TRUE_GUIDANCE}; {NOT_LIMITED}")
+        if _above_one(scale):
+            raise ValueError(
+                f"{self.name} was called with true_cfg_scale={scale!r} and without a negative prompt, so that there is"
+                f" no unconditional prediction; {_TRUE_GUIDANCE}"
+            )
 
     def raise_without_guidance(self) -> None:
         """Raises ValueError if there was no unconditional prediction, though one should be."""
@@ -192,11 +203,14 @@ class Run:
             )
 
 
+def _takes_true_guidance(plan: Plan) -> bool:
+    return "true_cfg_scale" in inspect.signature(plan.code).parameters
+
+
 def _is_distilled(plan: Plan) -> bool:
-    """Whether the weight is an input of the network, as Flux's is, beside true guidance by two predictions."""
-    takes_true = "true_cfg_scale" in inspect.signature(plan.code).parameters
+    """Whether the weight is an input of the network, as Flux's is."""
     configs = [getattr(module, "config", {}) for module in plan.networks.values()]
-    return takes_true and any(config.get("guidance_embeds") for config in configs)
+    return any(config.get("guidance_embeds") for config in configs)
 
 
 def _bound(call: Callable, pipe: DiffusionPipeline, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -62,6 +62,7 @@ from diffusers_ext.metrics import (
 from diffusers_ext.runs.processes import end_processes, start_processes
 from diffusers_ext.runs.rows import ResultRows
 from diffusers_ext.sampling import sample_to_folder
+from diffusers_ext.schedulers.ctmc_samplers import SAMPLERS
 from diffusers_ext.shipped import load_pipeline
 
 Measure = Callable[[Path], dict[str, float]]
@@ -72,7 +73,7 @@ OPTIONS = (
         "--steps", "step_counts", type=click.IntRange(min=1), multiple=True, default=(64,), show_default=True
     ),
     click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True),
-    click.option("--sampler", type=click.Choice(["euler", "tweedie", "theta_trapezoidal", "gillespie"]), default=None),
+    click.option("--sampler", type=click.Choice(list(SAMPLERS)), default=None),
     click.option("--timestep-spacing", type=click.Choice(["uniform", "table"]), default=None),
     click.option("--corrector-steps", type=click.IntRange(min=0), default=None, help="After each step."),
     click.option("--corrector-size", type=float, default=None, help="In lengths of the step."),

@@ -28,12 +28,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from diffusers_ext import CTMCScheduler, DiscreteDiffusionPipeline, SEDDTransformer
 from diffusers_ext.discrete.losses import likelihood_bound, score_entropy_loss, x0_cross_entropy
 from diffusers_ext.metrics import countdown_errors, countdown_errors_original, countdown_sequences
+from diffusers_ext.runs.bar import steps_left
 from diffusers_ext.runs.checkpoints import Checkpoints
 from diffusers_ext.runs.processes import end_processes
 from diffusers_ext.runs.provenance import hash_of
@@ -179,8 +179,7 @@ def main(
     first, _ = checkpoints.load(steps)
 
     running = None
-    bar = tqdm(range(first, steps), initial=first, total=steps, disable=not accelerator.is_main_process)
-    for step in bar:
+    for step in steps_left(first, steps, accelerator.is_main_process, lambda: running):  # noqa: B023, the latest
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / warmup)
         if tokens is None:
@@ -194,7 +193,6 @@ def main(
         optimizer.zero_grad()
         ema.step(model.parameters())
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
-        bar.set_postfix(loss=f"{running:.4f}", refresh=False)
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
             checkpoints.save(step + 1)
     if accelerator.is_main_process:

@@ -25,9 +25,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from diffusers_ext import EDM2Pipeline, EDM2UNet2DModel, EDMHeunScheduler
+from diffusers_ext.runs.bar import steps_left
 from diffusers_ext.runs.checkpoints import Checkpoints
 from diffusers_ext.runs.processes import end_processes
 from diffusers_ext.runs.provenance import hash_of
@@ -133,8 +133,7 @@ def train(
     first, _ = checkpoints.load(steps)
 
     started, running = time.monotonic(), None
-    bar = tqdm(range(first, steps), initial=first, total=steps, disable=not accelerator.is_main_process)
-    for step in bar:
+    for step in steps_left(first, steps, accelerator.is_main_process, lambda: running):  # noqa: B023, the latest
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, lr, lr_reference)
         rows = torch.randint(0, len(images), (batch_size,))
@@ -146,7 +145,6 @@ def train(
         optimizer.zero_grad()
         averaged.update_parameters(accelerator.unwrap_model(unet))
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
-        bar.set_postfix(loss=f"{running:.4f}", refresh=False)
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
             checkpoints.save(step + 1)
     if accelerator.is_main_process:

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from rich.progress import Progress
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from diffusers_ext.models import ImageClassifier
 
@@ -83,7 +83,9 @@ def main(data, output, epochs, batch_size, lr, seed):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    bar = tqdm(total=steps, disable=not accelerator.is_main_process)
+    bar = Progress(disable=not accelerator.is_main_process)
+    bar.start()
+    task = bar.add_task("training", total=steps)
     for _ in range(epochs):
         model.train()
         for rows in torch.randperm(len(images)).split(batch_size)[: steps // epochs]:
@@ -93,8 +95,8 @@ def main(data, output, epochs, batch_size, lr, seed):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            bar.update()
-    bar.close()
+            bar.advance(task)
+    bar.stop()
 
     accelerator.unwrap_model(model).half().save_pretrained(output)
     saved = ImageClassifier.from_pretrained(output).to(accelerator.device)

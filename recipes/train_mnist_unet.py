@@ -24,10 +24,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from tqdm import tqdm
 
 from diffusers_ext import BoostAndSkipPipeline
 from diffusers_ext.flow.features import as_unit
+from diffusers_ext.runs.bar import steps_left
 from diffusers_ext.runs.checkpoints import Checkpoints
 from diffusers_ext.runs.processes import end_processes
 from diffusers_ext.runs.provenance import hash_of
@@ -112,8 +112,7 @@ def train(
     first, _ = checkpoints.load(steps)
 
     started, running = time.monotonic(), None
-    bar = tqdm(range(first, steps), initial=first, total=steps, disable=not accelerator.is_main_process)
-    for step in bar:
+    for step in steps_left(first, steps, accelerator.is_main_process, lambda: running):  # noqa: B023, the latest
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         rows = torch.randint(0, len(images), (batch_size,))
@@ -125,7 +124,6 @@ def train(
         optimizer.zero_grad()
         ema.step(unet.parameters())
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
-        bar.set_postfix(loss=f"{running:.4f}", refresh=False)
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
             checkpoints.save(step + 1)
     if accelerator.is_main_process:

@@ -6,12 +6,15 @@ from collections.abc import Collection
 from .scheduler_arguments import is_of_kind, short
 
 
-def check_config(config) -> None:
-    """Raise ValueError for values that are not allowed and for combinations without a meaning."""
+def check_config(config, samplers: tuple[str, ...]) -> None:
+    """Raise ValueError for values that are not allowed and for combinations without a meaning.
+
+    samplers: the names that there are.
+    """
     choices = {
         "kernel": ("absorbing", "uniform", "gaussian", "birth_death"),
         "noise_schedule": ("loglinear", "cosine", "arccos", "geometric", "exponential", "constant"),
-        "sampler": ("euler", "tweedie", "theta_trapezoidal", "gillespie"),
+        "sampler": samplers,
         "prediction_type": ("log_score", "x0", "probabilities"),
         "jumps": (None, "categorical", "poisson"),
         "time_conditioning": ("sigma_bar", "timestep"),

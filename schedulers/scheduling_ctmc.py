@@ -16,7 +16,7 @@ from .ctmc_inputs import Times, batch_times, check_number, check_step_inputs, ch
 from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel, build_kernel
 from .ctmc_noise_schedules import NoiseSchedule, build_noise_schedule
 from .ctmc_reverse import ReverseChain
-from .ctmc_samplers import CHUNK, Sampler, build_sampler, check_recorded, chunks, denoise, groups, movable
+from .ctmc_samplers import CHUNK, SAMPLERS, Sampler, build_sampler, check_recorded, chunks, denoise, groups, movable
 from .scheduler_arguments import checked_arguments, is_of_kind, short
 from .timestep_edges import StepEdges, times_of
 from .timestep_tables import check_edges, check_tables, interpolated_edges, tables_for
@@ -101,7 +101,7 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
         rate_sigma: float = 6.0,
         Q_sigma: float = 512.0,
     ):
-        check_config(self.config)
+        check_config(self.config, tuple(SAMPLERS))
         check_tables(timestep_tables, timestep_table_info)
         self.kernel: AbsorbingKernel | UniformKernel | ReversibleKernel = build_kernel(self.config)
         self._noise: NoiseSchedule = build_noise_schedule(self.config)

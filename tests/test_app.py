@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from importlib.util import find_spec
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from diffusers import (
 )
 from PIL import Image
 from tiny_discrete import build
-from tiny_pipelines import tiny_sdxl
+from tiny_pipelines import tiny_sdxl, tiny_stable_diffusion
 
 from diffusers_ext import (
     CTMCScheduler,
@@ -43,8 +44,11 @@ from diffusers_ext.app.computations import (
     sheet,
     table_edges,
 )
+from diffusers_ext.app.grids import Axes, compare_grid
 from diffusers_ext.app.models import Models
+from diffusers_ext.app.watching import WAITING, StoppedError, Watch, watched
 from diffusers_ext.discrete.music import NUM_TOKENS
+from diffusers_ext.evaluation.pictures import sequences_picture
 from diffusers_ext.shipped import load_pipeline, shipped_models
 
 SMALL = {
@@ -165,6 +169,92 @@ def test_flow_of_no_strength_changes_nothing(models, tmp_path):
     ]
     assert same(pairs[0].stock, pairs[0].ours) and same(pairs[0].stock, pairs[2].stock)
     assert not same(pairs[1].ours, pairs[0].ours) and not same(pairs[1].ours, pairs[2].ours)
+
+
+@pytest.mark.parametrize("tab", ["boost", "boost a scheduler", "interval", "interval of its own", "discrete", "flow"])
+def test_the_code_shown_draws_the_second_picture(models, tab, tmp_path, monkeypatch):
+    two = Drawn(count=2, seed=3)
+    if tab == "boost a scheduler":
+        tiny_stable_diffusion().save_pretrained(tmp_path / "sd")
+        pair = compare_boost_and_skip(models, str(tmp_path / "sd"), 2.0, 1, 4, Drawn(2, 3, prompt="cat"))
+    else:
+        pair = {
+            "boost": lambda: compare_boost_and_skip(models, "mnist-unet", 2.0, 1, 4, two),
+            "interval": lambda: compare_guidance_interval(models, "mnist-unet", 3.0, 0.75, 1.7, 4, two),
+            "interval of its own": lambda: compare_guidance_interval(models, "mnist-edm2", 3.0, 0.3, 3.0, 4, two),
+            "discrete": lambda: compare_discrete(models, "countdown-sedd", 4, "the model's table", "tokens", two),
+            "flow": lambda: compare_flow(models, "mnist-unet", "mnist-flow", 3.0, 4, 1.0, 2, two),
+        }[tab]()
+    names = {}
+    exec(pair.code, names)
+    stock, ours = {"discrete": ("even", "table"), "flow": ("images", "repaired")}.get(tab, ("stock", "images"))
+    for picture, name in ((pair.stock, stock), (pair.ours, ours)):
+        if tab == "discrete":
+            tokens, kinds = names[name], names["pipe"].scheduler.kernel.num_real_tokens
+            drawn = sequences_picture(tokens.cpu(), kinds, torch.zeros(tokens.shape).bool(), *cell(*tokens.shape))
+        else:
+            drawn = sheet(names[name])
+        np.testing.assert_array_equal(np.asarray(drawn), np.asarray(picture))
+    assert pair.stock != pair.ours
+
+
+def test_steps_are_told_and_a_stop_ends_them(models):
+    told, stop = [], Event()
+
+    def tell(done, total, words):
+        told.append((done, total, words))
+        if len(told) == 8:
+            stop.set()
+
+    with pytest.raises(StoppedError, match="sampling 2, step 2 of 5"), watched(Watch(tell, stop)):
+        compare_boost_and_skip(models, "mnist-unet", 2.0, 0, 5, Drawn(count=1))
+    assert told[:6] == [(i, 5, f"sampling 1, step {i} of 5") for i in range(6)]
+    compare_flow(models, "mnist-unet", "mnist-flow", 3.0, 2, 1.0, 2, Drawn(count=1))  # nothing of it is left
+    assert len(told) == 8
+
+
+def test_who_waits_is_told_so_and_can_stop(models):
+    told, stop, entered, leave = [], Event(), Event(), Event()
+
+    def holds():
+        with models.lock:
+            entered.set()
+            leave.wait(60)
+
+    def tell(done, total, words):
+        told.append(words)
+        stop.set()
+
+    holder = Thread(target=holds)
+    holder.start()
+    assert entered.wait(60)
+    try:
+        with pytest.raises(StoppedError, match="waiting"), watched(Watch(tell, stop)):
+            compare_boost_and_skip(models, "mnist-unet", 2.0, 0, 2, Drawn(count=1))
+    finally:
+        leave.set()
+        holder.join()
+    assert told == [WAITING]
+    with models.lock, models.lock:
+        pass
+
+
+def test_a_grid_is_that_of_compare(models):
+    axes = Axes(class_labels="3, 8", seeds="1", guidance_scales="1,5", guidance_intervals="none, 0.75:1.7", gammas="2")
+    sheet = compare_grid(models, "mnist-unet", axes, 3, None, None)
+    names = {}
+    exec(sheet.code, names)
+    assert same(names["grid"], sheet.grid) and len(names["found"].cells) == 8
+    assert sheet.table.count("images/") == 0 and "0.75" in sheet.table
+    for wrong, message in (
+        ({"seeds": "0;1"}, "seeds: values between commas, got '0;1'"),
+        ({"guidance_intervals": "0.7"}, "guidance intervals: .*neither none nor LO:HI"),
+        ({"class_labels": "10"}, "class_label: class labels must be in"),
+        ({"seeds": ",".join(map(str, range(101)))}, "101 images, at most 100"),
+        ({"prompt": "cat"}, "prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare_grid(models, "mnist-unet", Axes(**wrong), 3, None, None)
 
 
 def test_few_sequences_make_no_narrow_strip():

@@ -153,6 +153,59 @@ def test_flow(page, folders):
     assert "repaired to strength 1 in 4 steps" in text
 
 
+def test_grid(page):
+    page.get_by_role("tab", name="Grid").click()
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    enter(panel, "steps", 2)
+    panel.get_by_role("button", name="Draw the grid").click()
+    sync_api.expect(panel.locator("img[src*='/file=']")).to_have_count(1, timeout=WAIT)
+    sync_api.expect(panel.get_by_role("row")).to_have_count(1 + 16)  # two classes, seeds, weights and intervals
+
+
+def test_the_code_of_what_is_shown_can_be_copied(page):
+    text = draws_both(page, "Boost-and-Skip", **{"steps": 3, "skip: first steps left out": 1, "samples": 2})
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    assert "load_pipeline" not in text
+    panel.get_by_role("button", name="the same in Python").click()
+    code = panel.locator(".cm-content")
+    sync_api.expect(code).to_contain_text("""load_pipeline('mnist-unet', "boost-and-skip")""")
+    sync_api.expect(code).to_contain_text("skip_steps=1")
+
+
+def test_noise_levels_have_logarithmic_sliders(page):
+    """The label says the level; both ends are reached."""
+    page.get_by_role("tab", name="Guidance interval").click()
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    sync_api.expect(panel.get_by_label("number input for interval: sigma above 0.75")).to_be_visible()
+    enter(panel, "interval: sigma at most 1.7", 2)
+    sync_api.expect(panel.get_by_label("number input for interval: sigma at most 100")).to_be_visible()
+    enter(panel, "interval: sigma above 0.75", -3)
+    sync_api.expect(panel.get_by_label("number input for interval: sigma above 0", exact=True)).to_be_visible()
+
+
+def test_a_second_page_waits_and_each_can_stop(page, address):
+    """Steps are told; who comes second reads that it waits; Stop ends a wait and a computation."""
+    second = page.context.browser.new_page()
+    second.set_default_timeout(WAIT)
+    second.goto(address)
+    panels = []
+    for user, tab in ((page, "Boost-and-Skip"), (second, "Guidance interval")):
+        user.get_by_role("tab", name=tab).click()
+        panels.append(user.get_by_role("tabpanel").filter(visible=True))
+        enter(panels[-1], "steps", 250)
+        enter(panels[-1], "samples", 64)
+    panels[0].get_by_role("button", name="Draw both").click()
+    page.get_by_text(re.compile("sampling 1, step [1-9]")).first.wait_for()
+    panels[1].get_by_role("button", name="Draw both").click()
+    second.get_by_text("waiting: another computation is running").first.wait_for()
+    panels[1].get_by_role("button", name="Stop").click()
+    second.get_by_text("stopped: waiting").first.wait_for()
+    panels[0].get_by_role("button", name="Stop").click()
+    page.get_by_text(re.compile("stopped: sampling 1, step")).first.wait_for()
+    second.close()
+    draws_both(page, "Boost-and-Skip", steps=3, samples=2)
+
+
 def test_wrong_input_is_shown_as_a_message(page):
     page.get_by_role("tab", name="Flow postprocessing").click()
     panel = page.get_by_role("tabpanel").filter(visible=True)

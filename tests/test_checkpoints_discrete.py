@@ -2,13 +2,17 @@
 
 import json
 import shutil
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 import yaml
+from diffusers import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from discrete_goldens import GOLDENS, golden, tauldr_files
 from safetensors.torch import load_file
 
+from diffusers_ext import checkpoints
 from diffusers_ext.checkpoints import load_countdown, load_sedd, load_tauldr, sedd_scheduler, tauldr_scheduler
 
 
@@ -159,3 +163,12 @@ def test_tauldr_schedulers(tmp_path):
     _, config = tauldr_files(tmp_path, rate.config, {})
     with pytest.raises(ValueError, match="must begin with GaussianTargetRate"):
         tauldr_scheduler(config)
+
+
+@pytest.mark.parametrize("name", [name for name in checkpoints.__all__ if "_" in name and name != "safe_load"])
+def test_readers_of_checkpoints_have_one_form(name):
+    kinds = {"load": ModelMixin, "scheduler": SchedulerMixin, "convert": checkpoints.Converted}
+    returned = get_type_hints(getattr(checkpoints, name))["return"]
+    expected = kinds["scheduler" if name.endswith("_scheduler") else name.split("_")[0]]
+    for kind in get_args(returned) or (returned,):
+        assert issubclass(kind, expected)

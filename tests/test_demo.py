@@ -24,14 +24,20 @@ from diffusers_ext.demo.discrete import DiscreteSettings, run_discrete
 from diffusers_ext.demo.flow_postprocessing import FlowPostprocessingSettings, run_flow_postprocessing
 from diffusers_ext.demo.guidance_interval import GuidanceIntervalSettings, run_guidance_interval
 from diffusers_ext.demo.jump_your_steps import JumpYourStepsSettings, run_jump_your_steps
+from diffusers_ext.demo.tables import distance_of_real_images, errors_row
 from diffusers_ext.discrete.music import NUM_TOKENS
+from diffusers_ext.evaluation import evaluate_digits
 from diffusers_ext.evaluation.pictures import grid, places_stacked, sequences_picture, stacked
+from diffusers_ext.sampling import sample_images
+from diffusers_ext.shipped import load_pipeline
 
 
 @pytest.fixture(scope="module")
 def small_demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    settings = BoostAndSkipSettings(gammas=(1.0, 4.0), skip_steps=1, num_inference_steps=12, num_samples=20)
+    settings = BoostAndSkipSettings(
+        gammas=(1.0, 4.0), skip_steps=1, num_inference_steps=12, num_samples=20, metrics=None
+    )
     return folder, demo.run_demo(folder, "cpu", {"boost_and_skip": partial(run_boost_and_skip, settings=settings)})
 
 
@@ -47,6 +53,9 @@ def test_demo_saves_what_it_measured(small_demo):
         assert min(row[name] for name in ("knn_distance", "lof", "rarity", "frechet", "seconds_per_image")) > 0
     plain, boosted = saved["boost_and_skip"]["rows"]
     assert boosted["knn_distance"] > plain["knn_distance"]
+    last = saved["boost_and_skip"]["table"]["rows"][-1]
+    largest = max(row["knn_distance_error"] for row in (plain, boosted))
+    assert (last[0], last[2]) == ("± at most", f"{largest:.3f}") and largest > 0
 
 
 def test_demo_draws_a_panel_for_each_gamma(small_demo):
@@ -76,28 +85,56 @@ def test_demo_leaves_a_report_after_each_section(tmp_path):
     assert "data:image/png" in (tmp_path / "report.html").read_text()
 
 
-def test_quick_sections_are_the_same_with_less_to_do(monkeypatch, tmp_path):
-    assert list(demo.QUICK_SECTIONS) == list(demo.SECTIONS)
-    for name, quick in demo.QUICK_SECTIONS.items():
-        assert quick.func is demo.SECTIONS[name]
-        fewer = {key for key in vars(quick.keywords["settings"]) if key.startswith(("num_", "chorale_steps"))}
-        stock = type(quick.keywords["settings"])()
-        for key in fewer:
-            assert getattr(quick.keywords["settings"], key) < getattr(stock, key), (name, key)
+def test_full_sections_are_the_same_with_more_to_do(monkeypatch, tmp_path):
+    assert list(demo.FULL_SECTIONS) == list(demo.SECTIONS)
+    for name, full in demo.FULL_SECTIONS.items():
+        assert full.func is demo.SECTIONS[name]
+        more = {key for key in vars(full.keywords["settings"]) if key.startswith(("num_", "chorale_steps"))}
+        short = type(full.keywords["settings"])()
+        for key in more:
+            assert getattr(full.keywords["settings"], key) > getattr(short, key), (name, key)
     called = []
-    section = {"seen": lambda output, device, console: called.append(1) or {"files": []}}
-    monkeypatch.setattr(demo, "QUICK_SECTIONS", section)
-    monkeypatch.setattr(demo, "SECTIONS", {})
-    result = demo.run_demo(tmp_path, "cpu", quick=True)
-    assert called == [1] and result["quick"] is True
-    assert "This is the quick demo" in (tmp_path / "report.html").read_text()
-    assert demo.run_demo(tmp_path, "cpu")["quick"] is False and called == [1]
+    for name, number in (("SECTIONS", 1), ("FULL_SECTIONS", 2)):
+        section = partial(
+            lambda output, device, console, number: called.append(number) or {"files": []}, number=number
+        )
+        monkeypatch.setattr(demo, name, {"seen": section})
+    result = demo.run_demo(tmp_path, "cpu")
+    assert called == [1] and result["full"] is False
+    assert "This is the short demo" in (tmp_path / "report.html").read_text()
+    assert demo.run_demo(tmp_path, "cpu", full=True)["full"] is True and called == [1, 2]
+    assert "short demo" not in (tmp_path / "report.html").read_text()
+
+
+def test_first_picture_is_there_before_the_rest_is_drawn(tmp_path, monkeypatch):
+    """And the digits are those that one call would have drawn."""
+    drawn, pictures = [], []
+
+    def seen(pipe, labels, seed, **call):
+        pictures.append((tmp_path / "boost_and_skip.png").exists())
+        drawn.append((len(labels), labels[0].item(), seed))
+        return sample_images(pipe, labels, seed, **call)
+
+    monkeypatch.setattr(boost_and_skip, "sample_images", seen)
+    settings = BoostAndSkipSettings(gammas=(1.0, 2.0), num_inference_steps=2, num_samples=34, metrics=("frechet",))
+    result = run_boost_and_skip(tmp_path, "cpu", Console(), settings)
+    assert drawn == [(30, 0, 0), (30, 0, 0), (4, 0, 30), (4, 0, 30)] and pictures == [False, False, True, True]
+    whole = sample_images(load_pipeline("mnist-unet", "boost-and-skip"), torch.arange(34) % 10, num_inference_steps=2)
+    number = evaluate_digits(whole, torch.arange(34) % 10, ["frechet"])["frechet"]
+    assert result["rows"][0]["frechet"] == pytest.approx(number, rel=1e-2)
+
+
+def test_tables_say_how_far_their_numbers_bear():
+    rows = [{"a": 1.0, "a_error": 0.2, "b": 3.0}, {"a": 2.0, "a_error": 0.1, "b": 4.0, "b_error": None}]
+    assert errors_row(rows, ("a", "b"), lambda name, value: f"{name}{value:.2f}") == ["± at most", "a0.20", ""]
+    few, many = (float(distance_of_real_images(n).split()[-1][:-1]) for n in (50, 1000))
+    assert few > 5 * many > 0
 
 
 def test_demo_without_extras_leaves_out_what_needs_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(boost_and_skip, "find_spec", lambda name: None)
     monkeypatch.setattr(evaluation.evaluate, "find_spec", lambda name: None)
-    settings = BoostAndSkipSettings(gammas=(2.0,), num_inference_steps=4, num_samples=10)
+    settings = BoostAndSkipSettings(gammas=(2.0,), num_inference_steps=4, num_samples=10, metrics=None)
     result = run_boost_and_skip(tmp_path, "cpu", Console(), settings)
     assert "lof" not in result["rows"][0]
     assert [path.name for path in tmp_path.iterdir()] == ["boost_and_skip.png"] == result["files"]
@@ -159,7 +196,7 @@ def test_discrete_section_measures_and_writes_music(tmp_path, sequence_models, c
     midi = (tmp_path / "out/chorales.mid").read_bytes()
     assert midi[:4] == b"MThd" and midi.count(b"MTrk") == 5
     printed = capsys.readouterr().out
-    assert "20 sequences a row" in printed and "chorales: 3 of 64 steps" in printed
+    assert "20 sequences a row" in printed and "chorales: 3 of 32 steps" in printed
 
 
 def test_jump_your_steps_section_makes_and_measures_tables(tmp_path, sequence_models, capsys):

@@ -16,6 +16,7 @@ import torch
 from adm_checkpoints import save_adm
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDPMPipeline,
     DDPMScheduler,
     UNet2DModel,
@@ -24,6 +25,7 @@ from tiny_modular_pipelines import MODULAR_CASES
 from tiny_pipelines import tiny_sdxl
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+import diffusers_ext
 from diffusers_ext import (
     BoostAndSkipPipeline,
     EDM2Pipeline,
@@ -58,6 +60,14 @@ def tiny_unet(channels: int = 1, size: int = 8, **config) -> UNet2DModel:
 
 def sdxl(folder: Path) -> dict:
     tiny_sdxl().save_pretrained(folder / "sdxl")
+    return {}
+
+
+def sdxl_and_controlnet(folder: Path) -> dict:
+    pipe = tiny_sdxl()
+    pipe.save_pretrained(folder / "sdxl")
+    controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32))
+    controlnet.save_pretrained(folder / "canny")
     return {}
 
 
@@ -133,7 +143,7 @@ def hub_repositories(folder: Path) -> dict:
 def demo_folder(folder: Path) -> dict:
     (folder / "out").mkdir()
     (folder / "out/demo.json").write_text(
-        json.dumps({"version": "0", "device": "cpu", "torch_threads": 1, "quick": True})
+        json.dumps({"version": "0", "device": "cpu", "torch_threads": 1, "full": False})
     )
     return {}
 
@@ -187,6 +197,11 @@ RUN = {
     ),
     "first_hour": Page(
         {**CUDA, "stabilityai/stable-diffusion-xl-base-1.0": "sdxl", "_steps=30": "_steps=4"}, {0: sdxl}
+    ),
+    "faq": Page(
+        {**CUDA, "stabilityai/stable-diffusion-xl-base-1.0": "sdxl", "diffusers/controlnet-canny-sdxl-1.0": "canny",
+         "1024, 1024": "16, 16", "compile(fullgraph=True)": 'compile(fullgraph=True, backend="eager")'},
+        {0: sdxl_and_controlnet},
     ),
     "README": Page(
         {**CUDA, "stabilityai/stable-diffusion-xl-base-1.0": "sdxl", "google/ddpm-celebahq-256": "ddpm", "=250": "=5",
@@ -247,6 +262,18 @@ def test_commands_have_the_options_that_pages_give_them(path):
         known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
         unknown = [word for word in rest if word.startswith("--") and word.split("=")[0] not in known]
         assert not unknown, f"{path}: {' '.join(words)}: {unknown}"
+
+
+def test_every_page_and_public_name_is_in_the_site():
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    nav = set(re.findall(r"[\w]+\.md", site[site.index("nav:") :]))
+    assert nav == {path.name for path in ROOT.glob("docs/*.md")}
+    api = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    places = re.findall(r"^::: (.+)\.(\w+)$", api, re.MULTILINE)
+    assert sorted(name for _, name in places) == sorted(diffusers_ext.__all__)
+    for module, name in places:
+        home = getattr(diffusers_ext, name).__module__
+        assert module == re.sub(r"^diffusers_ext\.(?=pipelines|schedulers)", "", home), name
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)

@@ -99,7 +99,7 @@ def test_a_float16_checkpoint_has_two_readings(case):
     check(case, output.sample, "output_ema_fp16_as_loaded")
     check(case, output.logvar, "logvar_ema_fp16_as_loaded")
     check(case, run(network.float(), *call), "output_ema_fp16_upcast_fp32")
-    other = load_edm2(GOLDENS / f"edm2_{case}_ema_fp16_nosource.pkl", torch_dtype=torch.float32)
+    other = load_edm2(GOLDENS / f"edm2_{case}_ema_fp16_nosource.pkl", dtype=torch.float32)
     check(case, run(other, *call), "output_ema_fp16_upcast_fp32")
 
 

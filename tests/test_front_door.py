@@ -48,7 +48,7 @@ def fresh(code: str, *arguments) -> subprocess.CompletedProcess:
         (["sample", "mnist-unet", "--sede", "1"], "No such option"),
         (["sample", "mnist-unett", "--output", "out"], "did you mean mnist-unet?"),
         (["sample", "mnist-unet", "--output", "out", "--dtype", "float61"], "'float16'"),
-        (["demo", "--quick", "now"], "unexpected extra argument"),
+        (["demo", "--full", "now"], "unexpected extra argument"),
     ],
     ids=" ".join,
 )

@@ -549,6 +549,20 @@ class TestBadInput:
         with pytest.warns(UserWarning, match=f"holds {which} of the 4 steps .sigma 4.117 to 0.04131."):
             sample(pipe, WORDS)
 
+    def test_true_guidance_without_a_negative_prompt(self):
+        """Qwen-Image's default weight asks for guidance, which needs a negative prompt: refused before a step."""
+        case = CASES["qwen_image"]()
+        apply_guidance_interval(case.pipe, sigma_hi=1.0)
+        positive = {key: value for key, value in case.options.items() if not key.startswith("negative")}
+        for scale in ({"true_cfg_scale": 3.0}, {}):
+            asked = {key: value for key, value in positive.items() if key != "true_cfg_scale"} | scale
+            message = r"true_cfg_scale=[34]\.0 and without a negative prompt"
+            with pytest.raises(ValueError, match=message), Network(case) as network:
+                sample(case.pipe, asked)
+            assert network.rows == {"transformer": []}
+        with pytest.warns(UserWarning, match="guidance is off in this call"):
+            sample(case.pipe, {**positive, "true_cfg_scale": 1.0})
+
     def test_distilled_model(self):
         """Flux without true guidance: an error before the first step, with the way to true guidance in the message."""
         case = CASES["flux"]()

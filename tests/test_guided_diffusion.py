@@ -16,7 +16,12 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from diffusers_ext import ADMUNet2DModel, ADMUpsamplerPipeline, BoostAndSkipDDIMScheduler, BoostAndSkipPipeline
-from diffusers_ext.checkpoints import PRESETS, convert_guided_diffusion, load_guided_diffusion
+from diffusers_ext.checkpoints import (
+    PRESETS,
+    convert_guided_diffusion,
+    guided_diffusion_scheduler,
+    load_guided_diffusion,
+)
 from diffusers_ext.checkpoints.guided_diffusion import ADMLayout, parse_flags, read_network, unet_config
 from diffusers_ext.checkpoints.guided_diffusion_check import SourceNetwork, conversion_error
 from diffusers_ext.cli import main
@@ -46,7 +51,8 @@ def network_input(tensors, case):
 @torch.no_grad()
 def test_networks_equal_the_authors(name, tmp_path):
     case, tensors, flags = golden(name)
-    unet, scheduler = load_guided_diffusion(GOLDENS / case["checkpoint"], **flags)
+    unet = load_guided_diffusion(GOLDENS / case["checkpoint"], **flags)
+    scheduler = guided_diffusion_scheduler(GOLDENS / case["checkpoint"], **flags)
     assert type(unet) is UNet2DModel and not unet.training
     unet.save_pretrained(tmp_path)
     again = type(unet).from_pretrained(tmp_path)
@@ -69,7 +75,8 @@ def test_loops_of_the_authors(name, saved, tmp_path, monkeypatch):
     case = json.loads((GOLDENS / f"gd_network_loop_{name}.json").read_text())
     tensors = load_file(GOLDENS / f"gd_network_loop_{name}.safetensors")
     flags = {**case["model_flags"], "noise_schedule": case["noise_schedule"]}
-    unet, scheduler = load_guided_diffusion(GOLDENS / case["model_checkpoint"], **flags)
+    unet = load_guided_diffusion(GOLDENS / case["model_checkpoint"], **flags)
+    scheduler = guided_diffusion_scheduler(GOLDENS / case["model_checkpoint"], **flags)
     if case["loop"] == "ddim":
         scheduler = BoostAndSkipDDIMScheduler.from_config(scheduler.config)
     pipe = BoostAndSkipPipeline(unet, scheduler)
@@ -189,7 +196,8 @@ def test_flags_are_inferred_and_the_rest_is_named(tmp_path, caplog):
     """Without flags all that shapes show is right, and a warning names what they do not."""
     path = save_adm(tmp_path / "checkpoint.pt", classes=5, num_res_blocks=2)
     with caplog.at_level("WARNING", logger="diffusers_ext"):
-        unet, scheduler = load_guided_diffusion(path)
+        unet = load_guided_diffusion(path)
+        scheduler = guided_diffusion_scheduler(path)
     assert unet.config.num_class_embeds == 5 and unet.config.layers_per_block == 2
     assert unet.config.block_out_channels == (32, 64) and unet.config.out_channels == 6
     assert unet.config.down_block_types == ("ResnetDownsampleBlock2D", "AttnDownBlock2D")
@@ -213,20 +221,20 @@ def test_flags_are_inferred_and_the_rest_is_named(tmp_path, caplog):
     ],
 )
 def test_schedulers(flags, expected, tmp_path):
-    _, scheduler = load_guided_diffusion(save_adm(tmp_path / "checkpoint.pt"), **flags)
+    scheduler = guided_diffusion_scheduler(save_adm(tmp_path / "checkpoint.pt"), **flags)
     for name, value in expected.items():
         assert scheduler.config[name] == (pytest.approx(value) if isinstance(value, float) else value), name
 
 
 def test_fixed_variance_and_respacing(tmp_path):
     path = save_adm(tmp_path / "checkpoint.pt", learn_sigma=False)
-    _, scheduler = load_guided_diffusion(path, timestep_respacing="10,5", use_fp16=False)
+    scheduler = guided_diffusion_scheduler(path, timestep_respacing="10,5", use_fp16=False)
     assert scheduler.config.variance_type == "fixed_large"
     assert len(scheduler.timesteps) == 15 and scheduler.timesteps[0] == 999 and len(scheduler.betas) == 1000
 
 
 def test_half_precision(tmp_path):
-    unet, _ = load_guided_diffusion(save_adm(tmp_path / "checkpoint.pt"), use_fp16=True)
+    unet = load_guided_diffusion(save_adm(tmp_path / "checkpoint.pt"), use_fp16=True)
     assert unet.dtype == torch.float16
 
 
@@ -240,7 +248,7 @@ def test_ways_of_saving(style, tmp_path):
         pieces = flat.split([value.numel() for value in state.values()])
         state = {name: piece.view_as(value) for (name, value), piece in zip(state.items(), pieces, strict=True)}
     torch.save(state, tmp_path / "checkpoint.pt", _use_new_zipfile_serialization=style != "old")
-    unet, _ = load_guided_diffusion(tmp_path / "checkpoint.pt", **TOLD)
+    unet = load_guided_diffusion(tmp_path / "checkpoint.pt", **TOLD)
     assert torch.equal(unet.conv_in.weight, adm_state()["input_blocks.0.0.weight"])
     assert not any(parameter.requires_grad and parameter.is_leaf is False for parameter in unet.parameters())
     unet.save_pretrained(tmp_path / "unet")  # shared memory would be refused
@@ -291,7 +299,7 @@ def test_bad_flags(flags, message, tmp_path):
 
 def test_an_upsampler_has_sizes_and_an_order_of_its_own(tmp_path):
     path = save_adm(tmp_path / "checkpoint.pt", image_channels=6)
-    unet, _ = load_guided_diffusion(path, large_size=64, small_size=16)
+    unet = load_guided_diffusion(path, large_size=64, small_size=16)
     assert unet.config.in_channels == 6 and unet.config.sample_size == 64
     with pytest.raises(ValueError, match="give large_size and small_size"):
         load_guided_diffusion(path, image_size=64)

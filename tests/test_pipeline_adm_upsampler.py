@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from diffusers_ext.checkpoints import load_guided_diffusion
+from diffusers_ext.checkpoints import guided_diffusion_scheduler, load_guided_diffusion
 from diffusers_ext.pipelines import ADMUpsamplerPipeline
 from diffusers_ext.pipelines import adm_upsampler as module
 
@@ -81,9 +81,9 @@ def test_the_authors_loop(monkeypatch):
     """Checkpoint, respacing, conditioning and sampler together."""
     case = json.loads((GOLDENS / "gd_network_loop_upsampler_ancestral_r10.json").read_text())
     tensors = load_file(GOLDENS / "gd_network_loop_upsampler_ancestral_r10.safetensors")
-    unet, scheduler = load_guided_diffusion(
-        GOLDENS / case["model_checkpoint"], **case["model_flags"], noise_schedule=case["noise_schedule"]
-    )
+    flags = {**case["model_flags"], "noise_schedule": case["noise_schedule"]}
+    checkpoint = GOLDENS / case["model_checkpoint"]
+    unet, scheduler = (read(checkpoint, **flags) for read in (load_guided_diffusion, guided_diffusion_scheduler))
     pipe = ADMUpsamplerPipeline(unet, scheduler)
     seen = []
     replay(monkeypatch, tensors["step_noise"])

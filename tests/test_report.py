@@ -54,7 +54,7 @@ def made_result(folder) -> dict:
         "version": "1.2.3",
         "device": "cpu",
         "torch_threads": 2,
-        "quick": False,
+        "full": True,
         "boost_and_skip": part(boosted, pictures=pictures),
         "guidance_interval": part(interval, pictures=pictures),
         "discrete": part([], ["strips.png", "song.mid"], pictures=wide),
@@ -123,10 +123,10 @@ def test_page_of_an_interrupted_demo_says_what_is_missing(tmp_path):
     result = made_result(tmp_path)
     for name in ("jump_your_steps", "flow_postprocessing"):
         del result[name]
-    (tmp_path / "demo.json").write_text(json.dumps({**result, "quick": True}))
+    (tmp_path / "demo.json").write_text(json.dumps({**result, "full": False}))
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "Not run yet: jump your steps" in page and "Not run yet: flow postprocessing" in page
-    assert "This is the quick demo" in page and page.count("<svg") == 5 + 2
+    assert "This is the short demo" in page and page.count("<svg") == 5 + 2
 
 
 @pytest.mark.parametrize("anchor", METHODS)

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 from cli_on_processes import TORCHRUN, run_on_two
-from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    UNet2DModel,
+)
 from fresh_process import start_two, wait_until
 from PIL import Image
 from tiny_pipelines import tiny_stable_diffusion
@@ -410,6 +418,49 @@ def test_text_to_image_takes_prompts_in_turn(tmp_path):
         draw(pipe, tmp_path / "none", prompts=["cat"], output_type="np")
 
 
+def test_a_negative_prompt_is_of_every_image(tmp_path):
+    pipe = tiny_stable_diffusion()
+    draw(pipe, tmp_path / "two", count=2, batch_size=2, prompts=["cat"], negative_prompt="dog", guidance_scale=5.0)
+    seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+    call = {"num_inference_steps": 2, "guidance_scale": 5.0, "generator": seeds, "output_type": "np"}
+    expected = pipe(["cat"] * 2, negative_prompt=["dog"] * 2, **call).images
+    assert abs(pixels(tmp_path / "two") - (expected * 255).round()).max() <= 1
+    with pytest.raises(ValueError, match="one text, of all images"):
+        draw(pipe, tmp_path / "none", prompts=["cat"], negative_prompt=["dog"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "negative"),
+    [
+        ({"true_cfg_scale": 4.0}, ["", ""]),  # without one there is no second prediction
+        ({"true_cfg_scale": 4.0, "negative_prompt": "dog"}, ["dog", "dog"]),
+        ({"true_cfg_scale": 1.0}, None),
+        ({}, None),
+    ],
+)
+def test_true_guidance_gets_a_negative_prompt(tmp_path, asked, negative):
+    class TrueGuidance(DDPMPipeline):
+        """As Flux's call."""
+
+        def __call__(
+            self,
+            prompt,
+            negative_prompt=None,
+            true_cfg_scale=1.0,
+            num_inference_steps=1,
+            generator=None,
+            output_type="pt",
+        ):
+            seen.append((prompt, negative_prompt, true_cfg_scale))
+            return ImagePipelineOutput(images=torch.zeros(len(prompt), 3, 8, 8))
+
+    seen, plain = [], tiny_ddpm()
+    draw(TrueGuidance(plain.unet, plain.scheduler), tmp_path / "out", count=2, prompts=["cat"], **asked)
+    assert seen == [(["cat", "cat"], negative, asked.get("true_cfg_scale", 1.0))]
+    kept = json.loads((tmp_path / "out/manifest.json").read_text())["settings"]["call"]
+    assert kept == {"num_inference_steps": 2, **asked}
+
+
 def test_what_cannot_be_asked_for_is_refused_before_a_folder_is_made(tmp_path, digits, plain):
     class NeedsImage(DDPMPipeline):
         def __call__(self, image, batch_size=1, generator=None, num_inference_steps=1, output_type="pt"):
@@ -420,6 +471,8 @@ def test_what_cannot_be_asked_for_is_refused_before_a_folder_is_made(tmp_path, d
         (plain, {"labels": [1]}, "takes none"),
         (plain, {"labels": "random"}, "no classes"),
         (plain, {"prompts": ["cat"]}, "DDPMPipeline does not take prompt"),
+        (plain, {"true_cfg_scale": 4.0}, "DDPMPipeline does not take true_cfg_scale"),
+        (digits, {"negative_prompt": "dog"}, "does not take negative_prompt"),
         (digits, {"labels": "all"}, 'integers, None or "random"'),
         (digits, {"labels": []}, "must not be empty"),
         (digits, {"timesteps": torch.tensor([2, 1])}, "JSON-able"),

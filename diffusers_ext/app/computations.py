@@ -20,6 +20,7 @@ from ..pipelines.guidance_interval import GuidedStep
 from ..pipelines.interval import Interval, StepStart, read_step
 from ..sampling import cycled_labels, draws_sequences, is_discrete, sample_batches
 from ..schedulers import EDMHeunScheduler, boost_and_skip
+from . import code_of
 from .models import Models
 
 LARGEST = 64  # samples a picture
@@ -50,12 +51,13 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Pair:
-    """The picture of the stock sampler, ours, what to say of them, and a chart as SVG where there is one."""
+    """The picture of the stock sampler, ours, what to say of them, a chart as SVG where there is one, and the code."""
 
     stock: Image.Image
     ours: Image.Image
     note: str
     chart: str = ""
+    code: str = ""
 
 
 def compare_boost_and_skip(
@@ -79,7 +81,8 @@ def compare_boost_and_skip(
             stock = draw(pipe, drawn, gamma=1.0, skip_steps=0, **call)
             ours = draw(pipe, drawn, gamma=gamma, skip_steps=skip_steps, **call)
     note = f"stock sampler: gamma 1, no step skipped\n\nthis method: gamma {gamma:g}, the first {skip_steps} skipped"
-    return Pair(sheet(stock), sheet(ours), note)
+    code = code_of.boost_and_skip(pipe, model, gamma, skip_steps, num_inference_steps, _inputs(pipe, drawn))
+    return Pair(sheet(stock), sheet(ours), note, code=code)
 
 
 def compare_guidance_interval(
@@ -99,11 +102,12 @@ def compare_guidance_interval(
         pipe = models.load(model)
         call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         stock = draw(pipe, drawn, **call)
+        code = code_of.guidance_interval(pipe, model, (sigma_lo, sigma_hi), call, _inputs(pipe, drawn))
         if _takes(pipe, "guidance_interval"):  # EDM2 and others that have it built in
             ours = draw(pipe, drawn, guidance_interval=(sigma_lo, sigma_hi), **call)
             chart = planned_steps(models, model, num_inference_steps, sigma_lo, sigma_hi)
             note = "stock sampler: guidance in all steps\n\nthis method: in the interval"
-            return Pair(sheet(stock), sheet(ours), note, chart)
+            return Pair(sheet(stock), sheet(ours), note, chart, code)
         with GuidanceInterval(pipe, guidance_interval=(sigma_lo, sigma_hi)) as interval:
             ours = draw(pipe, drawn, **call)
     steps, rows, saved = interval.report.steps, interval.report.rows, interval.report.rows_saved
@@ -111,7 +115,7 @@ def compare_guidance_interval(
         f"stock sampler: guidance in all {len(steps)} steps, {rows + saved} rows through the network\n\n"
         f"this method: in {len(interval.report.guided_steps)} of them, {rows} rows"
     )
-    return Pair(sheet(stock), sheet(ours), note, sigma_chart(steps, sigma_lo, sigma_hi))
+    return Pair(sheet(stock), sheet(ours), note, sigma_chart(steps, sigma_lo, sigma_hi), code)
 
 
 def planned_steps(models: Models, model: str, num_inference_steps: int, sigma_lo: float, sigma_hi: float) -> str:
@@ -173,7 +177,7 @@ def compare_discrete(
             sheets.append(shown)
             notes.append(f"{title}: {note}")
     chart = tick_chart(edges, f"{num_inference_steps} steps", "time")
-    return Pair(*sheets, "\n\n".join(notes), chart)
+    return Pair(*sheets, "\n\n".join(notes), chart, code_of.discrete(model, edges, drawn.count, drawn.seed))
 
 
 def table_edges(pipe: DiffusionPipeline, num_inference_steps: int, table: str) -> list[float]:
@@ -256,7 +260,9 @@ def compare_flow(
             labels["class_labels"] = _labels(base, drawn).tolist()
         repaired = repair(images, num_inference_steps=repair_steps, strength=strength, **labels).images
     note = f"before: guidance {guidance_scale:g}\n\nafter: repaired to strength {strength:g} in {repair_steps} steps"
-    return Pair(sheet(images), sheet(repaired), note)
+    its_call = {"num_inference_steps": repair_steps, "strength": strength, **labels}
+    code = code_of.flow(model, call, _inputs(base, drawn), flow, its_call)
+    return Pair(sheet(images), sheet(repaired), note, code=code)
 
 
 def draw(pipe: DiffusionPipeline, drawn: Drawn, **call) -> list[Image.Image]:
@@ -273,6 +279,15 @@ def _batches(pipe: DiffusionPipeline, drawn: Drawn, call: dict):
         generators = [torch.Generator().manual_seed(drawn.seed + i) for i in range(drawn.count)]
         return [pipe(prompt=[drawn.prompt] * drawn.count, generator=generators, **call).images]
     return sample_batches(pipe, drawn.count, _labels(pipe, drawn), drawn.seed, drawn.count, **call)
+
+
+def _inputs(pipe: DiffusionPipeline, drawn: Drawn) -> dict:
+    """The arguments of a call that draws them, for the code; "generator" as the seeds."""
+    seeds = {"generator": list(range(drawn.seed, drawn.seed + drawn.count))}
+    if _takes(pipe, "prompt"):
+        return {"prompt": [drawn.prompt] * drawn.count, **seeds}
+    labels = _labels(pipe, drawn)
+    return {"batch_size": drawn.count, **seeds} if labels is None else {"class_labels": labels.tolist(), **seeds}
 
 
 def _labels(pipe: DiffusionPipeline, drawn: Drawn) -> torch.Tensor | None:

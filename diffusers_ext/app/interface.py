@@ -1,12 +1,14 @@
 """The interface of the app: a tab a method. Needs gradio, which is imported where the app is built."""
 
 import html
+import math
 import os
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from importlib.util import find_spec
 
+from ..comparing import GUIDERS
 from ..hub.damage import read_json, reason
 from ..model_names import shipped_models
 from .computations import (
@@ -21,7 +23,9 @@ from .computations import (
     compare_guidance_interval,
     planned_steps,
 )
+from .grids import Axes, compare_grid
 from .models import Models
+from .watching import Watch, watched
 
 ADDRESS = "127.0.0.1"
 # classes of the shipped models that the tabs can run
@@ -29,6 +33,10 @@ BOOSTED = ["BoostAndSkipPipeline"]
 GUIDED = ["BoostAndSkipPipeline", "EDM2Pipeline"]
 DISCRETE = ["DiscreteDiffusionPipeline"]
 FLOWS = ["FlowPostprocessingPipeline"]
+SIGMA_STEP = 0.005  # of log10
+LOWEST = -3  # log10 of the lowest noise level of a slider, which stands for 0
+MOST_WAITING = 16  # computations, of which one runs
+RUNNING: dict[str, list[threading.Event]] = {}  # of each page, what stops its computations
 FONTS = ("system-ui", "Segoe UI", "Roboto", "Arial", "sans-serif")
 MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 STYLE = """
@@ -71,6 +79,8 @@ def build_app(models: Models):
             _discrete_tab(gr, models)
         with gr.Tab("Flow postprocessing"):
             _flow_tab(gr, models)
+        with gr.Tab("Grid"):
+            _grid_tab(gr, models)
     return app
 
 
@@ -135,13 +145,13 @@ def _boost_tab(gr, models: Models) -> None:
             skip = gr.Slider(0, 20, 3, step=1, label="skip: first steps left out")
             steps = gr.Slider(2, 250, 50, step=1, label="steps")
             drawn = _drawn(gr)
-            button = gr.Button("Draw both", variant="primary")
+            buttons = _buttons(gr)
         shown = _pictures(gr)
 
     def compute(model, gamma, skip, steps, *drawn) -> tuple:
-        return _shown(drawn, compare_boost_and_skip, models, model, gamma, int(skip), int(steps))[:3]
+        return _shown(drawn, compare_boost_and_skip, models, model, gamma, int(skip), int(steps))[:4]
 
-    button.click(compute, [model, gamma, skip, steps, *drawn], shown)
+    _run(gr, buttons, compute, [model, gamma, skip, steps, *drawn], shown)
 
 
 def _interval_tab(gr, models: Models) -> None:
@@ -149,22 +159,22 @@ def _interval_tab(gr, models: Models) -> None:
         with gr.Column(scale=1):
             model = _model(gr, "mnist-unet", GUIDED)
             weight = gr.Slider(1, 20, 3, step=0.1, label="guidance weight")
-            low = gr.Slider(0, 10, 0.75, step=0.01, label="interval: sigma above")
-            high = gr.Slider(0.01, 100, 1.7, step=0.01, label="interval: sigma at most")
+            low = _sigma(gr, 0.75, "interval: sigma above")
+            high = _sigma(gr, 1.7, "interval: sigma at most")
             steps = gr.Slider(2, 250, 16, step=1, label="steps")
             drawn = _drawn(gr)
-            button = gr.Button("Draw both", variant="primary")
+            buttons = _buttons(gr)
         with gr.Column(scale=2):
             axis = gr.HTML(padding=False)
             shown = _pictures(gr)
 
     def compute(model, weight, low, high, steps, *drawn) -> tuple:
-        return _shown(drawn, compare_guidance_interval, models, model, weight, low, high, int(steps))
+        return _shown(drawn, compare_guidance_interval, models, model, weight, _level(low), _level(high), int(steps))
 
     def plan(model, steps, low, high) -> str:
-        return planned_steps(models, model, int(steps), low, high)
+        return planned_steps(models, model, int(steps), _level(low), _level(high))
 
-    button.click(compute, [model, weight, low, high, steps, *drawn], [*shown, axis])
+    _run(gr, buttons, compute, [model, weight, low, high, steps, *drawn], [*shown, axis])
     for control in (model, steps, low, high):
         control.change(plan, [model, steps, low, high], axis, show_progress="hidden")
 
@@ -177,7 +187,7 @@ def _discrete_tab(gr, models: Models) -> None:
             table = gr.Radio(list(TABLES), value=TABLES[2], label="table for the second picture")
             picture = gr.Radio(list(PICTURES), value="CountDown", label="show as")
             count, seed = _count(gr), _seed(gr)
-            button = gr.Button("Draw both", variant="primary")
+            buttons = _buttons(gr)
         with gr.Column(scale=2):
             edges = gr.HTML(padding=False)
             shown = _pictures(gr, ("even steps", "with the table"))
@@ -189,7 +199,7 @@ def _discrete_tab(gr, models: Models) -> None:
     def suited(model) -> str:
         return {"countdown-sedd": "CountDown", "jsb-sedd": "chorales"}.get(model, "tokens")
 
-    button.click(compute, [model, steps, table, picture, count, seed], [*shown, edges])
+    _run(gr, buttons, compute, [model, steps, table, picture, count, seed], [*shown, edges])
     model.change(suited, model, picture, show_progress="hidden")
 
 
@@ -198,19 +208,117 @@ def _flow_tab(gr, models: Models) -> None:
         with gr.Column(scale=1):
             model = _model(gr, "mnist-unet", GUIDED)
             flow = _model(gr, "mnist-flow", FLOWS, "flow, trained on its images")
-            weight = gr.Slider(1, 20, 6, step=0.1, label="guidance weight")
+            weight = gr.Slider(1, 20, 15, step=0.1, label="guidance weight")
             steps = gr.Slider(2, 250, 16, step=1, label="steps")
             strength = gr.Slider(0, 1, 1, step=0.05, label="strength of the repair")
             repair = gr.Slider(1, 50, 4, step=1, label="steps of the repair")
             drawn = _drawn(gr)
-            button = gr.Button("Draw both", variant="primary")
+            buttons = _buttons(gr)
         shown = _pictures(gr, ("before", "after the repair"))
 
     def compute(model, flow, weight, steps, strength, repair, *drawn) -> tuple:
         numbers = (weight, int(steps), strength, int(repair))
-        return _shown(drawn, compare_flow, models, model, flow or "", *numbers)[:3]
+        return _shown(drawn, compare_flow, models, model, flow or "", *numbers)[:4]
 
-    button.click(compute, [model, flow, weight, steps, strength, repair, *drawn], shown)
+    _run(gr, buttons, compute, [model, flow, weight, steps, strength, repair, *drawn], shown)
+
+
+def _grid_tab(gr, models: Models) -> None:
+    """`compare`, with the values of each axis between commas."""
+    labels = {
+        "prompt": "prompt, for text-to-image models",
+        "negative_prompt": "negative prompt",
+        "class_labels": "classes",
+        "seeds": "seeds",
+        "guidance_scales": "guidance scales",
+        "guidance_intervals": "guidance intervals: none, LO:HI",
+        "guiders": f"guiders: {', '.join(GUIDERS)}",
+        "gammas": "gammas",
+        "skip_steps": "skips: first steps left out",
+    }
+    begin = {"class_labels": "3,8", "seeds": "0,1", "guidance_scales": "1,5", "guidance_intervals": "none,0.75:1.7"}
+    with gr.Row():
+        with gr.Column(scale=1):
+            model = _model(gr, "mnist-unet", GUIDED)
+            texts = [gr.Textbox(begin.get(name, ""), label=label) for name, label in labels.items()]
+            steps = gr.Slider(2, 250, 16, step=1, label="steps")
+            with gr.Row():
+                sizes = [
+                    gr.Number(None, label=f"{name}, 0: the model's own", precision=0) for name in ("height", "width")
+                ]
+            buttons = _buttons(gr, "Draw the grid")
+        with gr.Column(scale=2):
+            shown = [_picture(gr, "grid"), gr.Markdown()]
+            with gr.Accordion("the same in Python", open=False):
+                shown.append(gr.Code(language="python", interactive=False, show_label=False))
+
+    def compute(model, steps, height, width, *texts) -> tuple:
+        axes = Axes(
+            **{name: text or ("cfg" if name == "guiders" else "") for name, text in zip(labels, texts, strict=True)}
+        )
+        sheet = compare_grid(models, model, axes, int(steps), height or None, width or None)
+        return sheet.grid, html.escape(sheet.table, quote=False), sheet.code
+
+    _run(gr, buttons, compute, [model, steps, *sizes, *texts], shown)
+
+
+def _sigma(gr, value: float, words: str):
+    """A slider over log10 of a noise level, whose label says the level; leftmost is 0."""
+
+    def labelled(exponent: float) -> str:
+        return f"{words} {_level(exponent):.3g}"
+
+    start = round(math.log10(value) / SIGMA_STEP) * SIGMA_STEP
+    slider = gr.Slider(LOWEST, 2, start, step=SIGMA_STEP, label=labelled(start), info="its log10")
+
+    def relabel(exponent: float) -> dict:
+        return gr.update(label=labelled(exponent))
+
+    slider.change(relabel, slider, slider, queue=False, show_progress="hidden")
+    return slider
+
+
+def _level(exponent: float) -> float:
+    """The noise level of a slider's place, to three digits."""
+    return 0.0 if exponent <= LOWEST else float(f"{10**exponent:.3g}")
+
+
+def _buttons(gr, words: str = "Draw both") -> tuple:
+    with gr.Row():
+        return gr.Button(words, variant="primary"), gr.Button("Stop")
+
+
+def _run(gr, buttons: tuple, compute: Callable[..., tuple], inputs: list, outputs: list) -> None:
+    """Compute by the first button, telling each step; the second one stops what this page computes or waits for."""
+    draw, stop = buttons
+
+    def run(request: gr.Request, progress=gr.Progress(), *values) -> tuple:  # noqa: B008
+        def tell(done: int, total: int, words: str) -> None:
+            progress((done, total) if total else 0, desc=words)
+
+        with _stoppable(request.session_hash) as event, watched(Watch(tell, event)):
+            return compute(*values)
+
+    def halt(request: gr.Request) -> None:
+        for event in list(RUNNING.get(request.session_hash, ())):
+            event.set()
+
+    # many may wait, one computes: `Models.lock` sees to that and tells the others
+    draw.click(run, inputs, outputs, concurrency_limit=MOST_WAITING)
+    stop.click(halt, queue=False, show_progress="hidden")
+
+
+@contextmanager
+def _stoppable(session: str) -> Iterator[threading.Event]:
+    """An event among those of a page for the time of a computation."""
+    event = threading.Event()
+    RUNNING.setdefault(session, []).append(event)
+    try:
+        yield event
+    finally:
+        RUNNING[session].remove(event)
+        if not RUNNING[session]:
+            RUNNING.pop(session, None)
 
 
 def _model(gr, value: str, pipelines: list[str], label: str = "model: shipped, a folder or a Hub id"):
@@ -243,7 +351,9 @@ def _pictures(gr, titles: tuple[str, str] = ("stock sampler", "this method")) ->
     with gr.Column(scale=2):
         with gr.Row():
             pictures = [_picture(gr, title) for title in titles]
-        return [*pictures, gr.Markdown()]
+        note = gr.Markdown()
+        with gr.Accordion("the same in Python", open=False):
+            return [*pictures, note, gr.Code(language="python", interactive=False, show_label=False)]
 
 
 def _picture(gr, title: str):
@@ -260,9 +370,10 @@ def _of(values: tuple) -> Drawn:
 
 
 def _shown(drawn: tuple, compare: Callable[..., Pair], *arguments) -> tuple:
-    """Both pictures, what to say of them, and the chart.
+    """Both pictures, what to say of them, the code that draws them, and the chart.
 
     drawn: values of the controls of `_drawn`; `compare` takes what they mean as its last argument.
     """
     pair = compare(*arguments, _of(drawn))
-    return pair.stock, pair.ours, html.escape(pair.note, quote=False), pair.chart  # it may hold a model's text
+    note = html.escape(pair.note, quote=False)  # it may hold a model's text
+    return pair.stock, pair.ours, note, pair.code, pair.chart

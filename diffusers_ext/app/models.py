@@ -1,12 +1,11 @@
 """The models of the app: loaded once, called by one computation at a time."""
 
-from threading import RLock
-
 import torch
 from diffusers import DiffusionPipeline
 
 from ..casting import cast
 from ..shipped import load_pipeline
+from .watching import Turn, tell_steps
 
 
 class Models:
@@ -20,7 +19,7 @@ class Models:
 
     def __init__(self, device: str, trust_remote_code: bool = False):
         self.device, self.trust_remote_code = device, trust_remote_code
-        self.lock = RLock()
+        self.lock = Turn()
         self._loaded: dict[tuple[str, str | None], DiffusionPipeline] = {}
 
     def load(self, model: str, pipeline: str | None = None) -> DiffusionPipeline:
@@ -40,6 +39,7 @@ class Models:
                 pipe = load_pipeline(model, pipeline, trust_remote_code=self.trust_remote_code)
                 cast(pipe, torch.float32, self.device)
                 pipe.set_progress_bar_config(disable=True)
+                tell_steps(pipe)
             self._loaded[key] = pipe
             return pipe
 

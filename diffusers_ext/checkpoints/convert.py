@@ -1,6 +1,7 @@
 """Original checkpoints as Hub-layout folders."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, UNet2DModel
@@ -18,6 +19,17 @@ from .guided_diffusion_check import SourceNetwork, conversion_error
 from .tensor_files import checked_cast
 
 
+class Converted(NamedTuple):
+    """What a conversion wrote.
+
+    pipeline: as it lies in the folder. error: the largest difference of what the checkpoint's own tensors and the
+    result compute, each conversion says of what; None where that was not asked for.
+    """
+
+    pipeline: DiffusionPipeline
+    error: float | None
+
+
 @checked_arguments
 def convert_guided_diffusion(
     path: str | Path,
@@ -26,7 +38,7 @@ def convert_guided_diffusion(
     dtype: torch.dtype = torch.float32,
     check_steps: int = 3,
     **flags,
-) -> tuple[DiffusionPipeline, float | None]:
+) -> Converted:
     """Write a guided-diffusion checkpoint as a pipeline folder; returns the pipeline and the error of the check.
 
     Upsamplers become an `ADMUpsamplerPipeline`, unconditional networks that a plain `UNet2DModel` holds a
@@ -58,7 +70,7 @@ def convert_guided_diffusion(
     checked_cast(unet, dtype)
     with staged_folder(folder) as (_, staged):
         pipeline.save_pretrained(staged)
-    return pipeline, error
+    return Converted(pipeline, error)
 
 
 @checked_arguments
@@ -68,7 +80,7 @@ def convert_edm2(
     uncond: str | Path | None = None,
     vae: str | Path | None = None,
     check_steps: int = 3,
-) -> tuple[EDM2Pipeline, float | None]:
+) -> Converted:
     """Write network pickles of EDM2 as an `EDM2Pipeline` folder; returns the pipeline and the error of the check.
 
     The weights keep the dtype of the files, which is float16 for published networks: load the folder with
@@ -103,7 +115,7 @@ def convert_edm2(
             )
     with staged_folder(folder) as (_, staged):
         pipeline.save_pretrained(staged)
-    return pipeline, error
+    return Converted(pipeline, error)
 
 
 def _decoder(vae: str | Path, channels: int) -> AutoencoderKL:

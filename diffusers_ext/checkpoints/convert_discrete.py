@@ -12,6 +12,7 @@ from ..pipelines import DiscreteDiffusionPipeline
 from ..pipelines.call_arguments import checked_arguments
 from ..runs.files import new_folder, staged_folder
 from ..schedulers import CTMCScheduler
+from .convert import Converted
 from .sedd import load_countdown, load_sedd, sedd_scheduler
 from .tauldr import load_tauldr, tauldr_scheduler
 from .tensor_files import check_finite, checked_cast
@@ -24,7 +25,7 @@ def convert_sedd(
     tokenizer: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
-) -> tuple[DiscreteDiffusionPipeline, float]:
+) -> Converted:
     """Write a SEDD network, its scheduler and a tokenizer as a pipeline folder; returns the pipeline and an error.
 
     source, revision: as for `load_sedd`. tokenizer: folder or Hub id, such as "gpt2" for the published networks; with
@@ -53,7 +54,7 @@ def convert_countdown(
     length: int = 256,
     num_heads: int | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[DiscreteDiffusionPipeline, float]:
+) -> Converted:
     """Write a CountDown network of Jump Your Steps as a pipeline folder; returns the pipeline and an error.
 
     checkpoint, num_heads: as for `load_countdown`. length: of its sequences, which the checkpoint does not hold; 256
@@ -73,7 +74,7 @@ def convert_tauldr(
     weights: str = "ema",
     integer_time: bool = True,
     dtype: torch.dtype = torch.float32,
-) -> tuple[DiscreteDiffusionPipeline, float]:
+) -> Converted:
     """Write a network of tauLDR and its scheduler as a pipeline folder; returns the pipeline and an error.
 
     checkpoint, config, weights, integer_time: as for `load_tauldr`. dtype, the error and what is raised: as for
@@ -84,7 +85,7 @@ def convert_tauldr(
     return _written(model, tauldr_scheduler(config), None, folder, dtype)
 
 
-def _written(model: ModelMixin, scheduler: CTMCScheduler, tokenizer, folder: Path, dtype: torch.dtype):
+def _written(model: ModelMixin, scheduler: CTMCScheduler, tokenizer, folder: Path, dtype: torch.dtype) -> Converted:
     """Save beside the folder, load, compare, and only then put it in its place."""
     expected = _outputs(model, scheduler)
     pipeline = DiscreteDiffusionPipeline(checked_cast(model, dtype), scheduler, tokenizer)
@@ -98,7 +99,7 @@ def _written(model: ModelMixin, scheduler: CTMCScheduler, tokenizer, folder: Pat
                 f"{type(model).__name__}: the folder that was written gives other outputs than the checkpoint, by"
                 f" {(found - rounded).abs().max():.2g}; this is a bug"
             )
-    return pipeline, float((rounded - expected).abs().max())
+    return Converted(pipeline, float((rounded - expected).abs().max()))
 
 
 @torch.no_grad()

@@ -33,12 +33,12 @@ class EDM2Checkpoint:
 
 
 @checked_arguments
-def load_edm2(path: str | Path, torch_dtype: torch.dtype | None = None) -> EDM2UNet2DModel:
+def load_edm2(path: str | Path, dtype: torch.dtype | None = None) -> EDM2UNet2DModel:
     """The averaged network ("ema") of an EDM2 checkpoint, in evaluation mode.
 
     Args:
         path: a network pickle of EDM2, {"ema": Precond, ...}; its source code is not needed and not run.
-        torch_dtype: dtype of the parameters. None: as in the file, which is float16 for published checkpoints and
+        dtype: of the parameters. None: as in the file, which is float16 for published checkpoints and
             gives the network as its authors evaluate it; float32 gives the same weights with unrounded gains.
 
     Raises:
@@ -47,7 +47,7 @@ def load_edm2(path: str | Path, torch_dtype: torch.dtype | None = None) -> EDM2U
     """
     checkpoint = read_edm2(path)
     model = EDM2UNet2DModel.from_edm2_state_dict(checkpoint.state_dict, **checkpoint.config)
-    return model if torch_dtype is None else checked_cast(model, torch_dtype)
+    return model if dtype is None else checked_cast(model, dtype)
 
 
 def read_edm2(path: str | Path) -> EDM2Checkpoint:

@@ -154,16 +154,13 @@ class ADMLayout:
 
 
 @checked_arguments
-def load_guided_diffusion(
-    path: str | Path, preset: str | None = None, **flags
-) -> tuple[UNet2DModel | ADMUNet2DModel, DDPMScheduler]:
-    r"""Read a guided-diffusion checkpoint: the network, in eval mode, and the scheduler of its full process.
+def load_guided_diffusion(path: str | Path, preset: str | None = None, **flags) -> UNet2DModel | ADMUNet2DModel:
+    r"""The network of a guided-diffusion checkpoint, in evaluation mode.
 
     The network is called as `unet(sample, timestep, class_labels=)` with the original integer timestep; its output has
     twice as many channels as the image where the variance is learned. An upsampler's sample is the noisy image with
     the bilinearly enlarged low-resolution image after it, (batch, 6, height, width). It is a plain `UNet2DModel` where
-    that suffices, an `ADMUNet2DModel` where not. The scheduler is a `DDPMScheduler` with the original's betas, spaced
-    like its respacing; respacing chooses timesteps and leaves the betas alone.
+    that suffices, an `ADMUNet2DModel` where not.
 
     path: the `.pt` file, plain, of parameters, of views of flat tensors, zipped or in the old format. It is read as
         plain data; nothing in it is executed.
@@ -171,15 +168,31 @@ def load_guided_diffusion(
     flags: names and values of the original command lines, see `FLAGS`; they take precedence over the preset. What the
         tensors determine may be left out. What they do not (`image_size`, `num_heads` or `num_head_channels`,
         `use_new_attention_order`, `noise_schedule`, ...) has the original's default, and a warning names it.
-        `timestep_respacing` sets the scheduler's timesteps; pipelines set them anew, so give it to them as
-        `num_inference_steps`. `use_fp16` returns the network in float16.
+        `use_fp16` returns the network in float16.
 
     Raises ValueError for a file that is no such checkpoint or is cut off, an unknown preset or flag, and a flag that
     contradicts the tensors, with the tensor's name; and for weights that are not finite, in the file or in the dtype
     of the network.
     """
-    _, _, settings, unet, scheduler = read_network(path, preset, flags)
-    return (checked_cast(unet, torch.float16) if settings["use_fp16"] else unet), scheduler
+    _, _, settings, unet, _ = read_network(path, preset, flags)
+    return checked_cast(unet, torch.float16) if settings["use_fp16"] else unet
+
+
+@checked_arguments
+def guided_diffusion_scheduler(path: str | Path, preset: str | None = None, **flags) -> DDPMScheduler:
+    """The scheduler that belongs to a guided-diffusion checkpoint: its full process, with the original's betas.
+
+    It is spaced like the original's respacing, which chooses timesteps and leaves the betas alone; the variance is
+    learned where the network has the channels for it.
+
+    path, preset, flags: as of `load_guided_diffusion`. `timestep_respacing` sets the timesteps; pipelines set them
+        anew, so give it to them as `num_inference_steps`.
+
+    Raises ValueError as `load_guided_diffusion`, whose weights are not looked at here.
+    """
+    given = _checked_flags(preset, flags)
+    layout = read_layout(read_state_dict(path))
+    return build_scheduler(layout, _settings(layout, given))
 
 
 def read_network(

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from ..runs.lists import INTEGERS, LABELS, NUMBERS, ListsCommand
-from .options import DEVICE, DTYPE, MODEL, PIPELINE, TRUST_REMOTE_CODE
+from .options import DEVICE, DTYPE, MODEL, PIPELINE, TRUST_REMOTE_CODE, Names
 
 
 class Intervals(click.ParamType):
@@ -33,24 +33,6 @@ class Intervals(click.ParamType):
                 )
             found.append(bounds)
         return found
-
-
-class Names(click.ParamType):
-    """Words between commas, of those that `diffusers_ext.comparing` has under a name."""
-
-    def __init__(self, known: str, name: str):
-        self.known, self.name = known, name
-
-    def convert(self, value, param, ctx):
-        """The list; fails as click does for a word that is not known."""
-        from .. import comparing
-
-        if isinstance(value, list):
-            return value
-        words, known = [word.strip() for word in value.split(",")], list(getattr(comparing, self.known))
-        if unknown := [word for word in words if word not in known]:
-            self.fail(f"{', '.join(map(repr, unknown))} is none of {', '.join(known)}", param, ctx)
-        return words
 
 
 def axis_of(name: str) -> Callable:
@@ -109,7 +91,8 @@ def axis_of(name: str) -> Callable:
     help="Guide in steps that start at noise levels sigma (of EDM) in (LO, HI]; none: in all steps.",
 )  # fmt: skip
 @click.option(
-    "--guiders", callback=axis_of("guider"), type=Names("GUIDERS", "cfg,apg,..."), default=["cfg"], show_default="cfg",
+    "--guiders", callback=axis_of("guider"), type=Names("comparing.GUIDERS", "cfg,apg,..."), default=["cfg"],
+    show_default="cfg",
     help="Also cfg-zero, tcfg, mag.",
 )  # fmt: skip
 @click.option(
@@ -134,7 +117,7 @@ def axis_of(name: str) -> Callable:
     help="Instead: noise levels sigma to start from.",
 )
 @click.option(
-    "--columns", type=Names("AXES", "seed,..."), default=None,
+    "--columns", type=Names("comparing.AXES", "seed,..."), default=None,
     help="Axes that make the columns; by default prompt, class_label and seed. The others make the rows.",
 )  # fmt: skip
 @click.option(

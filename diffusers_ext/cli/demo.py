@@ -13,9 +13,9 @@ from .options import DEVICE
     help="Folder for report.html, pictures and numbers.",
 )  # fmt: skip
 @DEVICE
-@click.option("--quick", is_flag=True, help="Few samples and steps, rough numbers.")
-def demo(output, device, quick):
+@click.option("--full", is_flag=True, help="More samples, steps and rows; minutes become a quarter of an hour.")
+def demo(output, device, full):
     """Try each method on the models that ship; pictures, numbers and a report."""
     from ..demo import run_demo
 
-    run_demo(output, device, quick=quick)
+    run_demo(output, device, full=full)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from importlib import import_module
 
 import click
 
@@ -23,6 +24,27 @@ class Words(click.Choice):
     def convert(self, value, param, ctx):
         """The list; fails as a choice does for another word."""
         return [super(Words, self).convert(word.strip(), param, ctx) for word in value.split(",")]
+
+
+class Names(click.ParamType):
+    """Words between commas, of those that a module of this package lists; it is imported when they are read.
+
+    known: the module and its list, "comparing.GUIDERS". single: one word alone.
+    """
+
+    def __init__(self, known: str, name: str, single: bool = False):
+        self.known, self.name, self.single = known, name, single
+
+    def convert(self, value, param, ctx):
+        """The list, or the single word; fails as click does for a word that is not known."""
+        if isinstance(value, list):
+            return value
+        module, _, name = self.known.rpartition(".")
+        known = list(getattr(import_module(f"diffusers_ext.{module}"), name))
+        words = [value] if self.single else [word.strip() for word in value.split(",")]
+        if unknown := [word for word in words if word not in known]:
+            self.fail(f"{', '.join(map(repr, unknown))} is none of {', '.join(known)}", param, ctx)
+        return value if self.single else words
 
 
 class Steps(click.ParamType):

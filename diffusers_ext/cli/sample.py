@@ -5,7 +5,19 @@ from pathlib import Path
 import click
 
 from ..runs.lists import INTERVAL, LABELS, ListsCommand
-from .options import CPU_THREADS, DEVICE, DTYPE, MODEL, PIPELINE, SEED, TRUST_REMOTE_CODE, Finite, Schedule, Steps
+from .options import (
+    CPU_THREADS,
+    DEVICE,
+    DTYPE,
+    MODEL,
+    PIPELINE,
+    SEED,
+    TRUST_REMOTE_CODE,
+    Finite,
+    Names,
+    Schedule,
+    Steps,
+)
 
 
 def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
@@ -58,11 +70,19 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
 )  # fmt: skip
 @click.option("--guidance-scale", type=Finite(), default=None, help="1 is off.")
 @click.option(
+    "--true-cfg-scale", type=Finite(), default=None,
+    help="Flux, Qwen-Image: weight of two predictions, 1 is off; Flux's --guidance-scale is an input of its network.",
+)  # fmt: skip
+@click.option(
+    "--negative-prompt", default=None, metavar="TEXT",
+    help="Of all samples; with --true-cfg-scale an empty one where none is given, which makes the second prediction.",
+)  # fmt: skip
+@click.option(
     "--guidance-interval", type=INTERVAL, default=None,
     help="Guide in steps that start at noise levels sigma (of EDM) in (LO, HI]; by default in all.",
 )  # fmt: skip
 @click.option(
-    "--sampler", type=click.Choice(["euler", "tweedie", "theta_trapezoidal", "gillespie"]), default=None,
+    "--sampler", type=Names("schedulers.ctmc_samplers.SAMPLERS", "euler|tweedie|...", single=True), default=None,
     help="Of discrete diffusion; by default the scheduler's.",
 )  # fmt: skip
 @click.option(
@@ -81,8 +101,8 @@ def prompts_of_file(ctx, param, path: Path | None) -> list[str] | None:
 @TRUST_REMOTE_CODE
 def sample(
     model, output, format, pipeline, gamma, skip_steps, skip_to_sigma, num_samples, num_inference_steps, class_labels,
-    random_labels, prompt, prompts, guidance_scale, guidance_interval, sampler, timesteps, batch_size,
-    decode_batch_size, seed, device, dtype, cpu_threads, trust_remote_code,
+    random_labels, prompt, prompts, guidance_scale, true_cfg_scale, negative_prompt, guidance_interval, sampler,
+    timesteps, batch_size, decode_batch_size, seed, device, dtype, cpu_threads, trust_remote_code,
 ):  # fmt: skip
     """Draw images, texts or token sequences from MODEL into a folder.
 
@@ -98,6 +118,8 @@ def sample(
         "skip_steps": skip_steps,
         "skip_to_sigma": skip_to_sigma,
         "guidance_scale": guidance_scale,
+        "true_cfg_scale": true_cfg_scale,
+        "negative_prompt": negative_prompt,
         "guidance_interval": guidance_interval,
         "decode_batch_size": decode_batch_size,
         "sampler": sampler,

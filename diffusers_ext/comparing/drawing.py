@@ -12,6 +12,7 @@ import numpy as np
 from diffusers import DiffusionPipeline, guiders
 from diffusers.guiders import BaseGuidance
 
+from ..guidance import guiders as own_guiders
 from ..guidance.rows import counted_rows
 from ..pipelines.guidance_interval import apply_guider, remove_guider
 from ..pipelines.guided_run import make_plans
@@ -163,7 +164,8 @@ class Painter:
             options["zero_init_steps"] = int(bool(FLOW_SCHEDULER.search(type(self.pipe.scheduler).__name__)))
         scale = self._scale(settings.guidance_scale)
         if (settings.guider, scale) not in self.guiders:  # each that is made says that guiders are experimental
-            guider = getattr(guiders, GUIDERS[settings.guider])
+            name = GUIDERS[settings.guider]
+            guider = getattr(own_guiders, name, None) or getattr(guiders, name)
             self.guiders[settings.guider, scale] = guider(guidance_scale=scale, **options)
         return self.guiders[settings.guider, scale]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..pipelines.interval import Interval, interval_bounds
 
-# Names of diffusers' guiders. "cfg" is the pipeline's own guidance.
+# Names of guiders, diffusers' or those of `diffusers_ext.guidance.guiders`. "cfg" is the pipeline's own guidance.
 GUIDERS = {
     "cfg": "",
     "apg": "AdaptiveProjectedGuidance",

@@ -28,23 +28,23 @@ SECTIONS: dict[str, Section] = {
     "flow_postprocessing": run_flow_postprocessing,
 }
 
-QUICK_SECTIONS: dict[str, Section] = {
-    "boost_and_skip": partial(run_boost_and_skip, settings=boost_and_skip.QUICK),
-    "guidance_interval": partial(run_guidance_interval, settings=guidance_interval.QUICK),
-    "discrete": partial(run_discrete, settings=discrete.QUICK),
-    "jump_your_steps": partial(run_jump_your_steps, settings=jump_your_steps.QUICK),
-    "flow_postprocessing": partial(run_flow_postprocessing, settings=flow_postprocessing.QUICK),
+FULL_SECTIONS: dict[str, Section] = {
+    "boost_and_skip": partial(run_boost_and_skip, settings=boost_and_skip.FULL),
+    "guidance_interval": partial(run_guidance_interval, settings=guidance_interval.FULL),
+    "discrete": partial(run_discrete, settings=discrete.FULL),
+    "jump_your_steps": partial(run_jump_your_steps, settings=jump_your_steps.FULL),
+    "flow_postprocessing": partial(run_flow_postprocessing, settings=flow_postprocessing.FULL),
 }
 
 
 def run_demo(
-    output: Path, device: str | None = None, sections: dict[str, Section] | None = None, quick: bool = False
+    output: Path, device: str | None = None, sections: dict[str, Section] | None = None, full: bool = False
 ) -> dict:
     """Run the sections one after the other; each writes its pictures into the folder and prints its table.
 
     sections: by default all of `SECTIONS`, functions of the folder, the device and the console that return the
-    settings, the numbers, a table in words and the names of the files. quick: `QUICK_SECTIONS` instead, which take
-    few samples and steps, and the report says so. demo.json, with what they returned and the seconds of each, and
+    settings, the numbers, a table in words and the names of the files. full: `FULL_SECTIONS` instead, with more
+    samples, steps and rows. demo.json, with what they returned and the seconds of each, and
     report.html are written after each section; so an interrupted demo leaves both. Returns what demo.json holds.
 
     Raises ValueError for a folder of something else.
@@ -53,9 +53,9 @@ def run_demo(
     console = Console()
     output = check_folder(output, "demo.json")
     output.mkdir(parents=True, exist_ok=True)
-    result = {"version": __version__, "device": device, "torch_threads": torch.get_num_threads(), "quick": quick}
+    result = {"version": __version__, "device": device, "torch_threads": torch.get_num_threads(), "full": full}
     if sections is None:
-        sections = QUICK_SECTIONS if quick else SECTIONS
+        sections = FULL_SECTIONS if full else SECTIONS
     report = output / "report.html"
     for name, run in sections.items():
         started = time.perf_counter()

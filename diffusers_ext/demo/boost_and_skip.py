@@ -11,13 +11,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..evaluation import NEIGHBOURS, evaluate_digits
+from ..evaluation.evaluate import BLOCKS
 from ..evaluation.pictures import grid, places_beside, side_by_side
 from ..sampling import sample_images
 from ..shipped import load_pipeline
-from .tables import print_table, with_notes, words_table
+from .tables import ERRORS, errors_row, print_table, with_notes, words_table
 
 CLASSES = 10
 SHOWN = 100  # images in each panel of the picture
+FIRST = 30  # images in each panel of the first picture, which is there before anything is measured
 COLUMNS = {
     "recognised": "recognised",
     "knn_distance": "AvgkNN",
@@ -27,22 +29,30 @@ COLUMNS = {
     "frechet": "Fréchet",
     "seconds_per_image": "s/image",
 }
-LEGEND = (
-    f"recognised: classified as the digit asked for. AvgkNN: mean distance to the {NEIGHBOURS['knn_distance']} nearest"
-    f" training images; LOF: local outlier factor, k {NEIGHBOURS['lof']}; rarity: radius of the smallest real"
-    f" neighbourhood (k {NEIGHBOURS['rarity']}) that holds the sample; higher = rarer, all three. inside: share within"
-    " any real neighbourhood. Fréchet: distance to the training set."
-)
+LEGEND = {  # of each column that is measured
+    "recognised": "recognised: classified as the digit asked for.",
+    "knn_distance": (
+        f"AvgkNN: mean distance to the {NEIGHBOURS['knn_distance']} nearest training images, higher = rarer."
+    ),
+    "lof": f"LOF: local outlier factor, k {NEIGHBOURS['lof']}, higher = rarer.",
+    "rarity": (
+        f"rarity: radius of the smallest real neighbourhood (k {NEIGHBOURS['rarity']}) that holds the sample, higher ="
+        " rarer."
+    ),
+    "inside": "inside: share within any real neighbourhood.",
+    "frechet": "Fréchet: distance to the training set.",
+}
 
 
 @dataclass(frozen=True)
 class BoostAndSkipSettings:
-    """What is sampled; gamma 1 is the stock sampler, without skipping."""
+    """What is sampled; gamma 1 is the stock sampler, without skipping. metrics: beside recognised; None is all."""
 
-    gammas: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
-    skip_steps: int = 3
-    num_inference_steps: int = 50
-    num_samples: int = 150
+    gammas: tuple[float, ...] = (1.0, 2.0, 4.0)
+    skip_steps: int = 1
+    num_inference_steps: int = 16
+    num_samples: int = 100
+    metrics: tuple[str, ...] | None = ("knn_distance", "rarity")
     seed: int = 0
 
     def call(self, gamma: float) -> dict:
@@ -54,7 +64,9 @@ class BoostAndSkipSettings:
         return "stock sampler" if gamma == 1 else f"gamma {gamma:g}, skip {self.skip_steps}"
 
 
-QUICK = BoostAndSkipSettings(gammas=(1.0, 2.0, 4.0), skip_steps=1, num_inference_steps=16, num_samples=50)
+FULL = BoostAndSkipSettings(
+    gammas=(1.0, 2.0, 3.0, 4.0), skip_steps=3, num_inference_steps=50, num_samples=200, metrics=None
+)
 
 
 def run_boost_and_skip(
@@ -62,28 +74,40 @@ def run_boost_and_skip(
 ) -> dict:
     """Sample, measure and print; write boost_and_skip.png and, with matplotlib, a plot into the folder.
 
-    Every gamma has the same seeds and labels. Returns the settings, a row of numbers for each gamma, the table in
-    words, the files, and where the panels lie in the picture.
+    Every gamma has the same seeds and labels. The first picture, of few digits, is there before the rest is drawn.
+    Returns the settings, a row of numbers for each gamma, the table in words, the files, and where the panels lie in
+    the picture.
     """
     settings = settings or BoostAndSkipSettings()
     pipe = load_pipeline("mnist-unet", "boost-and-skip").to(device)
     pipe.set_progress_bar_config(disable=True)
     labels = torch.arange(settings.num_samples) % CLASSES
 
-    rows, panels = [], {}
-    with Progress(console=console) as progress:
-        for gamma in settings.gammas:
-            task = progress.add_task(f"{settings.title(gamma):>15}", total=len(labels))
-            started = time.perf_counter()
-            images = sample_images(
-                pipe, labels, settings.seed, on_batch=partial(progress.advance, task), **settings.call(gamma)
-            )
-            seconds = (time.perf_counter() - started) / len(labels)
-            rows.append({"gamma": gamma, **evaluate_digits(images, labels), "seconds_per_image": seconds})
-            panels[settings.title(gamma)] = grid(images[:SHOWN], columns=CLASSES)
-
     written = [output / "boost_and_skip.png"]
-    side_by_side(panels).save(written[0])
+    with Progress(console=console) as progress:
+        tasks = {
+            gamma: progress.add_task(f"{settings.title(gamma):>15}", total=len(labels)) for gamma in settings.gammas
+        }
+        drawn, seconds = {}, dict.fromkeys(settings.gammas, 0.0)
+        for part in (slice(0, FIRST), slice(FIRST, None)):
+            for gamma in settings.gammas if len(labels[part]) else ():
+                started, advance = time.perf_counter(), partial(progress.advance, tasks[gamma])
+                seed = settings.seed + part.start  # image i has seed + i in both parts
+                images = sample_images(pipe, labels[part], seed, on_batch=advance, **settings.call(gamma))
+                seconds[gamma] += time.perf_counter() - started
+                drawn[gamma] = torch.cat([drawn[gamma], images]) if gamma in drawn else images
+            panels = {settings.title(gamma): grid(drawn[gamma][:SHOWN], columns=CLASSES) for gamma in drawn}
+            side_by_side(panels).save(written[0])
+            if part.start == 0:
+                console.print(f"a first look: {written[0]}; now the rest, and its numbers")
+    rows = [
+        {
+            "gamma": gamma,
+            **evaluate_digits(images, labels, settings.metrics, with_errors=len(labels) >= 2 * BLOCKS),
+            "seconds_per_image": seconds[gamma] / len(labels),
+        }
+        for gamma, images in drawn.items()
+    ]
     if find_spec("matplotlib") is not None:
         written.append(plot(rows, settings, output / "boost_and_skip_metrics.png"))
     table = in_words(rows, settings)
@@ -128,5 +152,8 @@ def in_words(rows: list[dict], settings: BoostAndSkipSettings) -> dict:
         ["stock" if row["gamma"] == 1 else f"{row['gamma']:g}", *(format_number(name, row[name]) for name in names)]
         for row in rows
     ]
-    legend = with_notes(LEGEND, settings.num_samples, without_lof="lof" not in rows[0])
+    words.append(errors_row(rows, names, format_number))
+    left_out = settings.metrics is None and "lof" not in rows[0]
+    legend = " ".join([*(LEGEND[name] for name in names if name in LEGEND), ERRORS])
+    legend = with_notes(legend, settings.num_samples, "frechet" in rows[0], left_out)
     return words_table(title, legend, ["gamma", *(COLUMNS[name] for name in names)], words)

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..evaluation import NEIGHBOURS, evaluate_digits
+from ..evaluation.evaluate import BLOCKS
 from ..evaluation.pictures import grid, places_beside, side_by_side
 from ..sampling import sample_images
 from ..shipped import load_pipeline
-from .tables import print_table, with_notes, words_table
+from .tables import ERRORS, distance_of_real_images, errors_row, print_table, with_notes, words_table
 
 CLASSES = 10
 SHOWN = 100  # images in each panel of the picture
@@ -44,14 +45,14 @@ class FlowPostprocessingSettings:
     """What is sampled and how it is repaired."""
 
     flow: str = "mnist-flow"
-    guidance_scales: tuple[float, ...] = (1.0, 6.0, 15.0)
-    num_inference_steps: int = 16
+    guidance_scales: tuple[float, ...] = (15.0,)
+    num_inference_steps: int = 10
     repair_steps: int = 10
     num_samples: int = 200
     seed: int = 0
 
 
-QUICK = FlowPostprocessingSettings(guidance_scales=(1.0, 15.0), num_inference_steps=10, num_samples=80)
+FULL = FlowPostprocessingSettings(guidance_scales=(1.0, 6.0, 15.0), num_inference_steps=16, num_samples=250)
 
 
 def run_flow_postprocessing(
@@ -82,10 +83,11 @@ def run_flow_postprocessing(
             finished = time.perf_counter()
             for is_repaired, sheet, seconds in ((False, images, drawn - started), (True, repaired, finished - drawn)):
                 title = f"guidance {scale:g}" + (", repaired" if is_repaired else "")
-                numbers = evaluate_digits(sheet, labels, ("knn_distance", "frechet", "precision_recall"))
+                metrics, errors = ("knn_distance", "frechet", "precision_recall"), len(labels) >= 2 * BLOCKS
+                numbers = evaluate_digits(sheet, labels, metrics, with_errors=errors)
                 numbers["seconds_per_image"] = seconds / len(labels)
                 row = {"title": title, "guidance_scale": scale, "repaired": is_repaired}
-                rows.append({**row, **{name: numbers[name] for name in COLUMNS}})
+                rows.append({**row, **numbers})
                 panels[title] = grid(sheet[:SHOWN], columns=CLASSES)
     side_by_side(panels).save(output / "flow_postprocessing.png")
     table = in_words(rows, settings)
@@ -105,5 +107,7 @@ def in_words(rows: list[dict], settings: FlowPostprocessingSettings) -> dict:
         f" {settings.num_samples} images a row"
     )
     words = [[row["title"], *(style.format(row[name]) for name, style in COLUMNS.items())] for row in rows]
-    legend = with_notes(LEGEND, settings.num_samples)
+    words.append(errors_row(rows, COLUMNS, lambda name, value: COLUMNS[name].format(value)))
+    legend = f"{LEGEND} {ERRORS} {distance_of_real_images(settings.num_samples)}"
+    legend = with_notes(legend, settings.num_samples)
     return words_table(title, legend, ["digits", *(NAMES.get(name, name) for name in COLUMNS)], words)

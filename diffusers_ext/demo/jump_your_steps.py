@@ -30,13 +30,13 @@ class JumpYourStepsSettings:
 
     model: str = "countdown-sedd"
     steps: tuple[int, ...] = (2, 4, 8)
-    grid_size: int = 64
-    num_search: int = 12
-    num_samples: int = 40
+    grid_size: int = 32
+    num_search: int = 4
+    num_samples: int = 16
     seed: int = 0
 
 
-QUICK = JumpYourStepsSettings(steps=(2, 4), grid_size=32, num_search=4, num_samples=16)
+FULL = JumpYourStepsSettings(grid_size=64, num_search=12, num_samples=40)
 
 
 def run_jump_your_steps(

@@ -34,9 +34,9 @@ ABOUT = (
     "Each method below was run on this machine, on small models that ship with the package, beside the stock sampler"
     " with the same seeds."
 )
-QUICK = (
-    "This is the quick demo: few samples and few steps. The numbers are rough, and the Fréchet distances of so few"
-    " images are too high; <code>diffusers-ext demo</code> without <code>--quick</code> takes more."
+SHORT = (
+    "This is the short demo: few samples and few steps, so that the numbers are rough, as the standard errors in the"
+    " tables say; <code>diffusers-ext demo --full</code> takes more."
 )
 
 BOOST_CODE = """from diffusers_ext.shipped import load_pipeline
@@ -204,9 +204,9 @@ def report_html(result: dict, folder: Path) -> str:
 
 def _header(result: dict) -> str:
     links = "".join(f'<li><a href="#{anchor}">{escape(method.title)}</a></li>' for anchor, method in METHODS.items())
-    quick = f"<p><strong>{QUICK}</strong></p>" if result["quick"] else ""
+    short = "" if result["full"] else f"<p><strong>{SHORT}</strong></p>"
     title = "<h1>Four research methods for diffusers</h1>"
-    return f"<header>{title}<p>{ABOUT}</p>{quick}<nav><ul>{links}</ul></nav></header>"
+    return f"<header>{title}<p>{ABOUT}</p>{short}<nav><ul>{links}</ul></nav></header>"
 
 
 def _footer(result: dict) -> str:

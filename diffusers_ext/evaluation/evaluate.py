@@ -53,6 +53,7 @@ CAPTION = "Compare equal numbers of images only: the Fréchet distance falls as 
 METRICS = ("frechet", "precision_recall", "knn_distance", "lof", "rarity")
 PUBLISHED = {"fid": "inception", "fd_dinov2": "dinov2"}  # Fréchet distances that are named after their features
 FRECHET = ("frechet", *PUBLISHED)
+BLOCKS = 10  # of images, for standard errors
 NEIGHBOURS = {"knn_distance": 5, "lof": 20, "rarity": 3, "precision_recall": 3}  # k of each metric
 
 
@@ -145,11 +146,12 @@ def print_evaluation(result: dict, console: Console) -> None:
 @checked_arguments
 @torch.no_grad()
 def evaluate_digits(
-    images: torch.Tensor, labels: torch.Tensor, metrics: Sequence[str] | None = None
+    images: torch.Tensor, labels: torch.Tensor, metrics: Sequence[str] | None = None, with_errors: bool = False
 ) -> dict[str, float | None]:
     """How rare, how faithful and how recognisable generated digits are.
 
     images: (count, 1, 28, 28) in [0, 1]. labels: (count,), the digits asked for. metrics: of METRICS; by default all.
+    with_errors: the standard error of each number as well, see `_errors`; it needs 20 images or more.
     Features are the 64 penultimate activations of the shipped classifier; neighbours are sought among those of 10,000
     training images, and the Fréchet distance is to all 60,000. It falls with the number of samples, so compare equal
     numbers only.
@@ -158,9 +160,11 @@ def evaluate_digits(
     training images), knn_distance_recognised (the same over the recognised ones alone, None if there are none), lof
     (local outlier factor, k 20; left out where scikit-learn is not installed), rarity (rarity score, k 3, mean over
     the samples inside the real manifold; None if none is), inside (their share), frechet; precision and recall (k 3)
-    against as many training images as there are samples.
+    against as many training images as there are samples. With errors, each has its own as frechet_error and so on,
+    None where a tenth left out leaves no number.
 
-    Raises ValueError for images and labels of another form or range, and for unknown or repeated metrics.
+    Raises ValueError for images and labels of another form or range, for unknown or repeated metrics, and for fewer
+    images than errors need.
     """
     _check_digits(images, labels)
     _chosen_features("classifier", metrics)  # refuses fid and fd_dinov2
@@ -170,6 +174,14 @@ def evaluate_digits(
     outputs = [classifier(batch.float() * 2 - 1) for batch in images.split(500)]
     features = torch.cat([output.features for output in outputs])
     recognised = torch.cat([output.logits for output in outputs]).argmax(1) == labels
+    numbers = _digit_numbers(features, recognised, reference, metrics)
+    if with_errors:
+        numbers |= _errors(features, recognised, labels, reference, metrics)
+    return numbers
+
+
+def _digit_numbers(features, recognised, reference, metrics: Sequence[str]) -> dict[str, float | None]:
+    """See `evaluate_digits`. features (count, dim), recognised (count,): of the samples. reference: of training."""
     numbers: dict[str, float | None] = {"recognised": recognised.cpu().double().mean().item()}
     if "knn_distance" in metrics:
         alone, k = features[recognised], NEIGHBOURS["knn_distance"]
@@ -179,6 +191,33 @@ def evaluate_digits(
         real = reference.features[: len(features)] if name == "precision_recall" else reference.features
         numbers.update(_numbers(features, real, statistics, [name], NEIGHBOURS))
     return numbers
+
+
+def _errors(features, recognised, labels, reference, metrics: Sequence[str]) -> dict[str, float | None]:
+    r"""Standard errors by the jackknife, B = `BLOCKS` blocks left out one at a time (Efron and Stein, 1981).
+
+    .. math:: \mathrm{se}^2 = \frac{B - 1}{B} \sum_b (\theta_{(b)} - \bar\theta)^2
+
+    theta_(b) is the number without block b of the images, which are dealt at random, each class over all blocks, and
+    the same way each time. It is the error of sampling with the labels given: what a Fréchet distance of few images
+    is too high by is not in it.
+    """
+    if len(features) < 2 * BLOCKS:
+        raise ValueError(f"standard errors need {2 * BLOCKS} images or more, got {len(features)}")
+    shuffled = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+    order = shuffled[labels.cpu()[shuffled].argsort(stable=True)]
+    dealt = torch.empty_like(order)
+    dealt[order] = torch.arange(len(order)) % BLOCKS
+    without = []
+    for block in range(BLOCKS):
+        rest = (dealt != block).to(features.device)
+        without.append(_digit_numbers(features[rest], recognised[rest], reference, metrics))
+    errors: dict[str, float | None] = {}
+    for name in without[0]:
+        values = [numbers[name] for numbers in without]
+        missing = any(value is None for value in values)
+        errors[f"{name}_error"] = None if missing else float(np.std(values) * (BLOCKS - 1) ** 0.5)
+    return errors
 
 
 def _check_digits(images: torch.Tensor, labels: torch.Tensor) -> None:

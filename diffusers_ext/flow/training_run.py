@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from ..checkpoints.tensor_files import read_json
+from ..runs.bar import steps_left
 from ..runs.checkpoints import Checkpoints
 from ..runs.files import check_folder, remove_leftovers, replacing, write_json
 from ..runs.kept import check_same
@@ -100,15 +101,8 @@ class TrainingRun:
 
     def bar(self, show: bool) -> Iterator[int]:
         """The iterations that are left, with a progress bar in the main process."""
-        from tqdm import tqdm
-
-        hidden = not show or not self.accelerator.is_main_process
-        with tqdm(total=self.steps, initial=self.saved, disable=hidden, desc="training the flow") as bar:
-            for step in range(self.saved, self.steps):
-                yield step
-                bar.update()
-                if self.history:
-                    bar.set_postfix(loss=f"{self.history[-1]['loss']:.4f}", refresh=False)
+        shown = show and self.accelerator.is_main_process
+        return steps_left(self.saved, self.steps, shown, lambda: self.history[-1]["loss"] if self.history else None)
 
     def update(self, loss: torch.Tensor, max_grad_norm: float | None) -> None:
         """One step down the gradient of the loss (), and of the average of the weights."""

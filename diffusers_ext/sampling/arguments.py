@@ -43,6 +43,25 @@ def inputs_of(pipe, count: int, labels, prompts, images, seed: int) -> dict[str,
     return {} if chosen is None else {"class_labels": chosen.tolist()}
 
 
+def negative_prompts(count: int, inputs: dict, call: dict) -> tuple[dict, dict]:
+    """The arguments with a negative prompt for each image, and the call without it.
+
+    Where a prompt and true_cfg_scale > 1 are given and no negative prompt, it is an empty one: pipelines with that
+    argument (Flux, Qwen-Image) make no second prediction without.
+
+    Raises ValueError for a negative prompt that is no text.
+    """
+    negative, scale = call.get("negative_prompt"), call.get("true_cfg_scale")
+    if negative is None and "prompt" in inputs and isinstance(scale, int | float) and scale > 1:
+        negative = ""
+    if negative is None:
+        return inputs, call
+    if not isinstance(negative, str):
+        raise ValueError(f"negative_prompt must be one text, of all images, got {negative!r}")
+    rest = {name: value for name, value in call.items() if name != "negative_prompt"}
+    return {**inputs, "negative_prompt": [negative] * count}, rest
+
+
 def given_tokens(tokens: np.ndarray | None, given: np.ndarray | None, count: int) -> dict[str, np.ndarray]:
     """Tokens of each sample, int64, and where they are kept, bool, (count, length) both; {} where none are given.
 

@@ -23,7 +23,7 @@ from ..runs.lock import lock
 from ..runs.processes import Processes, start_processes
 from ..runs.provenance import describe_pipeline, drawing_versions, hash_of
 from ..runs.shards import Shards
-from .arguments import check_call, format_of, given_tokens, inputs_of
+from .arguments import check_call, format_of, given_tokens, inputs_of, negative_prompts
 from .draw import batches_of, check_sizes, draw, draws_sequences, to_integers, to_uint8
 from .image_files import check_channels, file_names, write_images
 from .methods import applied
@@ -93,6 +93,7 @@ def sample_to_folder(
     call: further arguments of the pipeline's call, JSON-able. guidance_interval=(sigma_lo, sigma_hi) is for every
         pipeline that guides: where its call does not take it, a `GuidanceInterval` is applied. gamma, skip_steps and
         skip_to_sigma are for every pipeline with a scheduler of Boost-and-Skip's kinds: see `boost_and_skip`.
+        true_cfg_scale > 1 (Flux, Qwen-Image) has an empty negative_prompt where none is given.
 
     Every process calls this function, with the same arguments, and returns when the result is complete.
 
@@ -107,6 +108,7 @@ def sample_to_folder(
     elif any(value is not None for value in (labels, prompts, images)):
         raise ValueError("tokens exclude labels, prompts and images; give one of them")
     methods, its_call = applied(pipe, call)
+    inputs, its_call = negative_prompts(count, inputs, its_call)
     check_call(pipe, inputs, its_call)
     kind = "sequences" if draws_sequences(pipe) else "images"
     format = format_of(pipe, kind, format)

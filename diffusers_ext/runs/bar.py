@@ -1,0 +1,17 @@
+"""The progress bar of a training."""
+
+from collections.abc import Callable, Iterator
+
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+
+def steps_left(first: int, steps: int, shown: bool, loss: Callable[[], float | None] = lambda: None) -> Iterator[int]:
+    """The steps from `first` on, with a bar over all of them. loss: asked after each step, None at first."""
+    columns = *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, disable=not shown) as progress:
+        task = progress.add_task("training", total=steps, completed=first)
+        for step in range(first, steps):
+            yield step
+            value = loss()
+            words = "training" if value is None else f"training, loss {value:.4f}"
+            progress.update(task, completed=step + 1, description=words)
