@@ -276,7 +276,7 @@ def test_chorales_become_tokens_and_back(layout, tmp_path):
     np.testing.assert_array_equal(valid[2], chorales["valid"][1][64:128])
 
 
-@pytest.mark.parametrize("num_tokens", [66, 90])
+@pytest.mark.parametrize("num_tokens", [66, 80])
 def test_works_become_tokens_a_model_and_its_measure(num_tokens, tmp_path):
     works = {"ado": '\tO\xa0that "this" too,  too\r\n\n\n\nsolid_ flesh & 12 ' * 40, "macbeth": "Thou thou " * 30}
     works |= {"tempest": "Full fathom five thy father lies. " * 20, "milton": "Of Man's first disobedience"}
