@@ -46,7 +46,8 @@ class Reference:
 def load_shipped_classifier(name: str = "mnist-classifier") -> tuple[ImageClassifier, Reference]:
     """A shipped classifier in float32 and eval mode, with the reference features of its training set.
 
-    Raises ValueError for another name.
+    Raises:
+        ValueError: for another name.
     """
     folder = ASSETS / name
     if not (folder / "reference.safetensors").is_file():
@@ -67,14 +68,19 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """Load a shipped model by name, or any folder or Hub id, as one of our pipelines or as its own.
 
-    pipeline: a name of `PIPELINES`; None loads the class that the model's index names. Under "boost-and-skip" a stock
-    scheduler that the pipeline cannot boost itself becomes the Boost-and-Skip one of its kind. trust_remote_code: run
-    the .py files that lie in the model's repository. dtype: of the parameters; None leaves it to `from_pretrained`.
-    kwargs: further arguments of that.
+    Args:
+        model: name of a shipped model, a folder or a Hub id.
+        pipeline: a name of `PIPELINES`; None loads the class that the model's index names. Under "boost-and-skip" a
+            stock scheduler that the pipeline cannot boost itself becomes the Boost-and-Skip one of its kind.
+        trust_remote_code: run the .py files that lie in the model's repository.
+        dtype: of the parameters; None leaves it to `from_pretrained`.
+        **kwargs: further arguments of `from_pretrained`.
 
-    Raises ValueError for an unknown pipeline name, one that leaves parts of the model out, what `check_name` refuses,
-    a shipped model that is no pipeline, code that is not trusted, a folder whose files are damaged or do not belong
-    together, and what `download_pipeline` raises ValueError and OSError for.
+    Raises:
+        ValueError: for an unknown pipeline name, one that leaves parts of the model out, what `check_name` refuses, a
+            shipped model that is no pipeline, code that is not trusted, a folder whose files are damaged or do not
+            belong together, and what `download_pipeline` refuses.
+        OSError: as `download_pipeline`.
     """
     if pipeline is not None and pipeline not in PIPELINES:
         raise ValueError(f"pipeline must be one of {sorted(PIPELINES)}, got {pipeline!r}")
@@ -124,8 +130,8 @@ def _no_bars_of_components() -> Iterator[None]:
 def load_network(model: str | Path, trust_remote_code: bool = False) -> ModelMixin:
     """A shipped network by name, or the one in a folder, such as `ImageClassifier.save_pretrained` or an export wrote.
 
-    Raises ValueError for a folder that holds no network or a damaged one, and for code that must run and is not
-    trusted.
+    Raises:
+        ValueError: for a folder that holds no network or a damaged one, and for code that must run and is not trusted.
     """
     folder = Path(resolve_model(model))
     name = network_class(model)

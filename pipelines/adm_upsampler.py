@@ -33,12 +33,14 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
     The network sees the noisy image x_t and, on further channels after it, the low-resolution image in [-1, 1],
     enlarged bilinearly (corners not aligned) to the size of x_t.
 
-    unet: `UNet2DModel` or one called like it, with twice as many input channels as an image has, and as many output
-        channels as an image or, with a learned variance, twice as many; the variance half is dropped for schedulers
-        that do not read it.
-    scheduler: `DDPMScheduler` for the original's sampler, or another one that walks integer timesteps.
+    Args:
+        unet: `UNet2DModel` or one called like it, with twice as many input channels as an image has, and as many
+            output channels as an image or, with a learned variance, twice as many; the variance half is dropped for
+            schedulers that do not read it.
+        scheduler: `DDPMScheduler` for the original's sampler, or another one that walks integer timesteps.
 
-    Raises ValueError for a network of other channels.
+    Raises:
+        ValueError: for a network of other channels.
     """
 
     model_cpu_offload_seq = "unet"
@@ -90,8 +92,10 @@ class ADMUpsamplerPipeline(DiffusionPipeline):
                 returned dict holds under "latents" replaces the sample.
             callback_on_step_end_tensor_inputs: which tensors the callback sees; "latents" is the sample x_t.
 
-        Raises ValueError for images of another form, number of channels or range, and for labels or latents that do
-        not fit them; NotFiniteError, a ValueError, where NaN or infinity comes up, with the step and the sample.
+        Raises:
+            ValueError: for images of another form, number of channels or range, and for labels or latents that do not
+                fit them.
+            NotFiniteError: a ValueError, where NaN or infinity comes up, with the step and the sample.
         """
         check_call(self, output_type, callback_on_step_end_tensor_inputs)
         if isinstance(image, str | Path):

@@ -17,7 +17,14 @@ CLOSEST = 0.05  # |w - 1| below which u' loses too many digits
 
 
 def check_guider(guider: Any) -> None:
-    """Raise ValueError for what is no guider of two predictions."""
+    """Check that a guider combines two predictions.
+
+    Args:
+        guider: what is to be one.
+
+    Raises:
+        ValueError: for what is no guider of two predictions.
+    """
     if not isinstance(guider, BaseGuidance):
         raise ValueError(f"guider must be a diffusers guider, such as ClassifierFreeGuidance(5.0), got {guider!r}")
     name, predictions = type(guider).__name__, getattr(guider, "_input_predictions", None)
@@ -34,13 +41,22 @@ class GuiderOfCall:
     """A guider's copies in one call of a pipeline, one for each tensor of the network's output.
 
     Each has a state of its own, such as the running average of adaptive projected guidance, that starts with the call.
+
+    Args:
+        guider: of which copies are made; it is not changed.
     """
 
     def __init__(self, guider: BaseGuidance):
         self.guider, self.copies, self.state = guider, {}, None
 
     def enter(self, step: int, count: int, timestep: Any) -> bool:
-        """Begin an evaluation in a step of the call, from 0; returns whether it needs the unconditional prediction."""
+        """Begin an evaluation in a step of the call; returns whether it needs the unconditional prediction.
+
+        Args:
+            step: of the call, from 0.
+            count: steps of the call.
+            timestep: of the step.
+        """
         self.state = (step, count, timestep)
         return self._copy(0).num_conditions == 2
 
@@ -55,7 +71,16 @@ class GuiderOfCall:
         return guider
 
     def __call__(self, number: int, cond: torch.Tensor, uncond: torch.Tensor | None) -> torch.Tensor:
-        """D (samples, ...) for the tensor of this number in the output; cond, uncond: (samples, ...)."""
+        """D (samples, ...) for one tensor of the network's output.
+
+        Args:
+            number: of the tensor in the output.
+            cond: the conditional prediction, (samples, ...).
+            uncond: the unconditional one, (samples, ...), or None where it is not needed.
+
+        Raises:
+            ValueError: for a frequency-decoupled guider with predictions of other shapes than images.
+        """
         guider = self._copy(number)
         given = (cond, uncond) if guider.num_conditions == 2 else (cond, None)
         if type(guider).__name__ == "FrequencyDecoupledGuidance" and cond.ndim != 4:
@@ -70,7 +95,13 @@ class GuiderOfCall:
 
 
 def second_answer(wanted: torch.Tensor, cond: torch.Tensor, weight: float) -> torch.Tensor:
-    """u' of a second call, whose pipeline computes u + w (c - u), in float32 at least. wanted, cond: (samples, ...)"""
+    """u' of a second call, whose pipeline computes u + w (c - u), in float32 at least.
+
+    Args:
+        wanted: D, what the pipeline shall compute, (samples, ...).
+        cond: c, (samples, ...).
+        weight: w.
+    """
     exact = torch.promote_types(cond.dtype, torch.float32)
     answer = (wanted.to(exact) - weight * cond.to(exact)) / (1 - weight)
     return answer.to(cond.dtype)
@@ -79,7 +110,14 @@ def second_answer(wanted: torch.Tensor, cond: torch.Tensor, weight: float) -> to
 def weight_of_call(pipe, name: str, arguments: dict[str, Any], plus_one: bool) -> float:
     """w of u + w (c - u) in a call, which is the argument `name` of it, or that of a pipeline's own guider.
 
-    Raises ValueError if the call does not say it in one number, or if u' would lose its digits.
+    Args:
+        pipe: whose call it is.
+        name: of the argument.
+        arguments: of the call, by name.
+        plus_one: whether w is 1 more than the argument.
+
+    Raises:
+        ValueError: if the call does not say it in one number, or if u' would lose its digits.
     """
     guider = getattr(pipe, "guider", None)
     weight = arguments.get(name) if guider is None else _of_guider(guider)

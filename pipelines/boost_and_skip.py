@@ -44,11 +44,12 @@ class BoostAndSkipPipeline(DiffusionPipeline):
     pure noise; started later, where part of the noise level is signal, it leads to samples of low density.
     `gamma=1, skip_steps=0` is the stock sampler.
 
-    unet: `UNet2DModel` or a model called like one; with twice as many output as input channels (learned variance)
-        the second half goes to schedulers that read it and is dropped for the others.
-    scheduler: a `DDPMScheduler`, whose initial noise and timesteps the pipeline then treats itself, or a
-        `BoostAndSkip...Scheduler`.
-    null_class: index of the class label that stands for "no label"; needed for guidance. None: the model has none.
+    Args:
+        unet: `UNet2DModel` or a model called like one; with twice as many output as input channels (learned variance)
+            the second half goes to schedulers that read it and is dropped for the others.
+        scheduler: a `DDPMScheduler`, whose initial noise and timesteps the pipeline then treats itself, or a
+            `BoostAndSkip...Scheduler`.
+        null_class: index of the class label that stands for "no label"; needed for guidance. None: the model has none.
     """
 
     model_cpu_offload_seq = "unet"
@@ -125,9 +126,10 @@ class BoostAndSkipPipeline(DiffusionPipeline):
                 returned dict holds under "latents" replaces the sample.
             callback_on_step_end_tensor_inputs: which tensors the callback sees; "latents" is the sample x_t.
 
-        Raises ValueError for arguments out of range, and for a scheduler that can neither be boosted here nor boosts
-        by itself; the message says what to do. NotFiniteError, a ValueError, where NaN or infinity comes up, with the
-        step and the sample.
+        Raises:
+            ValueError: for arguments out of range, and for a scheduler that can neither be boosted here nor boosts by
+                itself; the message says what to do.
+            NotFiniteError: a ValueError, where NaN or infinity comes up, with the step and the sample.
         """
         self._guidance_scale = guidance_scale
         self._check_inputs(batch_size, class_labels, guidance_scale, output_type, callback_on_step_end_tensor_inputs)

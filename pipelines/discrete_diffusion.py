@@ -36,11 +36,12 @@ class DiscreteDiffusionPipelineOutput(BaseOutput):
 class DiscreteDiffusionPipeline(DiffusionPipeline):
     """Sampling from a network on tokens with a `CTMCScheduler`: SEDD, CountDown, tauLDR (2310.16834, 2205.14987).
 
-    model: called as model(tokens, time) with tokens (batch, length) int64 and time (batch,), what the scheduler's
-        `model_time` gives; returns (batch, length, vocab_size) of the scheduler's prediction type. From its config are
-        read, if there: `sequence_length`, and `shape` of images.
-    scheduler: a `CTMCScheduler`.
-    tokenizer: of text models; its tokens come first in the vocabulary, the mask after them.
+    Args:
+        model: called as model(tokens, time) with tokens (batch, length) int64 and time (batch,), what the scheduler's
+            `model_time` gives; returns (batch, length, vocab_size) of the scheduler's prediction type. From its config
+            are read, if there: `sequence_length`, and `shape` of images.
+        scheduler: a `CTMCScheduler`.
+        tokenizer: of text models; its tokens come first in the vocabulary, the mask after them.
     """
 
     model_cpu_offload_seq = "model"
@@ -77,23 +78,30 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
     ) -> DiscreteDiffusionPipelineOutput | tuple:
         """Sample, around what is given.
 
-        prompt, suffix: text at the start and at the end, a string or one a sample; need a tokenizer.
-        tokens, given: instead, tokens (length,) or (batch, length), and where they are to be kept, a boolean tensor of
-            the same shape. The network sees given tokens in every step and they come out as they went in.
-        batch_size: number of samples; by default one for each prompt or row of tokens.
-        sequence_length: by default that of `tokens`, or what the model's config says.
-        num_inference_steps: steps of the schedule; the network runs once more for the final denoising (not with
-            gillespie at the end of time, twice a step with theta_trapezoidal), and once for each corrector step.
+        Args:
+            prompt: text at the start, a string or one a sample; needs a tokenizer.
+            suffix: text at the end, likewise.
+            tokens: instead of text, tokens (length,) or (batch, length), of which some are kept.
+            given: where `tokens` are to be kept, a boolean tensor of the same shape. The network sees given tokens in
+                every step and they come out as they went in.
+            batch_size: number of samples; by default one for each prompt or row of tokens.
+            sequence_length: by default that of `tokens`, or what the model's config says.
+            num_inference_steps: steps of the schedule; the network runs once more for the final denoising (not with
+                gillespie at the end of time, twice a step with theta_trapezoidal), and once for each corrector step.
             timesteps: instead, all edges, from 1 on decreasing in (0, 1].
-        sampler: one of `CTMCScheduler`, such as "tweedie", for this call.
-        generator: one, or one a sample, which makes a sample independent of its batch.
-        output_type: "text", "tokens", or for models of images "pil", "np" (batch, height, width, channels) or "pt"
-            (batch, channels, height, width), both in [0, 1]; None is "text" with a tokenizer, "pil" for images.
-        callback_on_step_end: called as (pipeline, step, timestep, {"tokens": tokens}) after each step; what it returns
-            under "tokens" goes on from there.
+            sampler: one of `CTMCScheduler`, such as "tweedie", for this call.
+            generator: one, or one a sample, which makes a sample independent of its batch.
+            output_type: "text", "tokens", or for models of images "pil", "np" (batch, height, width, channels) or "pt"
+                (batch, channels, height, width), both in [0, 1]; None is "text" with a tokenizer, "pil" for images.
+            return_dict: whether to return a `DiscreteDiffusionPipelineOutput` or a tuple.
+            callback_on_step_end: called as (pipeline, step, timestep, {"tokens": tokens}) after each step; what it
+                returns under "tokens" goes on from there.
+            callback_on_step_end_tensor_inputs: which tensors the callback sees; there is "tokens" alone.
 
-        Raises ValueError for inputs that contradict each other or the components; NotFiniteError, a ValueError, where
-        the network returns NaN, infinity, or a row without any possible token, with the step and the sample.
+        Raises:
+            ValueError: for inputs that contradict each other or the components.
+            NotFiniteError: a ValueError, where the network returns NaN, infinity, or a row without any possible token,
+                with the step and the sample.
         """
         scheduler = self._scheduler(sampler)
         output_type = self._output_type(output_type)

@@ -54,7 +54,10 @@ class DiTGuidanceIntervalPipeline(DiTPipeline):
             sqrt((1 - alpha_bar) / alpha_bar) of the scheduler. guided_steps: in its place, the first and the last
             guided step, both inclusive, from 0. With neither, the stock pipeline.
 
-        The other arguments are those of `DiTPipeline`. Raises ValueError if both are given, or out of range.
+        The other arguments are those of `DiTPipeline`.
+
+        Raises:
+            ValueError: if both are given, or out of range.
         """
         stock = DiTPipeline.__call__
         arguments = (class_labels, guidance_scale, generator, num_inference_steps, output_type, return_dict)

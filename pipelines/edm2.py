@@ -44,14 +44,19 @@ class EDM2Pipeline(DiffusionPipeline):
     w is decided once a step, from the level sigma_i at which the step starts, for both evaluations of the step. At
     w = 1 only the conditional network runs: that is the saving. The state is float64.
 
-    unet: `EDM2UNet2DModel`, or a network with its `img_resolution`, `img_channels` and `label_dim` in the config and
-        called like it, `unet(x, sigma, class_labels=...).sample`, which returns the denoised sample.
-    scheduler: `EDMHeunScheduler`.
-    vae: decodes latents; None for a network of pixels in [-1, 1], or to sample latents alone.
-    guidance_unet: a network of the same shape of samples: unconditional (label_dim 0) for classifier-free guidance, or
-        conditional, smaller or less trained, for autoguidance.
-    latent_scale, latent_bias: what training latents were made with, one number a channel: encoded * scale + bias. The
-        defaults are those of EDM2 on ImageNet-512: `stabilityai/sd-vae-ft-mse`, fed with pixels in [0, 1].
+    Args:
+        unet: `EDM2UNet2DModel`, or a network with its `img_resolution`, `img_channels` and `label_dim` in the config
+            and called like it, `unet(x, sigma, class_labels=...).sample`, which returns the denoised sample.
+        scheduler: `EDMHeunScheduler`.
+        vae: decodes latents; None for a network of pixels in [-1, 1], or to sample latents alone.
+        guidance_unet: a network of the same shape of samples: unconditional (label_dim 0) for classifier-free
+            guidance, or conditional, smaller or less trained, for autoguidance.
+        latent_scale: what training latents were made with, one number a channel: encoded * scale + bias. The defaults
+            are those of EDM2 on ImageNet-512: `stabilityai/sd-vae-ft-mse`, fed with pixels in [0, 1].
+        latent_bias: the other of these, one number a channel.
+
+    Raises:
+        ValueError: unless latent_scale and latent_bias are lists of finite numbers, the scale without 0.
     """
 
     model_cpu_offload_seq = "unet->guidance_unet->vae"
@@ -117,6 +122,8 @@ class EDM2Pipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         r"""Generate images.
 
+        Warns if the interval has no step, or every step.
+
         Args:
             class_labels: class indices, one for all images or one an image; or rows of labels, (batch, label_dim) or
                 (1, label_dim). None samples without a label (EDM2's conditional networks are not trained for that).
@@ -138,9 +145,9 @@ class EDM2Pipeline(DiffusionPipeline):
                 at which the step started; what the returned dict holds under "latents" replaces the sample.
             callback_on_step_end_tensor_inputs: which tensors the callback sees; "latents" is x, not scaled.
 
-        Raises ValueError for arguments out of range or at odds with the networks; the message says what to do.
-        NotFiniteError, a ValueError, where NaN or infinity comes up, with the step and the sample.
-        Warns if the interval has no step, or every step.
+        Raises:
+            ValueError: for arguments out of range or at odds with the networks; the message says what to do.
+            NotFiniteError: a ValueError, where NaN or infinity comes up, with the step and the sample.
         """
         self._guidance_scale = guidance_scale
         self._check_inputs(batch_size, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
@@ -233,11 +240,15 @@ class EDM2Pipeline(DiffusionPipeline):
         """Images (batch, channels, height, width) float32 in [0, 1] of samples as `output_type="latent"` gives them.
 
         Latents are taken back to the VAE's own scale, (latents - latent_bias) / latent_scale, and the VAE's output is
-        in [0, 1] already. Without a VAE the sample is an image in [-1, 1]. batch_size: how many go through the VAE at
-        once; None for all.
+        in [0, 1] already. Without a VAE the sample is an image in [-1, 1].
 
-        Raises ValueError for latents without a VAE, numbers of channels that do not fit, a batch size below 1, and
-        images that are not finite.
+        Args:
+            latents: the samples, (batch, img_channels, height, width).
+            batch_size: how many go through the VAE at once; None for all.
+
+        Raises:
+            ValueError: for latents without a VAE, numbers of channels that do not fit, a batch size below 1, and
+                images that are not finite.
         """
         check_count("batch_size", batch_size)
         if latents.ndim != 4 or latents.shape[1] != self.unet.config.img_channels:

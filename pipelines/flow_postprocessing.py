@@ -59,16 +59,18 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
     where the network learned v = x_1 - x_0 between samples x_0 of a base model and their nearest real neighbours x_1.
     Where the velocity is zero, the image comes back bit for bit.
 
-    model: `UNet2DModel` or a network called like one, with as many output as input channels.
-    scheduler: `FlowMatchEulerDiscreteScheduler` or `FlowMatchHeunDiscreteScheduler`, the ODE solver. Its sigma is
-        1 - t.
-    base: the pipeline whose images are repaired, if they are to be drawn here. It is moved, offloaded and saved with
-        this one, and loaded in its dtype; a device map does not reach it, `.to()` does. Variants are loaded by
-        `from_pretrained` of this class; `DiffusionPipeline.from_pretrained` fails at a pipeline within another.
-    vae: for space="latent", the autoencoder of the latents; by default the one of the base.
-    space: "pixel", where the network sees images in [-1, 1], or "latent", scaled latents of the autoencoder.
+    Args:
+        model: `UNet2DModel` or a network called like one, with as many output as input channels.
+        scheduler: `FlowMatchEulerDiscreteScheduler` or `FlowMatchHeunDiscreteScheduler`, the ODE solver. Its sigma is
+            1 - t.
+        base: the pipeline whose images are repaired, if they are to be drawn here. It is moved, offloaded and saved
+            with this one, and loaded in its dtype; a device map does not reach it, `.to()` does. Variants are loaded
+            by `from_pretrained` of this class; `DiffusionPipeline.from_pretrained` fails at a pipeline within another.
+        vae: for space="latent", the autoencoder of the latents; by default the one of the base.
+        space: "pixel", where the network sees images in [-1, 1], or "latent", scaled latents of the autoencoder.
 
-    Raises ValueError for another space, and for "latent" without an autoencoder.
+    Raises:
+        ValueError: for another space, and for "latent" without an autoencoder.
     """
 
     model_cpu_offload_seq = "model->vae"
@@ -95,7 +97,12 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """As `DiffusionPipeline.from_pretrained`, the base in the dtype and variant asked for as well."""
+        """As `DiffusionPipeline.from_pretrained`, the base in the dtype and variant asked for as well.
+
+        Args:
+            pretrained_model_name_or_path: a folder or Hub id, as there.
+            **kwargs: as there; `base` takes the place of the base in the folder.
+        """
         folder = pretrained_model_name_or_path
         if not os.path.isdir(folder):
             folder = cls.download(folder, **kwargs)
@@ -111,7 +118,12 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args, **kwargs):
-        """As of diffusers, without the base, which `from_pretrained` has loaded: diffusers searches it in vain."""
+        """As of diffusers, without the base, which `from_pretrained` has loaded: diffusers searches it in vain.
+
+        Args:
+            *args: as of diffusers.
+            **kwargs: as of diffusers.
+        """
         config = super().load_config(*args, **kwargs)
         if isinstance(config, dict):
             config.pop("base", None)
@@ -144,6 +156,9 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         r"""Repair images.
 
+        In latent space, images go through the autoencoder, so a velocity of zero returns its reconstruction of them;
+        latents and the base's own results come back as they were.
+
         Args:
             images: what to repair, one or a batch: PIL; arrays ([batch,] height, width, channels) or tensors ([batch,]
                 channels, height, width), uint8 or floating point in [0, 1]. Left out, the base draws them.
@@ -155,7 +170,8 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
             strength: the flow time in [0, 1] at which to stop, in the same number of steps; 0 changes nothing.
             solver: "scheduler", or "dopri5", which chooses its steps by the tolerances and needs torchdiffeq. The
                 error is judged over the whole batch, so an image then depends on its batch within the tolerance.
-            rtol, atol: relative and absolute tolerance of dopri5, in the units of the network's input.
+            rtol: relative tolerance of dopri5.
+            atol: absolute tolerance of dopri5, in the units of the network's input.
             latents: what to repair in the network's own space, in place of images: (batch, channels, height, width),
                 in [-1, 1] or scaled latents. A base that is asked for "latent" gives them.
             base_kwargs: further arguments of the base's call, such as guidance_scale or batch_size.
@@ -168,13 +184,13 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
                 the returned dict holds under "latents" replaces the sample.
             callback_on_step_end_tensor_inputs: which tensors the callback sees; "latents" is the sample x_t.
 
-        In latent space, images go through the autoencoder, so a velocity of zero returns its reconstruction of them;
-        latents and the base's own results come back as they were.
-
-        Raises ValueError for images of another form, size, number of channels or range, for arguments that are missing
-        or out of range, and for a scheduler that is none of the two; ImportError for dopri5 without torchdiffeq.
-        NotFiniteError, a ValueError, where NaN or infinity comes up, with the step (the evaluation, for dopri5) and
-        the sample; ValueError where dopri5 needs more than `MOST_EVALUATIONS`.
+        Raises:
+            ValueError: for images of another form, size, number of channels or range, for arguments that are missing
+                or out of range, for a scheduler that is none of the two, and where dopri5 needs more than
+                `MOST_EVALUATIONS`.
+            ImportError: for dopri5 without torchdiffeq.
+            NotFiniteError: a ValueError, where NaN or infinity comes up, with the step (the evaluation, for dopri5)
+                and the sample.
         """
         check_call(self, output_type, callback_on_step_end_tensor_inputs)
         self._check_solver(num_inference_steps, strength, solver, rtol, atol, callback_on_step_end)
@@ -377,7 +393,12 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
     # diffusers reaches components that are modules, but not those of a nested pipeline
 
     def to(self, *args, **kwargs):
-        """As `DiffusionPipeline.to`, the base included."""
+        """As `DiffusionPipeline.to`, the base included.
+
+        Args:
+            *args: as there.
+            **kwargs: as there.
+        """
         super().to(*args, **kwargs)
         if self.base is not None:
             self.base.to(*args, **kwargs)
@@ -390,7 +411,12 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
             self.base.remove_all_hooks()
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """As `DiffusionPipeline.enable_model_cpu_offload`, the base included."""
+        """As `DiffusionPipeline.enable_model_cpu_offload`, the base included.
+
+        Args:
+            gpu_id: as there.
+            device: as there.
+        """
         super().enable_model_cpu_offload(gpu_id, device)
         if self.base is not None:
             self.base.enable_model_cpu_offload(gpu_id, device)
@@ -398,13 +424,23 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
     ) -> None:
-        """As `DiffusionPipeline.enable_sequential_cpu_offload`, the base included."""
+        """As `DiffusionPipeline.enable_sequential_cpu_offload`, the base included.
+
+        Args:
+            gpu_id: as there.
+            device: as there.
+        """
         super().enable_sequential_cpu_offload(gpu_id, device)
         if self.base is not None:
             self.base.enable_sequential_cpu_offload(gpu_id, device)
 
     def enable_group_offload(self, onload_device: torch.device, **options) -> None:
-        """As `DiffusionPipeline.enable_group_offload`, the base included; its other arguments are options."""
+        """As `DiffusionPipeline.enable_group_offload`, the base included.
+
+        Args:
+            onload_device: as there.
+            **options: its other arguments.
+        """
         super().enable_group_offload(onload_device, **options)
         if self.base is not None:
             self.base.enable_group_offload(onload_device, **options)

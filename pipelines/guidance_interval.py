@@ -37,7 +37,8 @@ class Guidance:
     `GuidanceInterval`. As a context manager it is in force for the block, and what was in force before is so again
     after it.
 
-    Raises ValueError for what is no pipeline, and for a layout or a guider that cannot be.
+    Raises:
+        ValueError: for what is no pipeline, and for a layout or a guider that cannot be.
     """
 
     def __init__(
@@ -151,13 +152,21 @@ class GuidanceInterval(Guidance):
     networks and takes them out again. Devices, offload hooks, compiled networks and pipelines that share a network
     are not touched. Like a pipeline itself, this is not made for calls from several threads.
 
-    pipe: any diffusers pipeline that is not modular. layout: how it guides, if it is not in the table or guides in
-    another way: "uncond, cond" for one batch with these halves, "uncond | cond" for rows that take turns,
-    "cond; uncond" for two calls. verify: prove the layout of a pipeline in the table as well, which costs one run of
-    all rows and a transfer of the first guided step's predictions. The other arguments: see `Interval`.
+    Args:
+        pipe: any diffusers pipeline that is not modular.
+        guidance_interval: (sigma_lo, sigma_hi), both at once; see `Interval`.
+        sigma_lo: guide in steps that start above this noise level; see `Interval`.
+        sigma_hi: and at most at this one; see `Interval`.
+        guided_steps: instead of sigmas, (first, last) inclusive; see `Interval`.
+        sigma_unit: of the sigmas, "edm" or "flow"; see `Interval`.
+        layout: how the pipeline guides, if it is not in the table or guides in another way: "uncond, cond" for one
+            batch with these halves, "uncond | cond" for rows that take turns, "cond; uncond" for two calls.
+        verify: prove the layout of a pipeline in the table as well, which costs one run of all rows and a transfer of
+            the first guided step's predictions.
 
-    Raises ValueError for arguments out of range and for pipelines whose layout is not known; a call raises ValueError
-    where it does not guide as its layout says, and warns where the interval has no effect.
+    Raises:
+        ValueError: for arguments out of range and for pipelines whose layout is not known; in a call, where it does
+            not guide as its layout says. A call warns where the interval has no effect.
     """
 
     @checked_arguments
@@ -199,8 +208,18 @@ def apply_guidance_interval(
 ) -> GuidanceInterval:
     """Limit the guidance of a pipeline from now on; a second time replaces the first.
 
-    guidance_interval, sigma_lo, sigma_hi, guided_steps, sigma_unit: see `Interval`. layout, verify: see
-    `GuidanceInterval`, which says what is raised as well.
+    Args:
+        pipe: any diffusers pipeline that is not modular.
+        guidance_interval: (sigma_lo, sigma_hi), both at once; see `Interval`.
+        sigma_lo: guide in steps that start above this noise level; see `Interval`.
+        sigma_hi: and at most at this one; see `Interval`.
+        guided_steps: instead of sigmas, (first, last) inclusive; see `Interval`.
+        sigma_unit: of the sigmas, "edm" or "flow"; see `Interval`.
+        layout: how the pipeline guides; see `GuidanceInterval`.
+        verify: prove the layout of a pipeline in the table as well; see `GuidanceInterval`.
+
+    Raises:
+        ValueError: as `GuidanceInterval`.
     """
     interval = GuidanceInterval(
         pipe,
@@ -218,7 +237,11 @@ def apply_guidance_interval(
 
 @checked_arguments
 def remove_guidance_interval(pipe: DiffusionPipeline) -> None:
-    """Guide as the pipeline itself does again, bit for bit; nothing happens to a pipeline without an interval."""
+    """Guide as the pipeline itself does again, bit for bit; nothing happens to a pipeline without an interval.
+
+    Args:
+        pipe: what `apply_guidance_interval` was called with.
+    """
     if pipe.__dict__.pop("_guidance_interval", None) is not None:
         pipe.__class__ = type(pipe).__mro__[1]
 
@@ -240,13 +263,24 @@ def apply_guider(
         apply_guider(pipe, AdaptiveProjectedGuidance(guidance_scale=10.0), guidance_interval=(0.28, 5.42))
         pipe("an astronaut", guidance_scale=5.0)  # any weight that makes two predictions
 
-    guider: one that combines a conditional and an unconditional prediction: `ClassifierFreeGuidance`,
-    `AdaptiveProjectedGuidance`, `ClassifierFreeZeroStarGuidance`, ... Its own weight counts, in its own convention,
-    not the call's; so do its `start` and `stop`, as fractions of the call's steps. Each call begins with the state of
-    the guider as given, which is not changed. Outside of the interval the prediction is the conditional one.
-    pipe: a pipeline of two predictions. The interval: as of `GuidanceInterval`; without one, guided in every step.
+    Outside of the interval the prediction is the conditional one.
 
-    Raises ValueError for other guiders and pipelines; a call raises it where it makes no unconditional prediction.
+    Args:
+        pipe: a pipeline of two predictions.
+        guider: one that combines a conditional and an unconditional prediction: `ClassifierFreeGuidance`,
+            `AdaptiveProjectedGuidance`, `ClassifierFreeZeroStarGuidance`, ... Its own weight counts, in its own
+            convention, not the call's; so do its `start` and `stop`, as fractions of the call's steps. Each call
+            begins with the state of the guider as given, which is not changed.
+        guidance_interval: (sigma_lo, sigma_hi), both at once; see `Interval`. Without an interval, guided in every
+            step.
+        sigma_lo: guide in steps that start above this noise level; see `Interval`.
+        sigma_hi: and at most at this one; see `Interval`.
+        guided_steps: instead of sigmas, (first, last) inclusive; see `Interval`.
+        sigma_unit: of the sigmas, "edm" or "flow"; see `Interval`.
+        layout: how the pipeline guides; see `GuidanceInterval`.
+
+    Raises:
+        ValueError: for other guiders and pipelines; in a call, where it makes no unconditional prediction.
     """
     check_guider(guider)
     given = any(value is not None for value in (guidance_interval, sigma_lo, sigma_hi, guided_steps))
@@ -264,13 +298,24 @@ def apply_guider(
 
 @checked_arguments
 def remove_guider(pipe: DiffusionPipeline) -> None:
-    """Guide as the pipeline itself does again, bit for bit; nothing happens to a pipeline without a guider."""
+    """Guide as the pipeline itself does again, bit for bit; nothing happens to a pipeline without a guider.
+
+    Args:
+        pipe: what `apply_guider` was called with.
+    """
     remove_guidance_interval(pipe)
 
 
 @checked_arguments
 def guidance_report(pipe: DiffusionPipeline) -> GuidanceReport:
-    """What the interval did in the pipeline's last call. Raises ValueError if there was no such call."""
+    """What the interval did in the pipeline's last call.
+
+    Args:
+        pipe: what `apply_guidance_interval` was called with.
+
+    Raises:
+        ValueError: if there was no such call.
+    """
     guidance = pipe.__dict__.get("_guidance_interval")
     if guidance is None or guidance.report is None:
         raise ValueError(

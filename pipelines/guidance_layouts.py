@@ -100,7 +100,11 @@ class Layout:
 
 
 def parse_layout(text: str) -> Layout:
-    """A layout as users write it. Raises ValueError for anything else."""
+    """A layout as users write it.
+
+    Raises:
+        ValueError: for anything else.
+    """
     kinds = {",": "batch", "|": "turns", ";": "calls"}
     found = [mark for mark in kinds if isinstance(text, str) and mark in text]
     parts = tuple(part.strip() for part in text.split(found[0])) if len(found) == 1 else ()

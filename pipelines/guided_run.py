@@ -66,7 +66,15 @@ class Plan:
 
 
 def make_plans(pipe: DiffusionPipeline, given: Layout | None) -> list[Plan]:
-    """Raises ValueError for a pipeline without a denoiser, and for one whose layout is not known."""
+    """How each guided stage of a pipeline is run.
+
+    Args:
+        pipe: the pipeline.
+        given: its layout, or None where that is to be found.
+
+    Raises:
+        ValueError: for a pipeline without a denoiser, and for one whose layout is not known.
+    """
     known = table_class(stock_class(pipe))
     if known is not None and known.__name__ in REFUSED:
         raise ValueError(f"{type(pipe).__name__} {REFUSED[known.__name__]}; {NOT_LIMITED}")
@@ -192,7 +200,11 @@ class Run:
             )
 
     def raise_without_guidance(self) -> None:
-        """Raises ValueError if there was no unconditional prediction, though one should be."""
+        """Check, after the call, that it was guided where it should be.
+
+        Raises:
+            ValueError: if there was no unconditional prediction, though one should be.
+        """
         if self.distilled:
             raise ValueError(f"{self.name} {DISTILLED} to leave out. {_TRUE_GUIDANCE}; {NOT_LIMITED}")
         asked = {name: value for name, value in self.scales.items() if _above_one(value)}

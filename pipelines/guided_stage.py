@@ -111,7 +111,11 @@ class Stage(Proof):
         self.early = 0
 
     def call(self, module: torch.nn.Module, call: Callable, args: tuple, kwargs: dict) -> Any:
-        """Answer a call of a network. Raises ValueError where the pipeline does not do as its layout says."""
+        """Answer a call of a network.
+
+        Raises:
+            ValueError: where the pipeline does not do as its layout says.
+        """
         arguments = dict(zip(self.parameters[id(module)], args, strict=False))
         arguments.update(kwargs)
         scheduler = self._scheduler(module)

@@ -22,14 +22,18 @@ class Interval:
 
     .. math:: w(\sigma) = w \text{ if } \sigma_{lo} < \sigma \le \sigma_{hi}, \text{ else } 1
 
-    sigma_lo, sigma_hi: by default 0 and infinity; in units of `sigma_unit`, "edm" for the ratio of the standard
-        deviations of noise and signal, whatever the scheduler's own unit, or "flow" for the sigma in [0, 1] of flow
-        matching, which is sigma / (1 - sigma) in the other. At least one of the two.
-    guided_steps: instead of sigmas, (first, last) inclusive, counted from 0 in the schedule as set; step [a, b] is
-        (sigma_{b+1}, sigma_a].
-    guidance_interval: (sigma_lo, sigma_hi), both at once.
+    Args:
+        sigma_lo: guide in steps that start above it; by default 0. At least one of the two sigmas.
+        sigma_hi: guide in steps that start at it or below; by default infinity.
+        guided_steps: instead of sigmas, (first, last) inclusive, counted from 0 in the schedule as set; step [a, b] is
+            (sigma_{b+1}, sigma_a].
+        sigma_unit: of the sigmas, "edm" for the ratio of the standard deviations of noise and signal, whatever the
+            scheduler's own unit, or "flow" for the sigma in [0, 1] of flow matching, which is sigma / (1 - sigma) in
+            the other.
+        guidance_interval: (sigma_lo, sigma_hi), both at once.
 
-    Raises ValueError for anything else.
+    Raises:
+        ValueError: for anything else.
     """
 
     def __init__(
@@ -60,7 +64,11 @@ class Interval:
         return f"({self.sigma_lo:g}, {self.sigma_hi:g}]"
 
     def __contains__(self, step: "StepStart") -> bool:
-        """Whether a step is guided. Raises ValueError if that cannot be told from this step."""
+        """Whether a step is guided.
+
+        Raises:
+            ValueError: if that cannot be told from this step.
+        """
         if self.guided_steps is not None:
             first, last = self.guided_steps
             if last >= step.count:
@@ -100,7 +108,11 @@ def _checked_sigmas(sigma_lo: Any, sigma_hi: Any, sigma_unit: str) -> tuple[floa
 
 
 def interval_bounds(guidance_interval: Any) -> tuple[float, float]:
-    """The argument (sigma_lo, sigma_hi) of a call as a pair. Raises ValueError for anything else."""
+    """The argument (sigma_lo, sigma_hi) of a call as a pair.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if not isinstance(guidance_interval, tuple | list) or len(guidance_interval) != 2:
         raise ValueError(
             f"guidance_interval must be two noise levels, (sigma_lo, sigma_hi), or None, got {guidance_interval!r}"
@@ -146,7 +158,9 @@ class Walk:
 
         timestep: of the evaluation, as in `scheduler.timesteps`; one a frame where frames differ, whose noisiest
         counts; None for a network that is not told (Amused's), which begins at the last `strength` of the schedule.
-        Raises ValueError if the timestep is not in the schedule.
+
+        Raises:
+            ValueError: if the timestep is not in the schedule.
         """
         self._read()
         if timestep is None and self.next is None:
@@ -175,7 +189,8 @@ class Walk:
     def nearest(self, timestep: Any) -> int:
         """The index of a timestep by its value, which is read from the device; of several, the one to be expected.
 
-        Raises ValueError for a timestep that is not in the schedule.
+        Raises:
+            ValueError: for a timestep that is not in the schedule.
         """
         self._read()
         given, length = self._value(timestep), getattr(self.scheduler, "config", {}).get("num_train_timesteps", 1)
@@ -235,7 +250,11 @@ class Walk:
 
 
 def read_step(scheduler: SchedulerMixin, timestep: Any) -> StepStart:
-    """The step of a schedule that starts at a timestep. Raises ValueError if the timestep is not in the schedule."""
+    """The step of a schedule that starts at a timestep.
+
+    Raises:
+        ValueError: if the timestep is not in the schedule.
+    """
     return Walk(scheduler).at(timestep)
 
 

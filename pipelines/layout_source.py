@@ -27,7 +27,10 @@ def propose(cls: type, networks: list[str]) -> Layout | None:
     """The layout that the source of a class shows; None for a class that is not made to guide.
 
     networks: names of the components that are called with a timestep. The class' `__call__`, and the methods that it
-    uses, are parsed; nothing is run. Raises ValueError if the source cannot be read or is ambiguous.
+    uses, are parsed; nothing is run.
+
+    Raises:
+        ValueError: if the source cannot be read or is ambiguous.
     """
     source = _Source(cls, [name for name in networks if "control" not in name.lower()])
     if problem := source.problem():

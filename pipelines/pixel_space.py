@@ -33,7 +33,15 @@ def is_integer(value) -> bool:
 
 
 def check_count(name: str, count) -> None:
-    """Raises ValueError, with name in it, unless count is None or an integer >= 1."""
+    """Check a number of things.
+
+    Args:
+        name: of the argument, for the message.
+        count: its value; None is allowed.
+
+    Raises:
+        ValueError: with name in it, unless count is None or an integer >= 1.
+    """
     if count is not None and not (is_integer(count) and count >= 1):
         raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
 
@@ -55,8 +63,15 @@ class NotFiniteError(ValueError):
 
 
 class FiniteWatch:
-    """Raises NotFiniteError where values of a sampler are not finite: at once on a CPU, elsewhere in `finish`, so
-    that the host does not wait for them in every step. num_steps: None where nobody knows it."""
+    """Looks whether the values of a sampler are finite.
+
+    Args:
+        num_steps: of the sampler; None where nobody knows it.
+
+    Raises:
+        NotFiniteError: where values of a sampler are not finite: at once on a CPU, elsewhere in `finish`, so that the
+            host does not wait for them in every step.
+    """
 
     def __init__(self, num_steps: int | None):
         self.num_steps, self.seen = num_steps, []
@@ -76,7 +91,11 @@ class FiniteWatch:
 
 
 def checked_decoding(images: torch.Tensor) -> torch.Tensor:
-    """Images (batch, ...) that a VAE made. Raises ValueError where they are not finite, as those in float16 may be."""
+    """Images (batch, ...) that a VAE made.
+
+    Raises:
+        ValueError: where they are not finite, as those in float16 may be.
+    """
     finite = images.isfinite().flatten(1).all(dim=1)
     if not finite.all():
         raise ValueError(
@@ -87,14 +106,31 @@ def checked_decoding(images: torch.Tensor) -> torch.Tensor:
 
 
 def check_call(pipeline: DiffusionPipeline, output_type: str, callback_tensors: list[str]) -> None:
-    """Raises ValueError for an unknown output type and for tensors that the pipeline shows to no callback."""
+    """Check two arguments of a pipeline's call.
+
+    Args:
+        pipeline: whose call it is.
+        output_type: "pil", "np", "pt" or "latent".
+        callback_tensors: names of the tensors that a callback asks for.
+
+    Raises:
+        ValueError: for an unknown output type and for tensors that the pipeline shows to no callback.
+    """
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
     check_callback(pipeline, callback_tensors)
 
 
 def check_callback(pipeline: DiffusionPipeline, callback_tensors: list[str]) -> None:
-    """Raises ValueError for tensors that the pipeline shows to no callback."""
+    """Check what a callback asks for.
+
+    Args:
+        pipeline: whose call it is.
+        callback_tensors: names of the tensors that a callback asks for.
+
+    Raises:
+        ValueError: for tensors that the pipeline shows to no callback.
+    """
     known = pipeline._callback_tensor_inputs
     unknown = set(callback_tensors) - set(known)
     if unknown:
@@ -102,7 +138,11 @@ def check_callback(pipeline: DiffusionPipeline, callback_tensors: list[str]) -> 
 
 
 def checked_generator(generator, batch_size: int):
-    """One generator or None as it is, several as a list of one a sample. Raises ValueError for anything else."""
+    """One generator or None as it is, several as a list of one a sample.
+
+    Raises:
+        ValueError: for anything else.
+    """
     several = list(generator) if isinstance(generator, list | tuple) else [generator]
     if not all(isinstance(one, torch.Generator) for one in several) and generator is not None:
         raise ValueError(
@@ -121,8 +161,10 @@ def checked_generator(generator, batch_size: int):
 def checked_labels(class_labels, num_classes: int | None, null_class: int | None = None) -> list[int] | None:
     """The labels as a list of one or of many integers; None where none are given and none are needed.
 
-    num_classes: of the model, None for an unconditional one. Raises ValueError for labels that are missing, not
-    wanted, out of range or no integers.
+    num_classes: of the model, None for an unconditional one.
+
+    Raises:
+        ValueError: for labels that are missing, not wanted, out of range or no integers.
     """
     if class_labels is None:
         if num_classes is not None and null_class is None:
@@ -145,7 +187,11 @@ def checked_labels(class_labels, num_classes: int | None, null_class: int | None
 
 
 def label_tensor(labels: list[int] | torch.Tensor, batch_size: int, device: torch.device) -> torch.Tensor:
-    """(batch_size, ...) of one label, or row of labels, or of one an image. Raises ValueError for another number."""
+    """(batch_size, ...) of one label, or row of labels, or of one an image.
+
+    Raises:
+        ValueError: for another number.
+    """
     if len(labels) not in (1, batch_size):
         raise ValueError(f"class_labels must hold 1 or batch_size={batch_size} labels, got {len(labels)}")
     labels = torch.as_tensor(labels, device=device)
@@ -167,7 +213,10 @@ def initial_noise(
     """Noise of unit variance (batch_size, channels, height, width): the latents as they are, or drawn.
 
     size, device, dtype: of what is drawn. size: (height, width), or one number for both; None where the model does not
-    say. Raises ValueError for latents of another shape, and where there is no size.
+    say.
+
+    Raises:
+        ValueError: for latents of another shape, and where there is no size.
     """
     if latents is None:
         if size is None:
@@ -204,7 +253,10 @@ def image_tensor(name: str, image, channels: int) -> torch.Tensor:
     """Images as float32 (batch, channels, height, width) in [0, 1] on their device.
 
     image: PIL, arrays ([batch,] height, width, channels) or tensors ([batch,] channels, height, width), uint8 or
-    floating point in [0, 1]; or a list of them, of one size. Raises ValueError, with name in it, for anything else.
+    floating point in [0, 1]; or a list of them, of one size.
+
+    Raises:
+        ValueError: with name in it, for anything else.
     """
     from PIL import Image
 

@@ -19,8 +19,9 @@ def respaced_timesteps(respacing: str, num_train_timesteps: int = 1000) -> list[
 
     A plain integer as `num_inference_steps` is the scheduler's own spacing, which may be another one.
 
-    Raises ValueError for other strings, no timestep at all, more timesteps than there are, and an N that no integer
-    stride gives.
+    Raises:
+        ValueError: for other strings, no timestep at all, more timesteps than there are, and an N that no integer
+            stride gives.
     """
     try:
         if respacing.startswith("ddim"):
@@ -61,8 +62,10 @@ def set_timesteps(scheduler, num_inference_steps: int | str, timesteps: list[int
     """Set a scheduler's schedule by its length, by a respacing, or timestep by timestep, which comes first.
 
     A scheduler that skips steps drops them from a schedule of its own and from a respacing; a list runs as given.
-    Raises ValueError for a list that is not strictly decreasing in the range of training timesteps, and for a
-    respacing or a list given to a scheduler that takes no timesteps.
+
+    Raises:
+        ValueError: for a list that is not strictly decreasing in the range of training timesteps, and for a respacing
+            or a list given to a scheduler that takes no timesteps.
     """
     if timesteps is None and isinstance(num_inference_steps, str):
         timesteps = respaced_timesteps(num_inference_steps, scheduler.config.num_train_timesteps)
@@ -91,7 +94,11 @@ def is_boost_and_skip(scheduler) -> bool:
 
 
 def kept_steps(steps, skip_steps: int):
-    """The steps without the first ones. Raises ValueError where none is left."""
+    """The steps without the first ones.
+
+    Raises:
+        ValueError: where none is left.
+    """
     if skip_steps >= len(steps):
         raise ValueError(
             f"skip_steps={skip_steps} leaves no step of a schedule of {len(steps)}; use 0 <= skip_steps <"
@@ -103,7 +110,8 @@ def kept_steps(steps, skip_steps: int):
 def checked_timesteps(timesteps: list[int], end: int) -> list[int]:
     """The list, if it holds strictly decreasing integers in [0, end); a negative one would index from the end.
 
-    Raises ValueError for any other.
+    Raises:
+        ValueError: for any other.
     """
     table = list(timesteps)
     integers = all(isinstance(t, Integral) and not isinstance(t, bool) for t in table)

@@ -40,7 +40,8 @@ class Cut(NamedTuple):
 def count_rows(arguments: dict[str, Any]) -> Rows:
     """Rows of the first argument that has rows: the noisy sample, in every diffusers model but packed ones.
 
-    Raises ValueError where there is none.
+    Raises:
+        ValueError: where there is none.
     """
     for value in arguments.values():
         if isinstance(value, torch.Tensor) and value.ndim > 0:

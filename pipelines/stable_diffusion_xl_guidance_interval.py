@@ -34,8 +34,10 @@ def edm_sigmas(
     .. math:: \sigma_i = \left(\sigma_{max}^{1/\rho}
         + \tfrac{i}{N-1}(\sigma_{min}^{1/\rho} - \sigma_{max}^{1/\rho})\right)^\rho
 
-    Returns a float64 tensor (num_steps,), decreasing, without the final 0. Raises ValueError unless num_steps >= 2,
-    0 < sigma_min < sigma_max and rho > 0.
+    Returns a float64 tensor (num_steps,), decreasing, without the final 0.
+
+    Raises:
+        ValueError: unless num_steps >= 2, 0 < sigma_min < sigma_max and rho > 0.
     """
     if not (num_steps >= 2 and 0 < sigma_min < sigma_max and rho > 0):
         raise ValueError(
@@ -51,7 +53,10 @@ def timesteps_of_sigmas(scheduler: SchedulerMixin, sigmas: torch.Tensor) -> list
     """Fractional training timesteps of noise levels, for `timesteps=` of schedulers that take no `sigmas=`.
 
     diffusers' Heun fixes rho at 7, but interpolates the noise levels of the timesteps that it is given; these are
-    where it then arrives at `sigmas` (steps,). Raises ValueError for sigmas outside of the scheduler's range.
+    where it then arrives at `sigmas` (steps,).
+
+    Raises:
+        ValueError: for sigmas outside of the scheduler's range.
     """
     alphas_cumprod = scheduler.alphas_cumprod.cpu()  # `add_noise` moves them to the samples' device
     table = ((1 - alphas_cumprod) / alphas_cumprod).double().sqrt().numpy()
@@ -108,7 +113,8 @@ class StableDiffusionXLGuidanceIntervalPipeline(StableDiffusionXLPipeline):
     def __call__(self, *args, guidance_interval: tuple[float, float] | None = None, **kwargs):
         """As of `StableDiffusionXLPipeline`, guided where sigma_lo < sigma <= sigma_hi of guidance_interval.
 
-        Raises ValueError unless that is None or a pair with 0 <= sigma_lo < sigma_hi.
+        Raises:
+            ValueError: unless that is None or a pair with 0 <= sigma_lo < sigma_hi.
         """
         stock = StableDiffusionXLPipeline.__call__
         if guidance_interval is None:

@@ -30,7 +30,10 @@ Generators = torch.Generator | list[torch.Generator] | None
 def uniforms(shape: tuple[int, ...], generator: Generators, device: torch.device) -> torch.Tensor:
     """Uniforms in (0, 1), float32 on the device, fine near 0; shape[0] is the batch where generators are a list.
 
-    They are put together where the generator lives and are moved once. Raises ValueError for a list of another length.
+    They are put together where the generator lives and are moved once.
+
+    Raises:
+        ValueError: for a list of another length.
     """
     if not isinstance(generator, list):
         return _composed(shape, generator, device if generator is None else generator.device).to(device)

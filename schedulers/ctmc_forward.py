@@ -43,7 +43,8 @@ class ForwardChain:
         device: of the result; by default the timestep's. An entry of `timesteps` was computed with the schedule; times
         on the host are computed in float64; other times on a device are computed there in float32.
 
-        Raises ValueError for times outside of [0, 1], another number of them, and a batch_size below 1.
+        Raises:
+            ValueError: for times outside of [0, 1], another number of them, and a batch_size below 1.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be an integer >= 1, got {batch_size}")
@@ -68,7 +69,8 @@ class ForwardChain:
     def transition_matrix(self, timestep: float, next_timestep: float = 0.0) -> torch.Tensor:
         """P[i, j] = P(x_t = j | x_s = i), (vocab, vocab) float64, from s = next_timestep to the larger t.
 
-        Raises ValueError unless 0 <= s <= t <= 1.
+        Raises:
+            ValueError: unless 0 <= s <= t <= 1.
         """
         if not 0 <= next_timestep <= timestep <= 1:
             raise ValueError(f"need 0 <= next_timestep <= timestep <= 1, got {next_timestep=} and {timestep=}")
@@ -79,7 +81,8 @@ class ForwardChain:
     def rate_matrix(self, timestep: float) -> torch.Tensor:
         """Forward rates sigma(t) Q, [i, j] from i to j, (vocab, vocab) float64; its rows sum to 0.
 
-        Raises ValueError for a time outside of [0, 1].
+        Raises:
+            ValueError: for a time outside of [0, 1].
         """
         if not 0 <= timestep <= 1:
             raise ValueError(f"timestep must lie in [0, 1], got {timestep}")
@@ -91,7 +94,8 @@ class ForwardChain:
     ) -> torch.Tensor:
         """Tokens at time 1, int64 of the shape (batch, length): masks, uniform ones, or of the kernel's Gaussian.
 
-        Raises ValueError for another shape, and for a list of generators that are not one a sample.
+        Raises:
+            ValueError: for another shape, and for a list of generators that are not one a sample.
         """
         if len(shape) != 2 or min(shape) < 1:
             raise ValueError(f"shape must be (batch, length), both >= 1, got {shape}")
@@ -139,8 +143,9 @@ class ForwardChain:
         time. original_samples: (batch, length). noise: uniforms (batch, length) or a generator.
         Returns tokens (batch, length) int64 and times (batch,) float32 in [min_timestep, 1].
 
-        Raises ValueError for another kernel or noise schedule than absorbing and loglinear, and for a number of tokens
-        below 0 or above the length.
+        Raises:
+            ValueError: for another kernel or noise schedule than absorbing and loglinear, and for a number of tokens
+                below 0 or above the length.
         """
         x0 = original_samples
         check_tokens(x0)

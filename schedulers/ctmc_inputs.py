@@ -30,7 +30,8 @@ def check_step_inputs(vocab_size: int, model_output, sample: torch.Tensor, gener
 def recorded_noise(kernel, noise, x0: torch.Tensor):
     """Recorded noise of `add_noise`, a tensor or a pair, on the device of the tokens.
 
-    Raises ValueError for other shapes, and for what is no uniform in [0, 1) and no token.
+    Raises:
+        ValueError: for other shapes, and for what is no uniform in [0, 1) and no token.
     """
     pair = isinstance(noise, tuple)
     shapes = [tuple(n.shape) for n in noise] if pair else tuple(noise.shape)
@@ -52,7 +53,11 @@ def check_number(count: int, batch: int) -> None:
 
 
 def batch_times(times: list[float], batch: int) -> list[float]:
-    """The time of each sample. Raises ValueError for another number of them and for times outside of (0, 1]."""
+    """The time of each sample.
+
+    Raises:
+        ValueError: for another number of them and for times outside of (0, 1].
+    """
     check_number(len(times), batch)
     if not all(0 < time <= 1 for time in times):
         raise ValueError(f"timestep must lie in (0, 1], got {times}")
@@ -60,7 +65,11 @@ def batch_times(times: list[float], batch: int) -> list[float]:
 
 
 def spans(starts: list[float], ends: list[float], least: float) -> list[tuple[float, float]]:
-    """Where the step of each sample starts and ends. Raises ValueError for ends below `least` or not before it."""
+    """Where the step of each sample starts and ends.
+
+    Raises:
+        ValueError: for ends below `least` or not before it.
+    """
     check_number(len(ends), len(starts))
     ends = ends if len(ends) == len(starts) else ends * len(starts)
     if not all(least <= end < start for start, end in zip(starts, ends, strict=True)):
@@ -72,7 +81,8 @@ def spans(starts: list[float], ends: list[float], least: float) -> list[tuple[fl
 def counts_of(num_decode, device: torch.device, batch: int) -> int | torch.Tensor:
     """How many masks a gillespie step decodes: one number, or (batch,) on the device.
 
-    Raises ValueError for what is no integer, and for a negative one on the host; on a device it decodes nothing.
+    Raises:
+        ValueError: for what is no integer, and for a negative one on the host; on a device it decodes nothing.
     """
     counts = torch.as_tensor(num_decode)
     on_device = counts.device.type != "cpu"  # its numbers are not read

@@ -366,7 +366,11 @@ class ReversibleKernel:
         return ratio.mul_(self._on(x.device, sigma_bar - next_sigma_bar).T[x])
 
     def score_entropy(self, log_score, noisy, original, sigma_bar: torch.Tensor) -> torch.Tensor:
-        """Raises ValueError: scores are not predicted for ordered tokens."""
+        """Not possible: scores are not predicted for ordered tokens.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError(f"score entropy is for kernel='absorbing' and 'uniform', this is {self.name!r}")
 
 

@@ -129,7 +129,11 @@ class ThetaTrapezoidalSampler:
         return move(self.chain, weights, output, sample, times, generator, noise)
 
     def finish(self, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
-        """Tokens at the ends of `times`, where the step ends. Raises ValueError if no step was begun."""
+        """Tokens at the ends of `times`, where the step ends.
+
+        Raises:
+            ValueError: if no step was begun.
+        """
         begun, self._begun = self._begun, None
         inside = [now for now, _ in times]
         if begun is None or begun[1].shape != sample.shape or [then for _, then in begun[2]] != inside:

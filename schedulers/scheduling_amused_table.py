@@ -30,7 +30,8 @@ class TableAmusedScheduler(AmusedScheduler):
     `set_timesteps(n, temperature=(1e6, 1e6))`. Choosing the confident ones errs by itself, whatever the steps are.
     With a table, tokens that are no masks stay; diffusers' scheduler may mask them again at temperatures above 4.
 
-    Raises ValueError for tables that do not decrease strictly in (0, 1], and for another spacing.
+    Raises:
+        ValueError: for tables that do not decrease strictly in (0, 1], and for another spacing.
     """
 
     @register_to_config
@@ -57,7 +58,8 @@ class TableAmusedScheduler(AmusedScheduler):
     ) -> None:
         """The steps n - 1 to 0, as of diffusers' scheduler.
 
-        Raises ValueError for fewer than 1, and for a temperature that is neither one nor a first and a last.
+        Raises:
+            ValueError: for fewer than 1, and for a temperature that is neither one nor a first and a last.
         """
         if isinstance(temperature, list | tuple) and len(temperature) != 2:
             raise ValueError(f"temperature must be a number, or a first and a last, got {temperature}")
@@ -69,7 +71,8 @@ class TableAmusedScheduler(AmusedScheduler):
     def table(self) -> list[float] | None:
         """The edges for the number of steps as set, or None where diffusers' masking schedule holds.
 
-        Raises ValueError before `set_timesteps`.
+        Raises:
+            ValueError: before `set_timesteps`.
         """
         if self.timesteps is None:
             raise ValueError("this scheduler has no steps yet; call set_timesteps first")
@@ -90,7 +93,8 @@ class TableAmusedScheduler(AmusedScheduler):
         model_output: logits (batch, length, tokens), or (batch, tokens, height, width). timestep: n - 1 to 0. sample:
         (batch, length) or (batch, height, width) int64. starting_mask_ratio: the share that all shares are of.
 
-        Raises ValueError for other shapes, a timestep that is none, and another vocabulary than the tables'.
+        Raises:
+            ValueError: for other shapes, a timestep that is none, and another vocabulary than the tables'.
         """
         flat = sample.ndim == 2 and model_output.shape[:-1] == sample.shape
         square = sample.ndim == 3 and model_output.ndim == 4 and model_output[:, 0].shape == sample.shape

@@ -31,7 +31,8 @@ class TableBlockRefinementScheduler(BlockRefinementScheduler):
     the steps are. The mode without masks (DiffusionGemma) is no reverse chain and has no tables, which is for networks
     that `TableDiscreteDDIMScheduler` samples as well.
 
-    Raises ValueError for tables that do not decrease strictly in (0, 1], and for another spacing.
+    Raises:
+        ValueError: for tables that do not decrease strictly in (0, 1], and for another spacing.
     """
 
     @register_to_config
@@ -97,8 +98,9 @@ class TableBlockRefinementScheduler(BlockRefinementScheduler):
         model_output: logits (batch, block_length, vocab_size). timestep: the step, from 0. sample: (batch,
         block_length) int64. prompt_mask: (block_length,) bool.
 
-        Raises ValueError for other shapes; and with tables before `set_timesteps`, without a mask_token_id, and for
-        another vocabulary than theirs.
+        Raises:
+            ValueError: for other shapes; and with tables before `set_timesteps`, without a mask_token_id, and for
+                another vocabulary than theirs.
         """
         if sample.ndim != 2 or model_output.shape[:-1] != sample.shape:
             raise ValueError(

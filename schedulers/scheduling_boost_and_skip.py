@@ -171,7 +171,11 @@ class _BoostAndSkip:
 
     @checked_arguments
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """As of the stock scheduler. Raises ValueError for no timestep: image-to-image with nothing left to do."""
+        """As of the stock scheduler.
+
+        Raises:
+            ValueError: for no timestep: image-to-image with nothing left to do.
+        """
         if noise.shape != original_samples.shape:
             raise ValueError(f"noise must have the shape {tuple(original_samples.shape)}, got {tuple(noise.shape)}.")
         if timesteps.ndim > 1 or timesteps.numel() not in (0, 1, len(original_samples)):
@@ -334,8 +338,9 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
     def previous_timestep(self, timestep: int | torch.Tensor) -> int:
         """The timestep that a step from `timestep` ends at: the next smaller one of the table; negative: clean data.
 
-        Raises ValueError for a timestep before the first one of the table, and for one that is no integer >= 0 (the
-        stock rule, where it holds, asks for no table).
+        Raises:
+            ValueError: for a timestep before the first one of the table, and for one that is no integer >= 0 (the
+                stock rule, where it holds, asks for no table).
         """
         one = isinstance(timestep, torch.Tensor) and timestep.numel() == 1
         if not (one or is_of_kind(timestep, float)) or not math.isfinite(timestep):
@@ -470,9 +475,15 @@ def boost_and_skip(
     """The Boost-and-Skip scheduler with the config of `scheduler`; one that is boosted already gets the new numbers.
 
     A number left out is off for a stock scheduler (gamma 1, no skip) and stays as it is for a boosted one, of which a
-    new skip of either kind replaces the old one. The class must be one of the four exactly: a subclass, or a variant
-    such as `DDPMParallelScheduler`, may hold tables of its own, which a cut would not reach. The result is a new
-    scheduler: call `set_timesteps` on it.
+    new skip of either kind replaces the old one. The result is a new scheduler: call `set_timesteps` on it.
+
+    Args:
+        scheduler: of one of the four classes exactly, or boosted already. A subclass, or a variant such as
+            `DDPMParallelScheduler`, may hold tables of its own, which a cut would not reach.
+        gamma: factor on the standard deviation of the initial noise, > 0.
+        skip_steps: how many of the first steps to drop, >= 0.
+        skip_to_sigma: instead, the noise level to start from, noise over signal: the steps before the one whose level
+            is nearest are dropped.
 
     Raises:
         ValueError: for a scheduler of any other class, if a number is out of range, and for both kinds of skip.

@@ -44,32 +44,47 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
             output = model(sample, scheduler.model_time(t, len(sample))).sample
             sample = scheduler.step(output, t, sample, generator).prev_sample
 
-    kernel: what Q is. "absorbing" to a mask, "uniform", "gaussian" (ordered tokens, tauLDR), "birth_death" (to either
-        neighbour).
-    vocab_size: number of tokens; the mask of the absorbing kernel counts and is the last one.
-    noise_schedule: "loglinear", "cosine", "arccos" (with `eps`), "geometric" (`sigma_min`, `sigma_max`),
-        "exponential" (`time_base`, `time_exponential`), "constant" (`constant_rate`).
-    sampler: "euler" (tau-leaping: the rates are held over a step), "tweedie" (each token by its exact posterior given
-        the network's prediction; the analytic sampler of SEDD), "theta_trapezoidal" (of second order, two network
-        calls a step) or "gillespie" (k-Gillespie: decodes an exact number of masks a step, those that jump first).
-    jumps: of the euler sampler. "categorical": one jump at most, with probabilities 1{x} + dt R. "poisson": the number
-        of jumps to each token is Poisson distributed, the jumps are added and clamped to the vocabulary (tauLDR).
-        None: "poisson" for ordered tokens, otherwise "categorical".
-    prediction_type: what the network returns, (batch, length, vocab_size): "log_score", log p_t(y)/p_t(x), 0 at the
-        current token; "x0", logits of p(x_0 | x_t); "probabilities", p(x_0 | x_t) itself. The column of the mask
-        is not read.
-    time_conditioning: what the network receives, sigma_bar(t) or the timestep t itself (tauLDR): `model_time`.
-    num_corrector_steps, corrector_entry_time, corrector_step_size_multiplier: after each step that starts at a
-        time <= the entry time, so many corrector steps of multiplier times the step's length; `step_correct` does one.
-    timestep_spacing: "table", edges out of timestep_tables, or even ones where there are no tables at all; "uniform",
-        even ones. timestep_tables: {"16": [t_0, ..., t_16], ...}, optimised edges by number of steps.
-        timestep_table_info: where each comes from; of it are read the `chain` and the `sampler` that it was made for.
-    min_timestep: the last edge, where the final denoising takes place. eps: of the noise schedule.
-    eps_ratio: added to the denominator P[x_0, x] of x0 predictions (1e-9 in tauLDR, 1e-6 in Jump Your Steps).
-    rate_sigma, Q_sigma: of the gaussian kernel.
+    Timesteps lie in (0, 1] and may be a number, a tensor (), or one a sample, (batch,).
 
-    Timesteps lie in (0, 1] and may be a number, a tensor (), or one a sample, (batch,). Raises ValueError for values
-    outside of what is listed, and for combinations without a meaning, with the reason.
+    Args:
+        kernel: what Q is. "absorbing" to a mask, "uniform", "gaussian" (ordered tokens, tauLDR), "birth_death" (to
+            either neighbour).
+        vocab_size: number of tokens; the mask of the absorbing kernel counts and is the last one.
+        noise_schedule: "loglinear", "cosine", "arccos" (with `eps`), "geometric" (`sigma_min`, `sigma_max`),
+            "exponential" (`time_base`, `time_exponential`), "constant" (`constant_rate`).
+        sampler: "euler" (tau-leaping: the rates are held over a step), "tweedie" (each token by its exact posterior
+            given the network's prediction; the analytic sampler of SEDD), "theta_trapezoidal" (of second order, two
+            network calls a step) or "gillespie" (k-Gillespie: decodes an exact number of masks a step, those that jump
+            first).
+        prediction_type: what the network returns, (batch, length, vocab_size): "log_score", log p_t(y)/p_t(x), 0 at
+            the current token; "x0", logits of p(x_0 | x_t); "probabilities", p(x_0 | x_t) itself. The column of the
+            mask is not read.
+        jumps: of the euler sampler. "categorical": one jump at most, with probabilities 1{x} + dt R. "poisson": the
+            number of jumps to each token is Poisson distributed, the jumps are added and clamped to the vocabulary
+            (tauLDR). None: "poisson" for ordered tokens, otherwise "categorical".
+        time_conditioning: what the network receives, sigma_bar(t) or the timestep t itself (tauLDR): `model_time`.
+        num_corrector_steps: after each step that starts at a time <= the entry time, so many corrector steps;
+            `step_correct` does one.
+        corrector_entry_time: steps that start at a larger time have no corrector steps.
+        corrector_step_size_multiplier: length of a corrector step over that of the step before.
+        timestep_tables: {"16": [t_0, ..., t_16], ...}, optimised edges by number of steps.
+        timestep_table_info: where each of the tables comes from; of it are read the `chain` and the `sampler` that it
+            was made for.
+        timestep_spacing: "table", edges out of timestep_tables, or even ones where there are no tables at all;
+            "uniform", even ones.
+        min_timestep: the last edge, where the final denoising takes place.
+        eps: of the noise schedule.
+        eps_ratio: added to the denominator P[x_0, x] of x0 predictions (1e-9 in tauLDR, 1e-6 in Jump Your Steps).
+        sigma_min: of the geometric noise schedule.
+        sigma_max: of the geometric noise schedule.
+        time_base: of the exponential noise schedule.
+        time_exponential: of the exponential noise schedule.
+        constant_rate: of the constant noise schedule.
+        rate_sigma: of the gaussian kernel.
+        Q_sigma: of the gaussian kernel.
+
+    Raises:
+        ValueError: for values outside of what is listed, and for combinations without a meaning, with the reason.
     """
 
     init_noise_sigma = 1.0  # tokens have no scale; for code that treats all schedulers alike
@@ -114,7 +129,16 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config, return_unused_kwargs: bool = False, **kwargs):
-        """As of every scheduler. Raises ValueError for the config of one that knows no tokens."""
+        """As of every scheduler.
+
+        Args:
+            config: of a `CTMCScheduler`.
+            return_unused_kwargs: as of every scheduler.
+            **kwargs: values to change.
+
+        Raises:
+            ValueError: for the config of one that knows no tokens.
+        """
         check_source(config, kwargs, cls._get_init_keys(cls))
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -130,7 +154,12 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
 
     @checked_arguments
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """The sample, (batch, length), as it is: tokens have no scale."""
+        """The sample, as it is: tokens have no scale.
+
+        Args:
+            sample: (batch, length).
+            timestep: not used.
+        """
         return sample
 
     # Schedule
@@ -144,16 +173,19 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
     ) -> None:
         """Set the edges of the steps. `timesteps` then holds where the network is evaluated.
 
-        num_inference_steps: n steps between n + 1 edges, from 1 to `min_timestep` or the table's last edge. With
-            timestep_spacing "table" they are the table for n, or lie between those for the next smaller and the next
-            larger number of steps (`timestep_tables.interpolated_edges`).
-        timesteps: the n + 1 edges themselves, a list or (n + 1,), strictly decreasing in (0, 1]; they win.
-
         The network is evaluated at every edge, at the last one for the final denoising; theta_trapezoidal also in the
         middle of each step, gillespie not at a last edge <= `min_timestep`, where nothing is left to decode.
 
-        Raises ValueError unless exactly one of the two is given, for edges that do not decrease, and for tables that
-        were made for another chain.
+        Args:
+            num_inference_steps: n steps between n + 1 edges, from 1 to `min_timestep` or the table's last edge. With
+                timestep_spacing "table" they are the table for n, or lie between those for the next smaller and the
+                next larger number of steps (`timestep_tables.interpolated_edges`).
+            device: of `timesteps`.
+            timesteps: the n + 1 edges themselves, a list or (n + 1,), strictly decreasing in (0, 1]; they win.
+
+        Raises:
+            ValueError: unless exactly one of the two is given, for edges that do not decrease, and for tables that
+                were made for another chain.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError(
@@ -182,7 +214,11 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
 
     @property
     def edges(self) -> torch.Tensor:
-        """The n + 1 edges of the schedule as set, (n + 1,) float64 on the CPU. Raises ValueError if none is set."""
+        """The n + 1 edges of the schedule as set, (n + 1,) float64 on the CPU.
+
+        Raises:
+            ValueError: if none is set.
+        """
         return torch.tensor(self._schedule().edges, dtype=torch.float64)
 
     def _schedule(self) -> StepEdges:
@@ -199,7 +235,10 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
         A row sums to 0: the entry of the current token is minus the rate of leaving it. Positions that the absorbing
         kernel has decoded never jump again; their rows are 0.
 
-        model_output: (batch, length, vocab), see `prediction_type`. sample: (batch, length) int64.
+        Args:
+            model_output: (batch, length, vocab), see `prediction_type`.
+            timestep: at which the network was evaluated, one or (batch,).
+            sample: the current tokens, (batch, length) int64.
         """
 
         def rates(output, x, time):
@@ -212,7 +251,12 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
     def scores(self, model_output: torch.Tensor, timestep: Times, sample: torch.Tensor) -> torch.Tensor:
         """Ratios p_t(y) / p_t(x) of every token y to the current token x, (batch, length, vocab) float32; 1 at x.
 
-        At positions that the absorbing kernel has decoded they say nothing and are 1. Arguments as of `reverse_rates`.
+        At positions that the absorbing kernel has decoded they say nothing and are 1.
+
+        Args:
+            model_output: as of `reverse_rates`.
+            timestep: as of `reverse_rates`.
+            sample: as of `reverse_rates`.
         """
 
         def ratios(output, x, time):
@@ -245,20 +289,24 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
     ) -> CTMCSchedulerOutput | tuple:
         """One step of the sampler, from a timestep to the next edge; at the last edge, the final denoising.
 
-        model_output: (batch, length, vocab) at `sample` and `timestep`. sample: (batch, length) int64.
-        timestep: an edge of the schedule; or any time, also one a sample, (batch,), together with next_timestep or,
-            for gillespie, num_decode.
-        next_timestep: where the step ends; it may lie below 0 for euler, which knows its length only.
-        num_decode: how many masks a sample gillespie decodes, an integer or (batch,); a sample with fewer masks left
-            decodes those.
-        generator: one, or a list of one a sample, which makes a sample independent of its batch.
-        noise: instead of a generator, recorded uniforms in [0, 1) (batch, length, vocab); for jumps="poisson" the
-            counts themselves; for gillespie a pair, uniforms (batch, length) of the holding times and (batch,
-            num_decode, vocab - 1) of the tokens in the order in which they are decoded; for the final denoising of
-            the absorbing kernel (batch, length, vocab - 1).
+        Args:
+            model_output: (batch, length, vocab) at `sample` and `timestep`.
+            timestep: an edge of the schedule; or any time, also one a sample, (batch,), together with next_timestep
+                or, for gillespie, num_decode.
+            sample: (batch, length) int64.
+            generator: one, or a list of one a sample, which makes a sample independent of its batch.
+            next_timestep: where the step ends; it may lie below 0 for euler, which knows its length only.
+            num_decode: how many masks a sample gillespie decodes, an integer or (batch,); a sample with fewer masks
+                left decodes those.
+            noise: instead of a generator, recorded uniforms in [0, 1) (batch, length, vocab); for jumps="poisson" the
+                counts themselves; for gillespie a pair, uniforms (batch, length) of the holding times and (batch,
+                num_decode, vocab - 1) of the tokens in the order in which they are decoded; for the final denoising of
+                the absorbing kernel (batch, length, vocab - 1).
+            return_dict: whether to return a `CTMCSchedulerOutput` or a tuple.
 
-        Raises ValueError for other shapes, for times that are no edges where the step's end is not given, do not
-        decrease or leave (0, 1], and for num_decode with another sampler than gillespie.
+        Raises:
+            ValueError: for other shapes, for times that are no edges where the step's end is not given, do not
+                decrease or leave (0, 1], and for num_decode with another sampler than gillespie.
         """
         check_step_inputs(self.config.vocab_size, model_output, sample, generator)
         if self.sampler.counts_tokens:
@@ -323,10 +371,19 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
         r"""One corrector step at a fixed time: a leap with the rates R_t + \hat R_t, which leave p_t as it is.
 
         R_t(x, y) = sigma(t) Q[x, y] are the forward rates out of the current token (2205.14987, section 4.3).
-        model_output: at `sample` and `timestep`. step_size: the time that the leap takes; it is a multiple,
-        `corrector_step_size_multiplier`, of the length of the step before, in tauLDR. noise: as in `step`.
 
-        Raises ValueError for other shapes, with gillespie, and for a step_size that is not finite and > 0.
+        Args:
+            model_output: (batch, length, vocab) at `sample` and `timestep`.
+            timestep: of the sample, one or (batch,).
+            sample: (batch, length) int64.
+            step_size: the time that the leap takes; it is a multiple, `corrector_step_size_multiplier`, of the length
+                of the step before, in tauLDR.
+            generator: as in `step`.
+            noise: as in `step`.
+            return_dict: as in `step`.
+
+        Raises:
+            ValueError: for other shapes, with gillespie, and for a step_size that is not finite and > 0.
         """
         check_step_inputs(self.config.vocab_size, model_output, sample, generator)
         if self.sampler.counts_tokens:
@@ -339,7 +396,11 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
         return self._output(corrected, times, return_dict)
 
     def corrections(self, index: int) -> list[tuple[float, float]]:
-        """(time, step size) of the corrector steps that follow evaluation `index`, none but at the end of a step."""
+        """(time, step size) of the corrector steps that follow an evaluation, none but at the end of a step.
+
+        Args:
+            index: of the evaluation, its entry of `timesteps`.
+        """
         step, stage = divmod(index, self.sampler.evaluations_per_step)
         edges = self._schedule().edges[step : step + 2]
         at_end = stage + 1 == self.sampler.evaluations_per_step and len(edges) == 2
@@ -362,7 +423,13 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
 
         The absorbing kernel draws a token for each mask that is left. Log scores of the uniform kernel are drawn from
         by one tweedie step to time 0. Predictions of x_0 of the other kernels give their most probable token.
-        noise: recorded uniforms (batch, length, vocab), without the mask's column for the absorbing kernel.
+
+        Args:
+            model_output: (batch, length, vocab) at `sample` and `timestep`.
+            timestep: of the sample, one or (batch,).
+            sample: (batch, length) int64.
+            generator: as in `step`.
+            noise: recorded uniforms (batch, length, vocab), without the mask's column for the absorbing kernel.
         """
         check_step_inputs(self.config.vocab_size, model_output, sample, generator)
         times = [(time, 0.0) for time in self._times(timestep, len(sample))]
@@ -377,13 +444,22 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
         At an edge t of the schedule ceil(length (t - t_min) / (1 - t_min)) tokens are still masked, t_min the smaller
         of `min_timestep` and the last edge: a table of token counts k_0 = 0 < k_1 < ... < k_n = length is the table of
         times 1 - k_i / length, the last one `min_timestep`. What is left at a last edge above that, one more step
-        decodes. Where other tokens were given at first, the same share of the masks stays. sample: (batch, length).
+        decodes. Where other tokens were given at first, the same share of the masks stays.
+
+        Args:
+            sample: (batch, length).
+            step_index: the step, counted from 0.
         """
         check_tokens(sample)
         return self.num_decode_on_device(sample, step_index).tolist()
 
     def num_decode_on_device(self, sample: torch.Tensor, step_index: int) -> torch.Tensor:
-        """What `num_decode` gives, (batch,) int64 on the sample's device, without reading it."""
+        """What `num_decode` gives, (batch,) int64 on the sample's device, without reading it.
+
+        Args:
+            sample: as of `num_decode`.
+            step_index: as of `num_decode`.
+        """
         return self.sampler.num_decode(sample, self._schedule(), step_index, self.config.min_timestep)
 
     def _counts(self, timestep, sample, num_decode) -> int | torch.Tensor:

@@ -33,7 +33,8 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
     A pipeline takes it in place of its own, `pipe.scheduler = tables.apply_to(pipe.scheduler)`, and goes on counting
     steps from 0.
 
-    Raises ValueError for tables that do not decrease strictly in (0, 1], and for another spacing.
+    Raises:
+        ValueError: for tables that do not decrease strictly in (0, 1], and for another spacing.
     """
 
     @register_to_config
@@ -63,7 +64,11 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
 
     @checked_arguments
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """The steps 0 to n - 1, as of diffusers' scheduler. Raises ValueError for fewer than 1."""
+        """The steps 0 to n - 1, as of diffusers' scheduler.
+
+        Raises:
+            ValueError: for fewer than 1.
+        """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be an integer >= 1, got {num_inference_steps}")
         super().set_timesteps(num_inference_steps, device)
@@ -95,7 +100,8 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
 
         model_output: logits (batch, length, vocab_size). timestep: the step, from 0. sample: (batch, length) int64.
 
-        Raises ValueError for other shapes, a temperature below 0 and another vocabulary than the tables'.
+        Raises:
+            ValueError: for other shapes, a temperature below 0 and another vocabulary than the tables'.
         """
         if sample.ndim != 2 or model_output.shape[:-1] != sample.shape or not (temperature >= 0):
             raise ValueError(

@@ -55,12 +55,12 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         rho: exponent of the schedule, > 0; larger values put more steps at low noise.
         S_churn: amount of stochasticity, >= 0; 0 is the deterministic sampler. A step adds noise by the factor
             gamma = min(S_churn / n, sqrt(2) - 1).
-        S_min, S_max: noise is added in steps that start at a sigma in [S_min, S_max]. S_max None or infinite: no upper
-            limit (None in the config, because JSON has no infinity).
+        S_min: noise is added in steps that start at a sigma in [S_min, S_max].
+        S_max: None or infinite: no upper limit (None in the config, because JSON has no infinity).
         S_noise: factor on the standard deviation of the added noise, >= 0.
 
-    Attributes after `set_timesteps`:
-        sigmas: (n + 1,) float64 on the CPU, strictly decreasing to 0.
+    Attributes:
+        sigmas: after `set_timesteps`, as the others here: (n + 1,) float64 on the CPU, strictly decreasing to 0.
         timesteps: (2n - 1,) the sigma of each evaluation before churn, in order.
         step_index: the step that the next evaluation belongs to, which starts at `sigmas[step_index]`.
         begin_index: what `set_begin_index` set, or None.
@@ -98,7 +98,11 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
 
     @staticmethod
     def state_dtype(device: torch.device) -> torch.dtype:
-        """dtype of the sample between steps: float64, or float32 on devices without it, which refuse to make one."""
+        """dtype of the sample between steps: float64, or float32 on devices without it, which refuse to make one.
+
+        Args:
+            device: of the sample.
+        """
         if device.type in ("npu", "xla"):  # which may take float64, and compute in less
             return torch.float32
         try:
@@ -128,7 +132,11 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
 
         As for every diffusers scheduler of order 2, step i starts at entry 2i. Without effect on a run under way.
 
-        Raises ValueError for what is not the start of a step of the schedule.
+        Args:
+            begin_index: the entry, counted from 0.
+
+        Raises:
+            ValueError: for what is not the start of a step of the schedule.
         """
         entries = math.inf if self.timesteps is None else len(self.timesteps)
         if not is_of_kind(begin_index, int) or begin_index % self.order or not 0 <= begin_index < entries:
@@ -187,7 +195,12 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
 
     @checked_arguments
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """The sample, (batch, ...), as it is: the network scales its own input."""
+        """The sample, as it is: the network scales its own input.
+
+        Args:
+            sample: (batch, ...).
+            timestep: not used.
+        """
         return sample
 
     @checked_arguments
@@ -234,7 +247,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
                 of a schedule with S_churn > 0, also where gamma is 0, so that S_min and S_max do not shift the noise.
             noise: epsilon itself, in place of a draw; the shape of sample.
 
-        Returns x_hat, in the state's dtype, and sigma_hat: where to evaluate the network.
+        Returns:
+            x_hat, in the state's dtype, and sigma_hat, where to evaluate the network.
 
         Raises:
             ValueError: in the middle of a step, before `set_timesteps` or after the last step, for noise of another
@@ -281,7 +295,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             sample: where D was evaluated: x_hat, then x' as this function returned it.
             return_dict: `EDMHeunSchedulerOutput`, or the tuple (prev_sample, pred_original_sample).
 
-        Returns x' or, from the second call of a step and from the last step, x_{i+1}, in the state's dtype.
+        Returns:
+            x' or, from the second call of a step and from the last step, x_{i+1}, in the state's dtype.
 
         Raises:
             ValueError: before `set_timesteps`, after the last step, for a timestep out of turn, and at the start of a

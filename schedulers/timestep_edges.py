@@ -51,7 +51,11 @@ class StepEdges:
         return times_of(timestep) if index is None else [self._rounded[index]]
 
     def index(self, timestep) -> int:
-        """Which of `points` a timestep is, the same for the whole batch. Raises ValueError for one that is none."""
+        """Which of `points` a timestep is, the same for the whole batch.
+
+        Raises:
+            ValueError: for one that is none.
+        """
         index = self.known(timestep)
         if index is not None:
             return index

@@ -73,7 +73,8 @@ def tables_for(config: Mapping, counts_tokens: bool, chain) -> dict[int, list[fl
     With loglinear noise that is the same, and tables are right for both. Else times become shares by the noise,
     chain.sigma_bar(t).
 
-    Raises ValueError for a table of another chain, and for one of shares where times are needed.
+    Raises:
+        ValueError: for a table of another chain, and for one of shares where times are needed.
     """
     info, tables = config.get("timestep_table_info") or {}, {}
     for name, edges in (config["timestep_tables"] or {}).items():

@@ -1,4 +1,8 @@
-"""Every public name has a docstring, which says what is raised and what shapes tensors have; read from the sources."""
+"""Every public name has a docstring, which says what is raised and what shapes tensors have; read from the sources.
+
+Docstrings are in Google's format, of which `make docs` makes tables: those of the names that `from diffusers_ext import`
+has, and of the schedulers and networks, have an entry for each parameter.
+"""
 
 import ast
 import re
@@ -8,6 +12,7 @@ from typing import NamedTuple
 import click
 import pytest
 
+import diffusers_ext
 from diffusers_ext.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +118,55 @@ def takes_tensors(node: Definition) -> list[str]:
     annotated = [(one.arg, ast.unparse(one.annotation)) for one in arguments if one.annotation is not None]
     kinds = re.compile(r"\b(torch\.(\w*)Tensor|np\.ndarray)\b")
     return [name for name, kind in annotated if kinds.search(kind) and "Callable" not in kind and "dict" not in kind]
+
+
+def parameters(node: Definition) -> list[str]:
+    """Names of a function's parameters, in order, with their stars; of a class, those of its constructor or fields."""
+    if isinstance(node, ast.ClassDef):
+        constructor = [member for member in node.body if getattr(member, "name", "") == "__init__"]
+        if not constructor and any("dataclass" in ast.unparse(one) for one in node.decorator_list):
+            return [member.target.id for member in node.body if isinstance(member, ast.AnnAssign)]
+        return parameters(constructor[0])[1:] if constructor else []
+    taken = node.args
+    named = [one.arg for one in (*taken.posonlyargs, *taken.args)]
+    rest = [f"*{taken.vararg.arg}"] if taken.vararg else []
+    keywords = [f"**{taken.kwarg.arg}"] if taken.kwarg else []
+    return [*named, *rest, *(one.arg for one in taken.kwonlyargs), *keywords]
+
+
+def section(doc: str, *titles: str) -> list[str]:
+    """Names of the entries of a docstring's sections, in order."""
+    found, inside = [], False
+    for line in doc.splitlines():
+        if line and not line.startswith(" "):
+            inside = line.removesuffix(":") in titles and line.endswith(":")
+        elif inside and (entry := re.match(r" {4}(\*{0,2}[\w.]+): \S", line)):
+            found.append(entry[1])
+    return found
+
+
+def undocumented(one: Public) -> str:
+    """How the Args of a docstring differ from the signature; empty where they do not."""
+    wanted = parameters(one.node)
+    if one.owner and not any(ast.unparse(decorator) == "staticmethod" for decorator in one.node.decorator_list):
+        wanted = wanted[1:]
+    doc = ast.get_docstring(one.node) or ""
+    written = section(doc, "Args", "Attributes") if is_dataclass(one.node) else section(doc, "Args")
+    inherited = isinstance(one.node, ast.ClassDef) and not wanted
+    return "" if written == wanted or inherited else f"{one}: {wanted} has Args {written}"
+
+
+def is_dataclass(node: Definition) -> bool:
+    return isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(one) for one in node.decorator_list)
+
+
+def has_args(one: Public) -> bool:
+    """Whether an entry for each parameter is asked for: of a constructor they stand in the docstring of the class."""
+    top, (folder, *rest) = one.owner or one.node, one.path.relative_to(ROOT).parts
+    wrapped = one.doc.startswith("functools.wraps")
+    if wrapped or one.node.name in ("__init__", "__post_init__") or "cli" in rest or "app" in rest:
+        return False
+    return top.name in diffusers_ext.__all__ or bool(ast.get_docstring(one.node))
 
 
 def test_the_names_are_found():

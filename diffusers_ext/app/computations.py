@@ -65,7 +65,8 @@ def compare_boost_and_skip(
 ) -> Pair:
     """The stock sampler beside Boost-and-Skip, of a pixel-space model or one that takes prompts.
 
-    Raises ValueError for arguments out of range and models that cannot be boosted.
+    Raises:
+        ValueError: for arguments out of range and models that cannot be boosted.
     """
     with models.lock:
         pipe = models.load(model)
@@ -96,7 +97,8 @@ def compare_guidance_interval(
 ) -> Pair:
     """Guidance in every step beside guidance in (sigma_lo, sigma_hi], and the steps on the sigma axis.
 
-    Raises ValueError for arguments out of range and pipelines that do not guide in a way that is understood.
+    Raises:
+        ValueError: for arguments out of range and pipelines that do not guide in a way that is understood.
     """
     with models.lock:
         pipe = models.load(model)
@@ -160,7 +162,8 @@ def compare_discrete(
 ) -> Pair:
     """Even steps beside those of a table, one of `TABLES`, drawn as one of `PICTURES`; the edges as a chart.
 
-    Raises ValueError for other names, models that are no discrete diffusion, and where the model has no such table.
+    Raises:
+        ValueError: for other names, models that are no discrete diffusion, and where the model has no such table.
     """
     if table not in TABLES or picture not in PICTURES:
         raise ValueError(f"table must be one of {TABLES} and picture one of {PICTURES}, got {table!r} and {picture!r}")
@@ -183,7 +186,8 @@ def compare_discrete(
 def table_edges(pipe: DiffusionPipeline, num_inference_steps: int, table: str) -> list[float]:
     """The edges of the steps. A table that is made now is optimised on a few of the model's own samples.
 
-    Raises ValueError where the model has no table for so many steps.
+    Raises:
+        ValueError: where the model has no table for so many steps.
     """
     config = pipe.scheduler.config
     if table == TABLES[2]:
@@ -242,7 +246,8 @@ def compare_flow(
 ) -> Pair:
     """Images of a model before and after their repair by a flow.
 
-    Raises ValueError for arguments out of range, and for a flow that is no flow or was trained on other images.
+    Raises:
+        ValueError: for arguments out of range, and for a flow that is no flow or was trained on other images.
     """
     with models.lock:
         base, repair = models.load(model), models.load(flow)
@@ -266,7 +271,11 @@ def compare_flow(
 
 
 def draw(pipe: DiffusionPipeline, drawn: Drawn, **call) -> list[Image.Image]:
-    """Images, each with a seed of its own. Raises ValueError for arguments that the pipeline does not take."""
+    """Images, each with a seed of its own.
+
+    Raises:
+        ValueError: for arguments that the pipeline does not take.
+    """
     return [image for batch in _batches(pipe, drawn, call) for image in batch]
 
 

@@ -35,7 +35,11 @@ class Axes:
     skip_steps: str = ""
 
     def arguments(self) -> dict:
-        """Of `compare`. Raises ValueError, naming the axis, for what is no value of it and for too many cells."""
+        """Of `compare`.
+
+        Raises:
+            ValueError: naming the axis, for what is no value of it and for too many cells.
+        """
         kinds: dict[str, Callable] = {
             "class_labels": int, "seeds": int, "guidance_scales": float, "guidance_intervals": _interval,
             "guiders": str, "gammas": float, "skip_steps": int,
@@ -73,7 +77,8 @@ def compare_grid(
 ) -> Sheet:
     """A grid of a model's images. height, width: None leaves them to the pipeline.
 
-    Raises ValueError as `Axes.arguments` and `compare`.
+    Raises:
+        ValueError: as `Axes.arguments` and `compare`.
     """
     arguments = axes.arguments() | {"num_inference_steps": num_inference_steps, "height": height, "width": width}
     arguments = {name: value for name, value in arguments.items() if value is not None}

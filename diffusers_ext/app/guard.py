@@ -19,7 +19,10 @@ def host_of(value: str) -> str | None:
 class Guard:
     """ASGI middleware that refuses requests by their Host and Origin, WebSockets too, and all uploads.
 
-    hosts: names beside those of this machine, such as a proxy's. Raises ValueError for one that is no name.
+    hosts: names beside those of this machine, such as a proxy's.
+
+    Raises:
+        ValueError: for one that is no name.
     """
 
     def __init__(self, app, hosts: Iterable[str] = ()):

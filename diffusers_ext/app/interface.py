@@ -57,7 +57,11 @@ STYLE = """
 
 
 def import_gradio():
-    """gradio, told to send nothing home. Raises ImportError with what to install where it is missing."""
+    """gradio, told to send nothing home.
+
+    Raises:
+        ImportError: with what to install where it is missing.
+    """
     if find_spec("gradio") is None:
         raise ImportError("the app needs gradio: pip install gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which reads it
@@ -67,7 +71,11 @@ def import_gradio():
 
 
 def build_app(models: Models):
-    """The interface as gradio Blocks; `serve` shows it. Raises ImportError without gradio."""
+    """The interface as gradio Blocks; `serve` shows it.
+
+    Raises:
+        ImportError: without gradio.
+    """
     gr = import_gradio()
     with _blocks(gr)(title="diffusers_ext", analytics_enabled=False) as app:
         gr.Markdown("# diffusers_ext\nEach method beside the stock sampler, with the same seeds.")
@@ -101,8 +109,10 @@ def _blocks(gr) -> type:
 def serve(models: Models, port: int, block: bool = True, allowed_hosts: Iterable[str] = ()):
     """Serve the app on this machine alone, without a link to share; returns it. block: until Ctrl+C.
 
-    allowed_hosts: names by which requests may ask for it beside this machine's, for a proxy. Raises ValueError for
-    what is no name.
+    allowed_hosts: names by which requests may ask for it beside this machine's, for a proxy.
+
+    Raises:
+        ValueError: for what is no name.
     """
     gr = import_gradio()
     from .guard import Guard

@@ -25,7 +25,8 @@ class Models:
     def load(self, model: str, pipeline: str | None = None) -> DiffusionPipeline:
         """A shipped model by its name, a folder or a Hub id, as its own pipeline or that of `PIPELINES`.
 
-        Raises ValueError for an empty name, and as `load_pipeline`.
+        Raises:
+            ValueError: for an empty name, and as `load_pipeline`.
         """
         model = model.strip()
         if not model:

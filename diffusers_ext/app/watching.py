@@ -18,14 +18,25 @@ class StoppedError(Exception):
 class Watch:
     """One computation.
 
-    tell: called with steps done, of how many (0 of 0 while it waits), and words. stop: set to end it.
+    Args:
+        tell: called with steps done, of how many (0 of 0 while it waits), and words.
+        stop: set to end it.
     """
 
     def __init__(self, tell: Callable[[int, int, str], None], stop: Event):
         self.tell, self.stop, self.samplings = tell, stop, 0
 
     def say(self, done: int, total: int, words: str) -> None:
-        """Raises StoppedError once it is to stop."""
+        """Tell how far the computation is.
+
+        Args:
+            done: steps done.
+            total: of how many; 0 while it waits.
+            words: what is being done.
+
+        Raises:
+            StoppedError: once it is to stop.
+        """
         if self.stop.is_set():
             raise StoppedError(f"stopped: {words}" if words else "stopped")
         self.tell(done, total, words)

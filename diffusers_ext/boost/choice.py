@@ -69,25 +69,32 @@ def choose_boost(
     that no share is claimed which the number of samples cannot show; every gamma is judged on the same seeds. Of the
     levels, each at its largest gamma, the one whose samples are rarest is chosen, and measured again on other seeds.
 
-    pipe: any that takes gamma and skip_to_sigma or whose scheduler `boost_and_skip` knows.
-    judge: a classifier, a module in eval mode called with images in [-1, 1], whose logits (batch, classes) say the
-        class that was asked for where a sample is valid; or score(images, inputs), True or False or a number in [0, 1]
-        for each of the images, (batch, channels, height, width) in [0, 1], inputs by name.
-    recognised: the share that is to be valid, between 0 and 1.
-    inputs: labels (count,), or arguments of the pipeline's call with one value a sample, {"prompt": [...]}; by default
-        every class in turn, or nothing for an unconditional model, num_samples of them.
-    num_inference_steps: of the schedule, before the skip. skip_to_sigma: the levels to try, noise over signal. Those
-        that would start at the same step are tried once.
-    rarity: of images, one number each, larger for rarer ones, such as the distance to your training data; by default
-        the mean distance to the 5 nearest of num_samples samples of the stock sampler, in the features of the
-        classifier where it has such, else in pixels of at most 32 x 32.
-    seed: sample i is drawn with seed + i. call: further arguments of the call. resume: a file in which each setting is
-        kept as soon as it is measured, where a second start, also one with another target or other levels, finds it.
-    on_batch: called with the setting and the number of its samples so far.
+    Args:
+        pipe: any that takes gamma and skip_to_sigma or whose scheduler `boost_and_skip` knows.
+        judge: a classifier, a module in eval mode called with images in [-1, 1], whose logits (batch, classes) say the
+            class that was asked for where a sample is valid; or score(images, inputs), True or False or a number in
+            [0, 1] for each of the images, (batch, channels, height, width) in [0, 1], inputs by name.
+        recognised: the share that is to be valid, between 0 and 1.
+        inputs: labels (count,), or arguments of the pipeline's call with one value a sample, {"prompt": [...]}; by
+            default every class in turn, or nothing for an unconditional model, num_samples of them.
+        num_samples: how many samples each setting is measured on, where inputs do not say it.
+        num_inference_steps: of the schedule, before the skip.
+        skip_to_sigma: the levels to try, noise over signal. Those that would start at the same step are tried once.
+        max_gamma: the largest gamma to try.
+        rarity: of images, one number each, larger for rarer ones, such as the distance to your training data; by
+            default the mean distance to the 5 nearest of num_samples samples of the stock sampler, in the features of
+            the classifier where it has such, else in pixels of at most 32 x 32.
+        seed: sample i is drawn with seed + i.
+        batch_size: samples that are drawn together.
+        call: further arguments of the call.
+        resume: a file in which each setting is kept as soon as it is measured, where a second start, also one with
+            another target or other levels, finds it.
+        on_batch: called with the setting and the number of its samples so far.
 
-    Raises ValueError for arguments out of range, for a share that so many samples cannot show, a level that the
-    schedule does not have, schedulers and pipelines that cannot be boosted, a file of something else or begun with
-    other settings, and where not enough samples of the stock sampler are valid, or none of any level.
+    Raises:
+        ValueError: for arguments out of range, for a share that so many samples cannot show, a level that the schedule
+            does not have, schedulers and pipelines that cannot be boosted, a file of something else or begun with
+            other settings, and where not enough samples of the stock sampler are valid, or none of any level.
     """
     levels = [skip_to_sigma] if isinstance(skip_to_sigma, int | float) else list(skip_to_sigma)
     inputs, count = _checked_inputs(pipe, judge, inputs, num_samples)

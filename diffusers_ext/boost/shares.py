@@ -150,8 +150,11 @@ def setting_of(gamma: float, skip_to_sigma: float | None) -> dict[str, float]:
 
 
 def numbers(name: str, values, count: int, highest: float = float("inf")) -> torch.Tensor:
-    """One number a sample (count,). Raises ValueError for another number of them, not finite, or out of [0, highest]
-    where that is given."""
+    """One number a sample (count,).
+
+    Raises:
+        ValueError: for another number of them, not finite, or out of [0, highest] where that is given.
+    """
     values = values.cpu() if isinstance(values, torch.Tensor) else torch.as_tensor(np.asarray(values, np.float64))
     if values.numel() != count:
         raise ValueError(f"{name} must give one number a sample, {count}, got shape {tuple(values.shape)}")

@@ -48,8 +48,9 @@ def convert_guided_diffusion(
     that are sampled with the checkpoint's own tensors and with the result, in float32; the error is the largest
     difference, None for 0 steps, which check nothing.
 
-    Raises ValueError for what `load_guided_diffusion` refuses, a folder that is not empty, and an error above 1e-3;
-    nothing is written then.
+    Raises:
+        ValueError: for what `load_guided_diffusion` refuses, a folder that is not empty, and an error above 1e-3;
+            nothing is written then.
     """
     folder = new_folder(folder)
     state, layout, settings, unet, scheduler = read_network(path, preset, flags)
@@ -92,8 +93,9 @@ def convert_edm2(
     samples latents. check_steps: steps that are sampled, guided by 2, with the files' own tensors and with the result;
     the error is the largest difference of the latents, None for 0 steps, which check nothing.
 
-    Raises ValueError for what `load_edm2` refuses, networks that do not belong together, a decoder of other channels,
-    a folder that is not empty, and an error above 1e-3; nothing is written then.
+    Raises:
+        ValueError: for what `load_edm2` refuses, networks that do not belong together, a decoder of other channels, a
+            folder that is not empty, and an error above 1e-3; nothing is written then.
     """
     folder = new_folder(folder)
     if vae is not None:

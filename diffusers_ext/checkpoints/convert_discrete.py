@@ -32,8 +32,9 @@ def convert_sedd(
     none the pipeline gives tokens. dtype: of the weights that are written. The error is the largest difference of
     outputs between the checkpoint in float32 and what was written; 0 for float32.
 
-    Raises ValueError for what `load_sedd` refuses, a folder that is not empty, a tokenizer of more tokens than the
-    network has, and a folder that does not load again with the same outputs; nothing is written then.
+    Raises:
+        ValueError: for what `load_sedd` refuses, a folder that is not empty, a tokenizer of more tokens than the
+            network has, and a folder that does not load again with the same outputs; nothing is written then.
     """
     folder = new_folder(folder)
     check_source(source, revision)

@@ -99,7 +99,8 @@ def _check_config(config: dict) -> None:
 def module_state_dict(module: PickledObject) -> dict[str, torch.Tensor]:
     """Parameters and buffers of a pickled torch module and of all modules in it, by their dotted names.
 
-    Raises ValueError for what is no module, and for one that occurs twice (a cycle, or an endless tree).
+    Raises:
+        ValueError: for what is no module, and for one that occurs twice (a cycle, or an endless tree).
     """
     found, seen, waiting = {}, set(), [("", module)]
     while waiting:

@@ -170,9 +170,10 @@ def load_guided_diffusion(path: str | Path, preset: str | None = None, **flags) 
         `use_new_attention_order`, `noise_schedule`, ...) has the original's default, and a warning names it.
         `use_fp16` returns the network in float16.
 
-    Raises ValueError for a file that is no such checkpoint or is cut off, an unknown preset or flag, and a flag that
-    contradicts the tensors, with the tensor's name; and for weights that are not finite, in the file or in the dtype
-    of the network.
+    Raises:
+        ValueError: for a file that is no such checkpoint or is cut off, an unknown preset or flag, and a flag that
+            contradicts the tensors, with the tensor's name; and for weights that are not finite, in the file or in the
+            dtype of the network.
     """
     _, _, settings, unet, _ = read_network(path, preset, flags)
     return checked_cast(unet, torch.float16) if settings["use_fp16"] else unet
@@ -188,7 +189,8 @@ def guided_diffusion_scheduler(path: str | Path, preset: str | None = None, **fl
     path, preset, flags: as of `load_guided_diffusion`. `timestep_respacing` sets the timesteps; pipelines set them
         anew, so give it to them as `num_inference_steps`.
 
-    Raises ValueError as `load_guided_diffusion`, whose weights are not looked at here.
+    Raises:
+        ValueError: as `load_guided_diffusion`, whose weights are not looked at here.
     """
     given = _checked_flags(preset, flags)
     layout = read_layout(read_state_dict(path))
@@ -207,7 +209,11 @@ def read_network(
 
 
 def parse_flags(words: Sequence[str]) -> dict[str, str]:
-    """`["--image_size", "64", "--class_cond=True"]` as names and texts. Raises ValueError for anything else."""
+    """`["--image_size", "64", "--class_cond=True"]` as names and texts.
+
+    Raises:
+        ValueError: for anything else.
+    """
     flags, pending = {}, list(words)
     while pending:
         name, _, value = pending.pop(0).partition("=")
@@ -235,7 +241,11 @@ def _checked_flags(preset: str | None, flags: Mapping) -> dict:
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, on the CPU. Raises ValueError for other files and cut-off ones."""
+    """The tensors of a checkpoint by name, on the CPU.
+
+    Raises:
+        ValueError: for other files and cut-off ones.
+    """
     if not Path(path).is_file():
         raise ValueError(f"checkpoint {str(path)!r} is no file")
     state = read_tensors(path)
@@ -252,7 +262,11 @@ def _shape(state: Mapping[str, torch.Tensor], name: str, dims: int) -> torch.Siz
 
 
 def read_layout(state: Mapping[str, torch.Tensor]) -> ADMLayout:
-    """The architecture that the tensors show. Raises ValueError naming the tensor that does not fit."""
+    """The architecture that the tensors show.
+
+    Raises:
+        ValueError: naming the tensor that does not fit.
+    """
     num_channels = _shape(state, "time_embed.0.weight", 2)[1]
     conv_in, conv_out = _shape(state, "input_blocks.0.0.weight", 4), _shape(state, "out.2.weight", 4)
     if conv_in[1] not in (3, 6) or conv_out[0] not in (3, 6):

@@ -154,7 +154,11 @@ class Machine:
         self.unbuilt: dict[int, Any] = {}  # arrays that wait for their contents, by identity
 
     def run(self) -> Any:
-        """The value of the pickle. Raises UnsafePickleError."""
+        """The value of the pickle.
+
+        Raises:
+            UnsafePickleError: for a pickle that is malformed or wants what is not allowed.
+        """
         place = "its start"
         try:
             for count, (opcode, argument, position) in enumerate(pickletools.genops(self.source)):
@@ -329,7 +333,14 @@ class Machine:
         self.stack.append(value)
 
     def count_work(self, arguments: Any) -> None:
-        """Before a function is given something: its length and that of what is in it. Raises UnsafePickleError."""
+        """Before a function is given something: its length and that of what is in it.
+
+        Args:
+            arguments: what the function is given.
+
+        Raises:
+            UnsafePickleError: once more work was done than the pickle's length accounts for.
+        """
         self.work_left -= _work(arguments)
         if self.work_left > 0 and type(arguments) is tuple:
             self.work_left -= sum(map(_work, arguments))
@@ -498,16 +509,23 @@ class Storage:
         return self.count
 
     def check(self) -> None:
-        """Raises ValueError for truth values that are neither: arithmetic on them is undefined."""
+        """Check truth values.
+
+        Raises:
+            ValueError: for truth values that are neither: arithmetic on them is undefined.
+        """
         if self.elements.dtype == torch.bool and self.count and self.elements.view(torch.uint8).max() > 1:
             raise ValueError("a storage of truth values that are neither 0 nor 1")
 
 
 def storage_of(identity: Any, length: int) -> tuple[torch.dtype, str, int]:
-    """(dtype, key, number of elements) of a persistent id of torch, a tuple of `length`. Raises ValueError for others.
+    """(dtype, key, number of elements) of a persistent id of torch, a tuple of `length`.
 
     After the word "storage" come type, key, location (of no interest: all is read to the CPU) and number of elements;
     in old files also a view, which torch has not written for years.
+
+    Raises:
+        ValueError: for others.
     """
     if type(identity) is not tuple or len(identity) != length:
         raise ValueError("a persistent id that is not one storage as torch.save writes it")

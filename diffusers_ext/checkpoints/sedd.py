@@ -32,7 +32,9 @@ def load_sedd(path: str | Path, revision: str | None = None) -> SEDDTransformer:
     path: a folder with config.json and model.safetensors (or pytorch_model.bin), or the id of such a repository on
         the Hub, such as "louaaron/sedd-small". revision: branch, tag or commit of the repository.
 
-    Raises ValueError if the configuration or the weights are not SEDD's, OSError if a file is not there.
+    Raises:
+        ValueError: if the configuration or the weights are not SEDD's.
+        OSError: if a file is not there.
     """
     config = _read_config(path, revision)
     settings = config["model"]
@@ -63,7 +65,9 @@ def sedd_scheduler(path: str | Path, revision: str | None = None, **overrides) -
 
     path, revision: as of `load_sedd`. overrides: any other arguments of CTMCScheduler, such as sampler="tweedie".
 
-    Raises ValueError if the configuration is not SEDD's, OSError if it is not there.
+    Raises:
+        ValueError: if the configuration is not SEDD's.
+        OSError: if it is not there.
     """
     config = _read_config(path, revision)
     absorbing, noise = _is_absorbing(config), config["noise"]
@@ -85,7 +89,8 @@ def load_countdown(path: str | Path, num_heads: int | None = None) -> SEDDTransf
     path: its state dict, as .safetensors or as a torch file (read as plain data). The sizes are read off the
         tensors. num_heads: needed only where the file lacks the buffer of rotary frequencies.
 
-    Raises ValueError if the tensors are not of such a network.
+    Raises:
+        ValueError: if the tensors are not of such a network.
     """
     path = Path(path)
     state = {re.sub(r"^module\.", "", name): tensor for name, tensor in read_tensors(path).items()}

@@ -54,7 +54,8 @@ def load_tauldr(
     weights: "ema", the averaged ones, or "raw". integer_time: of the sequence network only; True is how the authors
         trained: the network sees the time cut to an integer. False for networks trained on the time itself.
 
-    Raises ValueError for networks that are not known and for weights that do not fit the configuration.
+    Raises:
+        ValueError: for networks that are not known and for weights that do not fit the configuration.
     """
     settings = _read_config(config)
     with refusing(f"{str(config)!r} describes no network of tauLDR"), torch.device("meta"):
@@ -82,7 +83,8 @@ def tauldr_scheduler(config: str | Path, **overrides) -> CTMCScheduler:
 
     config: its config.yaml. overrides: any other arguments of CTMCScheduler.
 
-    Raises ValueError for a file of something else, and for processes that are not known.
+    Raises:
+        ValueError: for a file of something else, and for processes that are not known.
     """
     with refusing(f"{str(config)!r} describes no process of tauLDR"):
         settings = _scheduler_settings(_read_config(config))

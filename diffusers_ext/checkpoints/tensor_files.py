@@ -21,8 +21,12 @@ PART = 1 << 24  # elements that are looked at at a time
 
 
 def read_torch_file(path: str | Path):
-    """The content of a torch file, on the CPU; see `load_torch_file`. Raises ValueError for one that is damaged or
-    holds more than data, OSError for one that is not there."""
+    """The content of a torch file, on the CPU; see `load_torch_file`.
+
+    Raises:
+        ValueError: for one that is damaged or holds more than data.
+        OSError: for one that is not there.
+    """
     with refusing(f"checkpoint {str(path)!r} cannot be read; is it whole, and a torch file of plain data?"):
         return load_torch_file(path)
 
@@ -98,7 +102,11 @@ def _is_finite(value: torch.Tensor) -> bool:
 
 
 def checked_cast(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
-    """The model in another dtype. Raises ValueError naming a tensor that is no longer finite there."""
+    """The model in another dtype.
+
+    Raises:
+        ValueError: naming a tensor that is no longer finite there.
+    """
     model = model if model.dtype == dtype else cast(model, dtype)
     name = str(dtype).removeprefix("torch.")
     check_finite(model.state_dict(), f"{type(model).__name__} in {name}, so use another dtype")

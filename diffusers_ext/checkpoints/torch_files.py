@@ -19,8 +19,14 @@ def load_torch_file(path: str | Path) -> Any:
     """The content of a torch file, its tensors on the CPU.
 
     A zip archive must hold its records as torch writes them, not compressed and with the right checksums, unless all
-    of these are 0: torch leaves them out on request. Raises UnsafePickleError (a ValueError) for more than plain data,
-    ValueError and errors of `zipfile` for damage.
+    of these are 0: torch leaves them out on request.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        UnsafePickleError: (a ValueError) for more than plain data.
+        ValueError: for damage, as are errors of `zipfile`.
     """
     with open(path, "rb") as file:
         head = file.read(HEAD)

@@ -97,15 +97,18 @@ def compare(
         guidance_intervals: (sigma_lo, sigma_hi] in EDM units; None is every step.
         guiders: names of `GUIDERS`: "cfg" is the pipeline's own guidance; "apg" projects with eta 0; "cfg-zero" leaves
             the first step out for flow matching alone.
-        gammas, skip_steps, skip_to_sigma: of Boost-and-Skip, through the pipeline's call or `boost_and_skip`.
+        gammas: of Boost-and-Skip, through the pipeline's call or `boost_and_skip`.
+        skip_steps: of Boost-and-Skip, likewise.
+        skip_to_sigma: of Boost-and-Skip, likewise.
         columns: the axes that make the columns, of `AXES`; the others make the rows.
         output: a folder that is new, empty or begun by the same call; None keeps nothing.
         on_step: called as on_step(image, images, steps) with the number of the image that is drawn, how many there are
             and its finished steps, in pipelines that have callback_on_step_end; steps 0 is its beginning.
-        call: further arguments of the pipeline's call, JSON-able: num_inference_steps, negative_prompt, height, ...
+        **call: further arguments of the pipeline's call, JSON-able: num_inference_steps, negative_prompt, height, ...
 
-    Raises ValueError before anything is drawn for settings that the pipeline does not take, by name, and for a folder
-    of something else, begun with other settings or in use; while drawing, for an image that is not finite.
+    Raises:
+        ValueError: before anything is drawn for settings that the pipeline does not take, by name, and for a folder of
+            something else, begun with other settings or in use; while drawing, for an image that is not finite.
     """
     painter = Painter(pipe, call)
     if class_labels is None and "class_labels" in painter.takes and prompt is None:
@@ -165,7 +168,10 @@ class _Shelf:
 class _FolderShelf(_Shelf):
     """Images in a folder. What has no finished image is begun anew, whatever its settings were.
 
-    settings: what is compared, JSON-able. plan, images: of `compare`. Raises ValueError as `Kept.load`.
+    settings: what is compared, JSON-able. plan, images: of `compare`.
+
+    Raises:
+        ValueError: as `Kept.load`.
     """
 
     def __init__(self, folder: Path, settings: dict, plan: list[tuple], images: list[Settings]):

@@ -37,9 +37,12 @@ class Drawn:
 class Painter:
     """Draws images of a pipeline, each with settings of its own.
 
-    pipe: one that makes images. call: further arguments of its call, JSON-able; negative_prompt among them.
+    Args:
+        pipe: one that makes images.
+        call: further arguments of its call, JSON-able; negative_prompt among them.
 
-    Raises ValueError for pipelines that make something else, and for one that is limited or guided already.
+    Raises:
+        ValueError: for pipelines that make something else, and for one that is limited or guided already.
     """
 
     def __init__(self, pipe: DiffusionPipeline, call: dict[str, Any]):
@@ -60,7 +63,14 @@ class Painter:
         self.weight = known[0] if known else None
 
     def check_axes(self, axes: Mapping[str, tuple]) -> None:
-        """Raises ValueError, naming the axis, for settings that no image would show. axes: of `Grid`."""
+        """Check that every axis is one that an image would show.
+
+        Args:
+            axes: of `Grid`.
+
+        Raises:
+            ValueError: naming the axis, for settings that no image would show.
+        """
         name, scales = type(self.pipe).__name__, axes["guidance_scale"]
         if scales != (None,) and self.weight is None:
             raise ValueError(f"guidance_scale: {name} takes none; leave it out")
@@ -73,7 +83,14 @@ class Painter:
                 )
 
     def check(self, settings: Settings) -> None:
-        """Raises ValueError, naming the setting, for what the pipeline does not take. Draws nothing."""
+        """Check the settings of one image; draws nothing.
+
+        Args:
+            settings: of the image.
+
+        Raises:
+            ValueError: naming the setting, for what the pipeline does not take.
+        """
         if settings.class_label is not None:
             with _naming("class_label"):
                 cycled_labels(self.pipe, 1, [settings.class_label])
@@ -110,9 +127,14 @@ class Painter:
         return Settings(**{**vars(settings), "guider": "cfg", "guidance_interval": None})
 
     def draw(self, settings: Settings, on_step: Callable[[int], None]) -> Drawn:
-        """Draw one image. on_step: called with the number of finished steps, where the pipeline tells them.
+        """Draw one image.
 
-        Raises ValueError for an image that is not finite.
+        Args:
+            settings: of the image.
+            on_step: called with the number of finished steps, where the pipeline tells them.
+
+        Raises:
+            ValueError: for an image that is not finite.
         """
         context, call = self._applied(settings)
         if "callback_on_step_end" in self.takes:

@@ -50,7 +50,8 @@ class Settings:
 class Grid:
     """The axes, each with its values, of which those named in `columns` make the columns and the others the rows.
 
-    Raises ValueError for columns that are no axes.
+    Raises:
+        ValueError: for columns that are no axes.
     """
 
     axes: Mapping[str, tuple]
@@ -94,7 +95,8 @@ def label_of(name: str, value: Any) -> str:
 def axis(name: str, values: Any) -> tuple:
     """The values of an axis as plain ones: a list of them, one, or None for the pipeline's default.
 
-    Raises ValueError for an empty axis, a value twice, and what is no value of this axis.
+    Raises:
+        ValueError: for an empty axis, a value twice, and what is no value of this axis.
     """
     values = values.tolist() if hasattr(values, "tolist") else values  # of arrays, tensors and their scalars
     is_pair = isinstance(values, tuple | list) and len(values) == 2 and all(isinstance(one, Real) for one in values)

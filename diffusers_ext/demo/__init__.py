@@ -47,7 +47,8 @@ def run_demo(
     samples, steps and rows. demo.json, with what they returned and the seconds of each, and
     report.html are written after each section; so an interrupted demo leaves both. Returns what demo.json holds.
 
-    Raises ValueError for a folder of something else.
+    Raises:
+        ValueError: for a folder of something else.
     """
     device = device or best_device()
     console = Console()

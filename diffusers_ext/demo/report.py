@@ -187,7 +187,10 @@ METHODS = {
 def write_report(folder: Path) -> Path:
     """Write report.html from demo.json and the files that it names, all in the folder; returns its path.
 
-    Sections that are not there yet are said to be missing. Raises OSError where a file cannot be read.
+    Sections that are not there yet are said to be missing.
+
+    Raises:
+        OSError: where a file cannot be read.
     """
     result = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     path = folder / "report.html"

@@ -18,7 +18,8 @@ ERRORS = "Last line: the largest standard error of a column, of sampling (jackkn
 def words_table(title: str, legend: str, columns: list[str], rows: list[list[str]]) -> dict:
     """A table as demo.json keeps it; the first column names the rows.
 
-    Raises ValueError for a row of another length than columns.
+    Raises:
+        ValueError: for a row of another length than columns.
     """
     for row in rows:
         if len(row) != len(columns):

@@ -23,7 +23,8 @@ def score_entropy(
     for the current token x; 0 where s is the log of r. log_score: s, (batch, length, vocab), float32 is wise. noisy,
     original: x and x_0, (batch, length) int64. timesteps: (batch,).
 
-    Raises ValueError for kernels that do not predict scores, and for other shapes.
+    Raises:
+        ValueError: for kernels that do not predict scores, and for other shapes.
     """
     _check_tokens(scheduler, "log_score", log_score, noisy, original)
     if timesteps.shape != original.shape[:1]:
@@ -46,7 +47,8 @@ def score_entropy_loss(
     weighting: "sigma", times sigma(t), which makes it a bound on the likelihood (SEDD); "none", as Jump Your Steps
     trains its CountDown models.
 
-    Raises ValueError for another weighting, and as `score_entropy`.
+    Raises:
+        ValueError: for another weighting, and as `score_entropy`.
     """
     if weighting not in ("sigma", "none"):
         raise ValueError(f'weighting must be "sigma" or "none", got {weighting!r}')
@@ -94,7 +96,8 @@ def likelihood_bound(
     model, scheduler: as of `DiscreteDiffusionPipeline`; kernels "absorbing" and "uniform", any prediction type.
     tokens: (n, length) integers without masks. generator: on the model's device.
 
-    Raises ValueError for other kernels.
+    Raises:
+        ValueError: for other kernels.
     """
     if num_times < 1 or batch_size < 1 or not 0 < first_time < 1:
         raise ValueError(

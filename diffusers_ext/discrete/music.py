@@ -26,7 +26,11 @@ COLOURS = ((204, 68, 75), (230, 159, 0), (0, 133, 120), (44, 90, 160), (120, 94,
 
 @checked_arguments
 def pitches_to_tokens(pitches: np.ndarray | torch.Tensor) -> np.ndarray:
-    """uint8 tokens of MIDI pitches, of the same shape. Raises ValueError for pitches that have no token."""
+    """uint8 tokens of MIDI pitches, of the same shape.
+
+    Raises:
+        ValueError: for pitches that have no token.
+    """
     pitches = np.asarray(pitches)
     outside = (pitches != REST) & ((pitches < LOWEST_PITCH) | (pitches > HIGHEST_PITCH))
     if outside.any():
@@ -40,7 +44,8 @@ def pitches_to_tokens(pitches: np.ndarray | torch.Tensor) -> np.ndarray:
 def tokens_to_pitches(tokens: np.ndarray | torch.Tensor) -> np.ndarray:
     """Grids (..., steps, 4) int64 of sequences (..., 4 steps), in which the voices of a step follow each other.
 
-    Raises ValueError for tokens of no pitch and for lengths that are no multiple of 4.
+    Raises:
+        ValueError: for tokens of no pitch and for lengths that are no multiple of 4.
     """
     tokens = np.asarray(tokens).astype(np.int64)
     if (
@@ -75,8 +80,11 @@ def write_midi(
 ) -> None:
     """Write a grid (steps, voices) as a Standard MIDI File of type 1: a track of the tempo, then one a voice.
 
-    program: General MIDI instrument from 0; 19 is a church organ, 52 a choir. Raises ValueError for other shapes,
-    pitches outside [0, 127] that are not -1, more than 15 voices, and numbers that the format cannot hold.
+    program: General MIDI instrument from 0; 19 is a church organ, 52 a choir.
+
+    Raises:
+        ValueError: for other shapes, pitches outside [0, 127] that are not -1, more than 15 voices, and numbers that
+            the format cannot hold.
     """
     pitches = np.asarray(pitches)
     if pitches.ndim != 2 or not 1 <= pitches.shape[1] <= 15 or pitches.dtype.kind not in "iu":

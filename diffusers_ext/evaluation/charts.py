@@ -15,7 +15,8 @@ NICE = (1, 2, 2.5, 5, 10)
 class Line:
     """A named line through points (x, y); spreads: half the height of the error bar of each, if there are any.
 
-    Raises ValueError for no points, and for another number of spreads than of points.
+    Raises:
+        ValueError: for no points, and for another number of spreads than of points.
     """
 
     name: str
@@ -33,7 +34,8 @@ class Line:
 class Axis:
     """Numbers from low to high, linear or logarithmic, on pixels from start to end. Widened where it has no length.
 
-    Raises ValueError for a logarithmic axis that does not lie above 0.
+    Raises:
+        ValueError: for a logarithmic axis that does not lie above 0.
     """
 
     def __init__(self, low: float, high: float, start: float, end: float, log: bool = False):
@@ -69,7 +71,10 @@ def _nice_step(least: float) -> float:
 def line_chart(lines: Sequence[Line], title: str, x_label: str, log: bool = False, percent: bool = False) -> str:
     """Lines over a common x, which has a tick at each of their points. log: both axes. percent: of y.
 
-    Each point tells its numbers to a mouse that rests on it. Raises ValueError without lines.
+    Each point tells its numbers to a mouse that rests on it.
+
+    Raises:
+        ValueError: without lines.
     """
     if not lines:
         raise ValueError("a chart needs at least one line")
@@ -124,7 +129,11 @@ def _draw_line(number: int, line: Line, x: Axis, y: Axis, style: str) -> str:
 
 
 def tick_chart(rows: dict[str, Sequence[float]], title: str, x_label: str) -> str:
-    """Each row's numbers in [0, 1] as ticks on a line of its own, 1 on the left. Raises ValueError without rows."""
+    """Each row's numbers in [0, 1] as ticks on a line of its own, 1 on the left.
+
+    Raises:
+        ValueError: without rows.
+    """
     if not rows:
         raise ValueError("a chart needs at least one row")
     x, gap = Axis(1, 0, LEFT + 8, WIDTH - RIGHT - 8), 40
@@ -143,7 +152,10 @@ def tick_chart(rows: dict[str, Sequence[float]], title: str, x_label: str) -> st
 def axis_chart(values: Sequence[float], chosen: Sequence[bool], bounds: tuple[float, float], title: str) -> str:
     """Noise levels on a logarithmic axis, the highest left, a dot each, filled where chosen; the bounds are shaded.
 
-    values: > 0, infinite ones are left out. Raises ValueError without any.
+    values: > 0, infinite ones are left out.
+
+    Raises:
+        ValueError: without any.
     """
     shown = [(value, on) for value, on in zip(values, chosen, strict=True) if 0 < value < math.inf]
     if not shown:

@@ -72,31 +72,40 @@ def evaluate_images(
 ) -> dict:
     """How a set of generated images compares with a set of real ones, in a feature space.
 
-    generated, reference: folders, zips or .npz files, see open_images; the reference may also be statistics, for the
-    Fréchet distance alone: an .npz with mu (dim,) and sigma (dim, dim), or one of NVIDIA's .pkl files, see
-    read_statistics. They must be of the same features; nothing in an .npz says so. A file with both arr_0 and mu is
-    read as images.
-    features, features_model, device: see load_extractor. By default the features of fid or fd_dinov2 where that is
-    asked for, else the classifier's.
-    metrics: of METRICS; by default all that the reference allows, without lof where scikit-learn is not installed.
-    Further "fid", the Fréchet distance of "inception" features, or "fd_dinov2", that of "dinov2" features.
-    k: neighbours of a metric where they shall differ from NEIGHBOURS, {"lof": 10}.
-    cache: folder in which features are kept and found again by the content of the set, the weights of the extractor
-    and its version; None keeps none. Features of a callable are never kept.
-    on_progress: called with "generated" or "reference", the number of images done, and that of all.
-
-    Returns metrics: the numbers (frechet; precision, recall; knn_distance, AvgkNN; lof; rarity, mean over the samples
-    inside the real manifold, None if none is, and inside, their share); and what they stand for: k, features
-    (name, weights, dimensions), generated and reference (path, images, sha256, from_cache), and notes, sentences on
-    what makes the numbers misleading: few images for a Fréchet distance, one set alone compressed, lof left out.
-
     The Fréchet distance is biased: for one and the same model it falls as the number of samples grows, much so below a
     few times the dimension. Precision and recall depend on both sizes. Compare only numbers of equal counts, of one
     reference set, one extractor and one k, and with published ones only where these are the same.
 
-    Raises ValueError for unknown or repeated metrics, a k that the sets are too small for, metrics that need images
-    where the reference is statistics, and what open_images and load_extractor refuse; ImportError if lof is asked for
-    without scikit-learn. Sizes and names are checked before any network runs.
+    Args:
+        generated: a folder, zip or .npz file of images, see `open_images`. A file with both arr_0 and mu is read as
+            images.
+        reference: likewise, or statistics, for the Fréchet distance alone: an .npz with mu (dim,) and sigma (dim,
+            dim), or one of NVIDIA's .pkl files, see `read_statistics`. They must be of the same features; nothing in
+            an .npz says so.
+        features: see `load_extractor`. By default the features of fid or fd_dinov2 where that is asked for, else the
+            classifier's.
+        metrics: of METRICS; by default all that the reference allows, without lof where scikit-learn is not installed.
+            Further "fid", the Fréchet distance of "inception" features, or "fd_dinov2", that of "dinov2" features.
+        k: neighbours of a metric where they shall differ from NEIGHBOURS, {"lof": 10}.
+        features_model: see `load_extractor`.
+        device: see `load_extractor`.
+        batch_size: images that pass the extractor together.
+        cache: folder in which features are kept and found again by the content of the set, the weights of the
+            extractor and its version; None keeps none. Features of a callable are never kept.
+        on_progress: called with "generated" or "reference", the number of images done, and that of all.
+
+    Returns:
+        A dict with metrics, the numbers (frechet; precision, recall; knn_distance, AvgkNN; lof; rarity, mean over the
+            samples inside the real manifold, None if none is, and inside, their share); and with what they stand for:
+            k, features (name, weights, dimensions), generated and reference (path, images, sha256, from_cache), and
+            notes, sentences on what makes the numbers misleading: few images for a Fréchet distance, one set alone
+            compressed, lof left out.
+
+    Raises:
+        ValueError: for unknown or repeated metrics, a k that the sets are too small for, metrics that need images
+            where the reference is statistics, and what `open_images` and `load_extractor` refuse. Sizes and names are
+            checked before any network runs.
+        ImportError: if lof is asked for without scikit-learn.
     """
     samples = open_images(generated)
     features = _chosen_features(features, metrics)
@@ -163,8 +172,9 @@ def evaluate_digits(
     against as many training images as there are samples. With errors, each has its own as frechet_error and so on,
     None where a tenth left out leaves no number.
 
-    Raises ValueError for images and labels of another form or range, for unknown or repeated metrics, and for fewer
-    images than errors need.
+    Raises:
+        ValueError: for images and labels of another form or range, for unknown or repeated metrics, and for fewer
+            images than errors need.
     """
     _check_digits(images, labels)
     _chosen_features("classifier", metrics)  # refuses fid and fd_dinov2
@@ -327,7 +337,8 @@ def read_statistics(path: Path, features: str | None = None) -> tuple[np.ndarray
     path: an .npz without images, or a .pkl as NVIDIA's EDM2 writes it, {"fid": {"mu", "sigma"}, "fd_dinov2": {...}},
     of which nothing is executed. features: the name of the feature space, which says what to take from a .pkl.
 
-    Raises ValueError for files that cannot be read, or that hold nothing of these features.
+    Raises:
+        ValueError: for files that cannot be read, or that hold nothing of these features.
     """
     if path.suffix.lower() == ".pkl" and path.is_file():
         return _pickled_statistics(path, features)

@@ -38,7 +38,11 @@ class FeatureExtractor:
     compute: Callable[[np.ndarray], torch.Tensor | np.ndarray]
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Features (batch, dimensions) on the CPU. Raises ValueError unless they are that many rows, and finite."""
+        """Features (batch, dimensions) on the CPU.
+
+        Raises:
+            ValueError: unless they are that many rows, and finite.
+        """
         with torch.no_grad():
             features = as_features(f"features of {self.name}", self.compute(images))
         if len(features) != len(images):
@@ -66,8 +70,10 @@ def load_extractor(
     - a FeatureExtractor: taken as it is.
     device: by default the fastest one here.
 
-    Raises ValueError for an unknown name, a model that the extractor does not take, a module in training mode;
-    ImportError for missing packages and modules; OSError for weights that cannot be found.
+    Raises:
+        ValueError: for an unknown name, a model that the extractor does not take, a module in training mode.
+        ImportError: for missing packages and modules.
+        OSError: for weights that cannot be found.
     """
     if isinstance(features, FeatureExtractor) or callable(features):
         if model is not None:
@@ -116,7 +122,9 @@ def dinov2_extractor(model: str | Path = DINOV2, device: str | torch.device = "c
 
     model: a folder or Hub id of transformers' dinov2 or dinov2_with_registers, of any size. float32.
 
-    Raises ValueError for a model of another kind, or with weights missing; OSError for one that is not found.
+    Raises:
+        ValueError: for a model of another kind, or with weights missing.
+        OSError: for one that is not found.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -145,7 +153,8 @@ def inception_extractor(weights: str | Path | None = None, device: str | torch.d
 
     weights: file of its weights; None downloads them.
 
-    Raises ImportError without torch-fidelity.
+    Raises:
+        ImportError: without torch-fidelity.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -162,7 +171,11 @@ def inception_extractor(weights: str | Path | None = None, device: str | torch.d
 
 
 def callable_extractor(function: Callable, device: str | torch.device | None = None) -> FeatureExtractor:
-    """Features by a function or module of the caller's; see load_extractor. Raises ValueError in training mode."""
+    """Features by a function or module of the caller's; see load_extractor.
+
+    Raises:
+        ValueError: in training mode.
+    """
     name = getattr(function, "__qualname__", type(function).__qualname__)
     if isinstance(function, nn.Module):
         if function.training:

@@ -46,8 +46,10 @@ class EncodedImages:
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """All images in order: uint8 (batch, height, width, channels), 1 or 3 channels, as they are stored.
 
-        A batch ends early where the size or the number of channels changes. Raises ValueError for a file that cannot
-        be read as 8-bit still image without transparency.
+        A batch ends early where the size or the number of channels changes.
+
+        Raises:
+            ValueError: for a file that cannot be read as 8-bit still image without transparency.
         """
         return _stacked((_decode(f"{self.path}: {name}", data) for name, data in self._files()), batch_size)
 
@@ -77,7 +79,11 @@ class ArrayImages:
         return self.shape[0]
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """All images in order: uint8 (batch, height, width, channels). Raises ValueError for a damaged file."""
+        """All images in order: uint8 (batch, height, width, channels).
+
+        Raises:
+            ValueError: for a damaged file.
+        """
         _check_batch_size(batch_size)
         size = int(np.prod(self.shape[1:]))
         with _array(self.path) as (file, _):
@@ -115,8 +121,10 @@ def open_images(path: str | Path) -> ImageSet:
     Pixels are read as they are stored, without regard to EXIF orientation and colour profiles; palettes and CMYK
     become RGB. Nothing but one batch is held in memory.
 
-    Raises FileNotFoundError for a missing path, and ValueError for an empty set, a file that is neither of these, a
-    damaged one, and an arr_0 of another type or shape.
+    Raises:
+        FileNotFoundError: for a missing path.
+        ValueError: for an empty set, a file that is neither of these, a damaged one, and an arr_0 of another type or
+            shape.
     """
     path = Path(path)
     if not path.exists():

@@ -34,7 +34,8 @@ def draw_base_samples(
 
     Returns uint8 (scales * count, channels, height, width), and their classes (scales * count,) or None.
 
-    Raises ValueError for no scale, one given twice, and as `sample_to_folder`.
+    Raises:
+        ValueError: for no scale, one given twice, and as `sample_to_folder`.
     """
     scales = [float(scale) for scale in guidance_scales]
     if not scales or len(set(scales)) < len(scales):
@@ -67,8 +68,9 @@ def check_base(
 
     real: uint8 (m, channels, height, width). real_labels: (m,), where neighbours are sought within the class.
 
-    Raises ValueError for real images of another size than the base's samples, k larger than their number or that of
-    a class, and what the base, the features and `velocity_network` refuse.
+    Raises:
+        ValueError: for real images of another size than the base's samples, k larger than their number or that of a
+            class, and what the base, the features and `velocity_network` refuse.
     """
     base.set_progress_bar_config(disable=True)
     classes = None if prompts is not None else _every_class(base)
@@ -99,7 +101,8 @@ def _every_class(base: DiffusionPipeline) -> torch.Tensor | None:
 def channels_first(images: np.ndarray) -> torch.Tensor:
     """uint8 (count, height, width, channels) as `read_images` has it, to (count, channels, height, width).
 
-    Raises ValueError for another shape.
+    Raises:
+        ValueError: for another shape.
     """
     if images.ndim != 4:
         raise ValueError(f"images must be (count, height, width, channels), got {images.shape}")
@@ -115,7 +118,8 @@ def velocity_network(
     num_classes: of a flow that is told the class. block_out_channels: of each resolution, halved from one to the next,
     multiples of 8.
 
-    Raises ValueError for images that are not square or cannot be halved that often, and for other channels.
+    Raises:
+        ValueError: for images that are not square or cannot be halved that often, and for other channels.
     """
     if images.ndim != 4 or (num_classes is not None and num_classes < 1):
         raise ValueError(

@@ -15,7 +15,11 @@ CLASSIFIER_WEIGHT = 3.0  # of its squared distance beside that of pixels; docs/f
 
 @checked_arguments
 def pixel_features(images: torch.Tensor) -> torch.Tensor:
-    """The samples themselves, flattened: (n, ...) to (n, d). Raises ValueError for fewer dimensions."""
+    """The samples themselves, flattened: (n, ...) to (n, d).
+
+    Raises:
+        ValueError: for fewer dimensions.
+    """
     if images.ndim < 2:
         raise ValueError(f"images must be (n, ...), got {tuple(images.shape)}")
     return images.flatten(1)
@@ -47,7 +51,8 @@ def combined_features(
     parts: pairs of a function of images (n, ...) that returns (n, dim_s), and w_s > 0. real: images (m, ...), uint8
     or as the functions take them.
 
-    Raises ValueError for no parts, a weight that is not positive, and features that do not vary.
+    Raises:
+        ValueError: for no parts, a weight that is not positive, and features that do not vary.
     """
     if not parts or any(not weight > 0 for _, weight in parts):
         raise ValueError(f"parts must be one or more (features, weight > 0), got weights {[w for _, w in parts]}")
@@ -133,7 +138,8 @@ def extract_features(
     images: uint8 in [0, 255], then shown to the extractor in [-1, 1], or floating point as they are. on_batch: called
     with the number of samples of each finished batch.
 
-    Raises ValueError for no images, a batch_size below 1 and an extractor that does not return one row a sample.
+    Raises:
+        ValueError: for no images, a batch_size below 1 and an extractor that does not return one row a sample.
     """
     if batch_size < 1 or not images.ndim or not len(images):
         raise ValueError(f"batch_size must be >= 1 and images (n, ...), got {batch_size} and {tuple(images.shape)}")

@@ -37,7 +37,11 @@ class Neighbours:
 
     @classmethod
     def load(cls, path: str | Path) -> "Neighbours":
-        """Read what save wrote. Raises ValueError for a file that is damaged or holds something else."""
+        """Read what save wrote.
+
+        Raises:
+            ValueError: for a file that is damaged or holds something else.
+        """
         tensors = read_tensors(path)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         alike = set(shapes) == {"indices", "distances"} and len(set(shapes.values())) == 1
@@ -66,8 +70,10 @@ def find_neighbours(
     the reference into, and may miss some neighbours; its distances are exact all the same.
     cells, probes: number of cells, by default 4 sqrt(m), and how many of them are searched.
 
-    Raises ValueError for wrong features, k larger than the reference or one of its classes, labels of another number
-    or of one set alone, and an unknown method; ImportError for "ivf" without faiss.
+    Raises:
+        ValueError: for wrong features, k larger than the reference or one of its classes, labels of another number or
+            of one set alone, and an unknown method.
+        ImportError: for "ivf" without faiss.
     """
     queries, reference = as_feature_pair("queries", queries, "reference", reference)
     if method not in METHODS:
@@ -100,7 +106,10 @@ def balanced_weights(indices: torch.Tensor, num_real: int, iterations: int = 20)
 
     from w = 1 / k. Each sample keeps its own neighbours; a real sample in no list stays unvisited.
 
-    indices: (n, k) into the num_real real samples, as `find_neighbours` gives them. Raises ValueError for others.
+    indices: (n, k) into the num_real real samples, as `find_neighbours` gives them.
+
+    Raises:
+        ValueError: for others.
     """
     if indices.ndim != 2 or not indices.numel() or not 0 <= indices.min() <= indices.max() < num_real:
         raise ValueError(f"indices must be (n, k) in [0, {num_real}), got {tuple(indices.shape)}; search again")

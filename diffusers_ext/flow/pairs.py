@@ -51,7 +51,8 @@ def flow_loss(
     averaged over all entries. x0, x1: generated and real samples (batch, ...). t: (batch,) in [0, 1]. class_labels:
     (batch,) for a conditional model.
 
-    Raises ValueError for other shapes, and for labels that are no integers.
+    Raises:
+        ValueError: for other shapes, and for labels that are no integers.
     """
     if x0.shape != x1.shape or t.shape != x0.shape[:1]:
         raise ValueError(

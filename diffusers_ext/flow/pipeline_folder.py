@@ -17,9 +17,15 @@ def save_flow(model: torch.nn.Module, folder: str | Path) -> None:
 
 
 def check_flow_folder(folder: Path, record: Path, begun: bool) -> None:
-    """Raises ValueError for a folder that is not empty and not as `write_flow` left it.
+    """Check that a folder may be written to.
 
-    record: a file with the hashes of what is there. begun: whether a training that knew of no record may have ended.
+    Args:
+        folder: of the pipeline.
+        record: a file with the hashes of what is there.
+        begun: whether a training that knew of no record may have ended.
+
+    Raises:
+        ValueError: for a folder that is not empty and not as `write_flow` left it.
     """
     if record.exists() and folder.exists():
         written = read_json(record)
@@ -32,7 +38,13 @@ def check_flow_folder(folder: Path, record: Path, begun: bool) -> None:
 def write_flow(model: torch.nn.Module, folder: Path, record: Path) -> bool:
     """Write the pipeline in place of one of fewer steps; whether it was there already, byte for byte.
 
-    Raises ValueError as `check_flow_folder`.
+    Args:
+        model: the network.
+        folder: of the pipeline.
+        record: a file with the hashes of what is there.
+
+    Raises:
+        ValueError: as `check_flow_folder`.
     """
     with scratch_folder(folder) as scratch:
         fresh = scratch / "pipeline"

@@ -52,6 +52,9 @@ def train_postprocessing_flow(
     In every iteration each sample x_0 of the batch gets, anew, one of its k nearest real neighbours as x_1. Samples of
     several guidance scales together make one flow for all of them.
 
+    Runs on one process or, under `accelerate launch`, on many. A continued run draws what an uninterrupted one would
+    have drawn.
+
     Args:
         samples: what the base model generated, (n, ...), in [-1, 1], or uint8 pixels, or scaled latents.
         real: real samples (m, ...) of the same form.
@@ -70,19 +73,22 @@ def train_postprocessing_flow(
         keep: (n,) bool, samples that need no repair, such as those of the best guidance scale: they are their own
             targets, so that the flow learns to leave their like alone. None, as in the paper, repairs all.
         batch_size: samples an iteration and process.
-        optimizer: "adam" or "adamw"; weight_decay is for the latter.
+        learning_rate: of the optimizer.
+        optimizer: "adam" or "adamw".
+        weight_decay: of "adamw".
         ema_decay: of the average of the weights, which is what counts in the end.
         max_grad_norm: gradients are clipped to it; None does not clip.
         mixed_precision: "no", "fp16" or "bf16"; None is what `accelerate launch` was told.
         validation_samples: how many samples are held out to measure the averaged weights; by default a twentieth, at
             most 1000. 0 holds out none.
-        log_every, checkpoint_every: in iterations.
+        log_every: iterations between two losses in the history.
+        checkpoint_every: iterations between two checkpoints.
+        seed: of everything that is drawn.
+        progress: whether to show a progress bar.
 
-    Runs on one process or, under `accelerate launch`, on many. A continued run draws what an uninterrupted one would
-    have drawn.
-
-    Raises ValueError for data or arguments that do not fit, and for an output folder of another run or in use by one;
-    FloatingPointError when the loss or the weights stop being finite, with the last good checkpoint kept.
+    Raises:
+        ValueError: for data or arguments that do not fit, and for an output folder of another run or in use by one.
+        FloatingPointError: when the loss or the weights stop being finite, with the last good checkpoint kept.
     """
     _check_choices(optimizer, features)
     _check_counts(steps=steps, batch_size=batch_size, log_every=log_every, checkpoint_every=checkpoint_every)

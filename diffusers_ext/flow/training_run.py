@@ -35,7 +35,11 @@ class TrainedFlow:
 
 
 def check_output(folder: str | Path) -> Path:
-    """The resolved path of a folder for a training: new, empty, or begun by one. Raises ValueError for others."""
+    """The resolved path of a folder for a training: new, empty, or begun by one.
+
+    Raises:
+        ValueError: for others.
+    """
     folder = check_folder(folder, SETTINGS)
     path = folder / SETTINGS
     if path.exists() and not {"k", "ema_decay", "samples", "real", "neighbours"} <= set(read_json(path)):

@@ -126,13 +126,24 @@ class IntervalGuidance(_Limited, ClassifierFreeGuidance):
     .. math:: D = D_{uncond} + w(\sigma)\,(D_{cond} - D_{uncond}),\quad
         w(\sigma) = w \text{ if } \sigma_{lo} < \sigma \le \sigma_{hi}, \text{ else } 1
 
-    Elsewhere the network is run on the condition alone.
+    Elsewhere the network is run on the condition alone. The scheduler is that of the pipeline that runs; set
+    `scheduler` to name another.
 
-    guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled: of `ClassifierFreeGuidance`.
-    guidance_interval, sigma_lo, sigma_hi, guided_steps, sigma_unit: see `diffusers_ext.pipelines.interval.Interval`.
+    Args:
+        guidance_scale: w; see `ClassifierFreeGuidance`.
+        sigma_lo: guide in steps that start above this noise level; see `diffusers_ext.pipelines.interval.Interval`.
+        sigma_hi: and at most at this one; see `Interval`.
+        guided_steps: instead of sigmas, (first, last) inclusive; see `Interval`.
+        sigma_unit: of the sigmas, "edm" or "flow"; see `Interval`.
+        guidance_interval: (sigma_lo, sigma_hi), both at once; see `Interval`.
+        guidance_rescale: see `ClassifierFreeGuidance`.
+        use_original_formulation: see `ClassifierFreeGuidance`.
+        start: see `ClassifierFreeGuidance`.
+        stop: see `ClassifierFreeGuidance`.
+        enabled: see `ClassifierFreeGuidance`.
 
-    The scheduler is that of the pipeline that runs; set `scheduler` to name another. Raises ValueError for arguments
-    out of range.
+    Raises:
+        ValueError: for arguments out of range.
     """
 
     @register_to_config
@@ -181,8 +192,16 @@ def limit_to_interval(
 
     What is saved is the guider without the interval; `IntervalGuidance` saves its interval too.
 
-    guidance_interval, sigma_lo, sigma_hi, guided_steps, sigma_unit: see `Interval`. Raises ValueError for what is no
-    guider.
+    Args:
+        guider: any guider of diffusers; it is not changed.
+        guidance_interval: (sigma_lo, sigma_hi), both at once; see `Interval`.
+        sigma_lo: guide in steps that start above this noise level; see `Interval`.
+        sigma_hi: and at most at this one; see `Interval`.
+        guided_steps: instead of sigmas, (first, last) inclusive; see `Interval`.
+        sigma_unit: of the sigmas, "edm" or "flow"; see `Interval`.
+
+    Raises:
+        ValueError: for what is no guider.
     """
     limited = copy.copy(guider)
     limited.__class__ = _limited_class(type(guider))

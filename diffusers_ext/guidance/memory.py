@@ -127,7 +127,8 @@ def remembering(pipe: DiffusionPipeline, limit: int) -> Iterator[OutputMemory]:
     limit: bytes; 0 remembers nothing and counts rows. The memory ends with the block. An interval may be applied
     within it or before.
 
-    Raises ValueError for a negative limit.
+    Raises:
+        ValueError: for a negative limit.
     """
     if limit < 0:
         raise ValueError(f"limit must be >= 0 bytes, got {limit}; 0 remembers nothing")

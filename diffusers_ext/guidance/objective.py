@@ -127,7 +127,11 @@ def _kept(folder: Path, candidate: GuidedSteps, rows: range) -> Kept:
 
 
 def checked_scores(scores, count: int) -> np.ndarray:
-    """Scores (count,) as (count, 1). Raises ValueError for another number of them, and where one is not finite."""
+    """Scores (count,) as (count, 1).
+
+    Raises:
+        ValueError: for another number of them, and where one is not finite.
+    """
     scores = scores if isinstance(scores, torch.Tensor) else torch.as_tensor(np.asarray(scores, dtype=np.float64))
     if scores.numel() != count:
         raise ValueError(f"the score must give one number an image, {count}, got shape {tuple(scores.shape)}")
@@ -140,7 +144,14 @@ def per_image(inputs: Inputs) -> Mapping[str, Sequence]:
 
 
 def number_of_images(inputs: Mapping[str, Sequence]) -> int:
-    """Raises ValueError for inputs that are no lists of equal lengths, at least 1."""
+    """How many images the inputs are for: the length of each.
+
+    Args:
+        inputs: arguments of the pipeline's call with one value an image, by name.
+
+    Raises:
+        ValueError: for inputs that are no lists of equal lengths, at least 1.
+    """
     texts = [name for name, values in inputs.items() if isinstance(values, str) or not hasattr(values, "__len__")]
     lengths = {} if texts else {name: len(values) for name, values in inputs.items()}
     if len({*lengths.values()}) != 1 or 0 in lengths.values():
@@ -152,7 +163,11 @@ def number_of_images(inputs: Mapping[str, Sequence]) -> int:
 
 
 def as_json(name: str, value):
-    """A value, or the hash of a tensor or array. Raises ValueError for what a second start could not recognise."""
+    """A value, or the hash of a tensor or array.
+
+    Raises:
+        ValueError: for what a second start could not recognise.
+    """
     if isinstance(value, torch.Tensor | np.ndarray):
         return hash_of(value)
     try:
@@ -168,7 +183,8 @@ def guided_call(pipe: DiffusionPipeline, candidate: GuidedSteps, num_inference_s
     A pipeline that takes guided_steps is given them; to any other a `GuidanceInterval` is applied. Neither happens to
     one that is guided in all of its steps. The weight is true_cfg_scale where the pipeline has that.
 
-    Raises ValueError for a pipeline without either weight.
+    Raises:
+        ValueError: for a pipeline without either weight.
     """
     parameters = inspect.signature(pipe.__call__).parameters
     weight = next((name for name in ("true_cfg_scale", "guidance_scale") if name in parameters), None)

@@ -46,7 +46,8 @@ class DistanceTable:
     compute: the distance of a candidate, lower is better. settings: JSON-able, all else that the distances depend on.
     rows: of candidates for which they are known, by key, the network rows that sampling takes.
 
-    Raises ValueError for a file of something else or begun with other settings, and for a distance that is not finite.
+    Raises:
+        ValueError: for a file of something else or begun with other settings, and for a distance that is not finite.
     """
 
     def __init__(self, path: Path, settings: dict, compute: Callable[[GuidedSteps], float]):
@@ -62,7 +63,11 @@ class DistanceTable:
         return self.values[candidate.key]
 
     def add(self, candidate: GuidedSteps, distance: float, rows: int | None = None) -> None:
-        """Keep a distance, and the network rows that the candidate's samples take. Raises ValueError as the class."""
+        """Keep a distance, and the network rows that the candidate's samples take.
+
+        Raises:
+            ValueError: as the class.
+        """
         if not isfinite(distance):
             raise ValueError(f"the distance at {candidate.key} is {distance}; the samples must have gone wrong")
         self.values[candidate.key] = distance
@@ -88,7 +93,8 @@ def search_interval(
     spacing, so that a weight takes some 2 log2(num_steps) + num_steps / 2 distances at most.
     prepare: called with the candidates of a round, of all weights, before their distances are asked for.
 
-    Raises ValueError for no weight, a weight of at most 1, and fewer than 2 steps.
+    Raises:
+        ValueError: for no weight, a weight of at most 1, and fewer than 2 steps.
     """
     weights = sorted(set(map(float, guidance_scales)))
     if not weights or weights[0] <= 1:
@@ -166,7 +172,8 @@ def sigma_bounds(sigmas: list[float], candidate: GuidedSteps) -> tuple[float, fl
     sigmas: of each step's start, decreasing, and 0 after the last one. Each bound is the geometric middle between the
     last step inside and the first outside, so that round-off cannot move it; 0 and infinity at the ends.
 
-    Raises ValueError for a candidate that reaches beyond the sigmas.
+    Raises:
+        ValueError: for a candidate that reaches beyond the sigmas.
     """
     first, last = candidate.first, candidate.last
     if not 0 <= first <= last <= len(sigmas) - 2:

@@ -71,8 +71,9 @@ def tune_interval(
 
     The distance of the winner is too good by what it was chosen for: measure it again with other seeds.
 
-    Raises ValueError for weights of at most 1, a folder of something else, begun with other settings or in use,
-    pipelines without guidance, inputs of unequal length, and scores that are not finite or not one an image.
+    Raises:
+        ValueError: for weights of at most 1, a folder of something else, begun with other settings or in use,
+            pipelines without guidance, inputs of unequal length, and scores that are not finite or not one an image.
     """
     folder = check_output(folder, guidance_scales, num_inference_steps)
     count, call = number_of_images(per_image(inputs)), dict(call or {})
@@ -124,7 +125,8 @@ def batches_folder(folder: Path, settings: dict, batch_size: int) -> Iterator[Pa
 def check_output(folder: str | Path, guidance_scales: Sequence[float], num_inference_steps: int) -> Path:
     """The resolved path of a folder for a search: new, empty, or begun by one.
 
-    Raises ValueError for others, and for weights and steps that `search_interval` refuses.
+    Raises:
+        ValueError: for others, and for weights and steps that `search_interval` refuses.
     """
     search_interval(lambda candidate: 0.0, guidance_scales, num_inference_steps)
     folder = check_folder(folder, DISTANCES)
@@ -145,9 +147,15 @@ def reference_statistics(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and covariance of real images in a feature space: of a set, of a file with mu and sigma, or of MNIST.
 
-    path: None takes the training set of the shipped classifier, for its features alone.
+    Warns of few images, and of compressed ones.
 
-    Raises ValueError for None with other features, and as `open_images`. Warns of few images, and of compressed ones.
+    Args:
+        path: of the set or file; None takes the training set of the shipped classifier, for its features alone.
+        extractor: of the features.
+        batch_size: images that pass it together.
+
+    Raises:
+        ValueError: for None with other features, and as `open_images`.
     """
     if path is None:
         if extractor.name != "classifier":

@@ -54,7 +54,12 @@ def reason(error: BaseException) -> str:
 
 
 def read_json(path: str | Path) -> dict:
-    """A JSON object. Raises ValueError for anything else, OSError for a file that is not there."""
+    """A JSON object.
+
+    Raises:
+        ValueError: for anything else.
+        OSError: for a file that is not there.
+    """
     with refusing(f"{str(path)!r} is no JSON object"):
         text = Path(path).read_text(encoding="utf-8")
         if other := other_kind(text[:HEAD].encode()):

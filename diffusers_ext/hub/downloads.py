@@ -19,8 +19,9 @@ def download_pipeline(repo_id: str, cls: type[DiffusionPipeline] = DiffusionPipe
     HF_HUB_OFFLINE=1 or local_files_only=True it is what the cache has, also where diffusers would ask the Hub for the
     commit of a repository's code.
 
-    Raises ValueError for a file that is not what the Hub sent, and offline for a pipeline that was never downloaded;
-    OSError for a repository or revision that cannot be had, with the reason.
+    Raises:
+        ValueError: for a file that is not what the Hub sent, and offline for a pipeline that was never downloaded.
+        OSError: for a repository or revision that cannot be had, with the reason.
     """
     if constants.is_offline_mode() or options.get("local_files_only"):
         folder = _cached(repo_id, options)
@@ -68,8 +69,11 @@ def check_source(
 ) -> None:
     """Refuse a model at once that is no folder, not in the cache, by one of its files, and not to be had from the Hub.
 
-    Libraries would ask again and again, for 23 seconds, where the Hub is not reached. Raises ValueError for what is no
-    Hub id either and for downloads that are off, OSError with the Hub's reason.
+    Libraries would ask again and again, for 23 seconds, where the Hub is not reached.
+
+    Raises:
+        ValueError: for what is no Hub id either and for downloads that are off.
+        OSError: with the Hub's reason.
     """
     model = str(model)
     if Path(model).is_dir():
@@ -97,7 +101,8 @@ def check_download(folder: str | Path) -> None:
     huggingface_hub compares sizes alone, so bits that changed on the way or on the disk would be loaded. Files of
     other folders, and of caches without links, have no known hash and are not looked at. Some 1 to 2 GB a second.
 
-    Raises ValueError with the names of the files that differ.
+    Raises:
+        ValueError: with the names of the files that differ.
     """
     links = [path for path in sorted(Path(folder).rglob("*")) if path.is_symlink() and path.is_file()]
     broken = [path for path in links if not _is_intact(path, Path(os.readlink(path)).name)]

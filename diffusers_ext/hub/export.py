@@ -23,15 +23,23 @@ def export_pipeline(
     """Write weights, configs, our code files, model_index.json and a model card to a new folder; returns it.
 
     Loads with `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` where only diffusers is installed.
-    license: an SPDX identifier for the model card, such as "apache-2.0"; by default the one that the card beside a
-    pipeline loaded from a folder states. The licence of the weights is yours to know. repo_id: of the Hub repository
-    that the folder is for, to be named in the card's example. Paths of this machine, which diffusers notes in the
-    configs, are left out. Loaded from there and saved again with `save_pretrained`, it loses its code.
+    Paths of this machine, which diffusers notes in the configs, are left out. Loaded from there and saved again with
+    `save_pretrained`, it loses its code. The folder appears whole or not at all.
 
-    Raises ValueError if the folder exists and is not empty, or if a component's class cannot be shipped as a file: it
-    was defined in no file, or that file imports, outside of functions, what a machine with diffusers may not have, or
-    it is a network whose file imports a sibling, or it is a component of a nested pipeline.
-    The folder appears whole or not at all.
+    Args:
+        pipeline: what is exported.
+        folder: new or empty.
+        license: an SPDX identifier for the model card, such as "apache-2.0"; by default the one that the card beside a
+            pipeline loaded from a folder states. The licence of the weights is yours to know.
+        repo_id: of the Hub repository that the folder is for, to be named in the card's example.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if the folder exists and is not empty, or if a component's class cannot be shipped as a file: it
+            was defined in no file, or that file imports, outside of functions, what a machine with diffusers may not
+            have, or it is a network whose file imports a sibling, or it is a component of a nested pipeline.
     """
     origin = pipeline.config.get("_name_or_path")
     with staged_folder(folder) as (folder, staged):

@@ -53,9 +53,10 @@ def push_folder(folder: str | Path, repo_id: str, private: bool | None = None, t
     instead; other files of the repository stay. private: whether a repository that is made here is seen by its owners
     alone; by default the account's setting. token: of an account that may write; by default the one that is logged in.
 
-    Raises ValueError for a repo_id that the Hub does not take and, with private, for a repository that is public
-    already; huggingface_hub's HfHubHTTPError, an OSError, if the Hub refuses; RuntimeError if an upload fails. The
-    repository is then as it was.
+    Raises:
+        ValueError: for a repo_id that the Hub does not take and, with private, for a repository that is public
+            already; huggingface_hub's HfHubHTTPError, an OSError, if the Hub refuses.
+        RuntimeError: if an upload fails. The repository is then as it was.
     """
     folder, api = Path(folder), HfApi(token=token)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -19,7 +19,10 @@ def from_library(cls: type) -> bool:
 def copy_class(cls: type, folder: Path, name: str | None = None) -> list[str]:
     """Copy the file that defines a class, and its siblings, into a folder; returns [file stem, class name].
 
-    name: of the copy, without .py; by default that of the file. Raises ValueError as `source_of` and `with_siblings`.
+    name: of the copy, without .py; by default that of the file.
+
+    Raises:
+        ValueError: as `source_of` and `with_siblings`.
     """
     source, *siblings = with_siblings(source_of(cls))
     for path in siblings:
@@ -29,7 +32,11 @@ def copy_class(cls: type, folder: Path, name: str | None = None) -> list[str]:
 
 
 def source_of(cls: type) -> Path:
-    """The file whose top level defines a class. Raises ValueError where there is none."""
+    """The file whose top level defines a class.
+
+    Raises:
+        ValueError: where there is none.
+    """
     try:
         source = Path(inspect.getsourcefile(cls) or "")
     except (TypeError, OSError):  # OSError: of a notebook, or of python -c
@@ -46,7 +53,8 @@ def source_of(cls: type) -> Path:
 def with_siblings(source: Path) -> list[Path]:
     """A file and those that it imports by `from .name import x`, the one form that diffusers' loader follows.
 
-    Raises ValueError for an import, outside of functions, that a machine with diffusers may not have.
+    Raises:
+        ValueError: for an import, outside of functions, that a machine with diffusers may not have.
     """
     names = [module for level, module in _imports(_text(source)) if level == 1 and module]
     files = [source, *(source.parent / f"{name}.py" for name in dict.fromkeys(names))]

@@ -37,7 +37,8 @@ FLOOR = 1e-8  # the authors' floor inside the logarithm
 class Cost:
     """What is counted as a step's cost; see the module. alpha: in (0, 1), of objective="alpha".
 
-    Raises ValueError for anything else.
+    Raises:
+        ValueError: for anything else.
     """
 
     objective: str = "kl"
@@ -106,7 +107,8 @@ class Grid:
     def of(cls, scheduler: CTMCScheduler, length: int, size: int) -> "Grid":
         """size + 1 even points; for gillespie counts, of every token where the sequence is no longer than size.
 
-        Raises ValueError for a size below 2.
+        Raises:
+            ValueError: for a size below 2.
         """
         if size < 2:
             raise ValueError(f"grid_size must be >= 2, got {size}")
@@ -148,7 +150,8 @@ def cheapest_schedules(costs: torch.Tensor, numbers: list[int], free_end: bool) 
     i in n - 1. costs: (grid, grid), see `Grid.step_costs`. free_end: the last edge may lie anywhere, and what is left
     from there to the end of the grid is one more step, the final denoising; else it is the grid's last point.
 
-    Raises ValueError for more steps than the grid has, and for costs that are not a number.
+    Raises:
+        ValueError: for more steps than the grid has, and for costs that are not a number.
     """
     size = len(costs) - 1
     if costs.isnan().any():  # which min() takes for the cheapest

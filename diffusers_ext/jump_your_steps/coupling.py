@@ -13,7 +13,8 @@ class NoisyData:
 
     With the scheduler's sampler "gillespie" a "time" is a number of decoded tokens.
 
-    Raises ValueError for tokens outside of the scheduler's vocabulary and for shapes that do not fit.
+    Raises:
+        ValueError: for tokens outside of the scheduler's vocabulary and for shapes that do not fit.
     """
 
     def __init__(

@@ -23,7 +23,8 @@ DIFFUSERS = {
 def kernel_and_class(scheduler: SchedulerMixin) -> tuple[str, type[SchedulerMixin]]:
     """The kernel of a scheduler of diffusers, and the class with tables that takes its place.
 
-    Raises ValueError for one whose steps no table decides.
+    Raises:
+        ValueError: for one whose steps no table decides.
     """
     for name, (kernel, with_tables) in DIFFUSERS.items():
         if hasattr(diffusers, name) and isinstance(scheduler, getattr(diffusers, name)):
@@ -40,7 +41,8 @@ def chain_of_diffusers(scheduler: SchedulerMixin, num_tokens: int) -> CTMCSchedu
     DiscreteDDIM: the uniform kernel by tweedie steps, a token survives with alpha = 1 - t. Amused and BlockRefinement:
     masks, a number of which is unmasked a step, in random order (k-Gillespie); the chain's mask is a further token.
 
-    Raises ValueError for one whose steps no table decides.
+    Raises:
+        ValueError: for one whose steps no table decides.
     """
     kernel, _ = kernel_and_class(scheduler)
     masked = kernel == "absorbing"
@@ -79,7 +81,8 @@ def network_and_chain(
 
     data: (count, length) int64; a diffusers' scheduler knows no vocabulary, so the network is asked for it, once.
 
-    Raises ValueError for a scheduler that is none of these, and for a mask_token_id that is missing or of no use.
+    Raises:
+        ValueError: for a scheduler that is none of these, and for a mask_token_id that is missing or of no use.
     """
     own_mask = getattr(scheduler.config, "mask_token_id", None)
     masked = not isinstance(scheduler, CTMCScheduler) and kernel_and_class(scheduler)[0] == "absorbing"

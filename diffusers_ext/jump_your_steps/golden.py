@@ -43,7 +43,8 @@ def hierarchical_tables(middle: Callable[[int, int], int], size: int, levels: in
 
     middle: the index at which to split the interval between two others. size: the index of the grid's last point.
 
-    Raises ValueError where the grid is too small for so many steps: 2 ** levels points are needed.
+    Raises:
+        ValueError: where the grid is too small for so many steps: 2 ** levels points are needed.
     """
     if levels < 1 or 2**levels > size:
         raise ValueError(f"2 ** {levels} = {2**levels} steps need a grid of as many intervals, this one has {size}")

@@ -58,7 +58,8 @@ class RateNetwork:
 
         The absorbing kernel has no column for the mask, to which nothing jumps in reverse.
 
-        Raises ValueError naming time and position where a rate is not finite.
+        Raises:
+            ValueError: naming time and position where a rate is not finite.
         """
         rates = self.scheduler.reverse_rates(output, times, tokens).scatter_(-1, tokens.unsqueeze(-1), 0)
         bad = ~rates.sum(dim=-1).isfinite()
@@ -102,7 +103,10 @@ class KLUB:
     accelerator: the batches are shared out among its processes, each of which gets the same values.
 
     The network's output at t1 is kept until another t1 is asked for (up to 2 GiB), so that the candidates t2 of one
-    interval cost one evaluation each. Raises ValueError for rates that are not finite, and for times out of order.
+    interval cost one evaluation each.
+
+    Raises:
+        ValueError: for rates that are not finite, and for times out of order.
     """
 
     @checked_arguments

@@ -38,12 +38,19 @@ def check_discrete(pipe: DiffusionPipeline) -> None:
 def read_sequences(data: str, pipe: DiffusionPipeline, count: int, seed: int = 0) -> torch.Tensor:
     """Sequences to optimise on, (count or fewer, length) int64.
 
-    data: an .npz with `tokens` or an .npy, (count, length) integers; a .txt file, which the pipeline's tokenizer cuts
-    into sequences of the model's length, without the special tokens it adds; or "countdown", sequences of Jump Your
-    Steps' CountDown task for the model's length and vocabulary, drawn with the seed.
+    Warns of tokens that fill too little of the model's vocabulary to be of it.
 
-    Raises ValueError for other files, where there is no sequence in it, and for sequences of another length or with
-    other tokens than the model's. Warns of tokens that fill too little of its vocabulary to be of it.
+    Args:
+        data: an .npz with `tokens` or an .npy, (count, length) integers; a .txt file, which the pipeline's tokenizer
+            cuts into sequences of the model's length, without the special tokens it adds; or "countdown", sequences of
+            Jump Your Steps' CountDown task for the model's length and vocabulary, drawn with the seed.
+        pipe: whose model and scheduler the sequences are for.
+        count: how many at most.
+        seed: of "countdown".
+
+    Raises:
+        ValueError: for other files, where there is no sequence in it, and for sequences of another length or with
+            other tokens than the model's.
     """
     config, tokens = pipe.model.config, pipe.scheduler.kernel.num_real_tokens
     if data == "countdown":
@@ -78,7 +85,9 @@ def _check_belongs(data: str, sequences: torch.Tensor, loaded: np.ndarray, confi
 def check_data(data: str) -> np.ndarray | str | None:
     """What a file of data holds, an array or text; None for "countdown".
 
-    Raises ValueError for other names and what `read_sequences` refuses without a model, OSError for a missing file.
+    Raises:
+        ValueError: for other names and what `read_sequences` refuses without a model.
+        OSError: for a missing file.
     """
     if data == "countdown":
         return None
@@ -125,7 +134,10 @@ def write_model(
     pipe: the loaded model. source: the folder that it was loaded from, of which what belongs to the model is copied:
     what `save_pretrained` writes, the card, the licence and the code that model_index.json names; of a Hub id the
     pipeline is saved. settings: JSON-able, with which the tables were made; see `finished_tables`. The copy appears
-    whole or not at all. Raises ValueError if the folder is not empty.
+    whole or not at all.
+
+    Raises:
+        ValueError: if the folder is not empty.
     """
     scheduler = tables.apply_to(pipe.scheduler)
     with staged_folder(folder) as (folder, staged):
@@ -143,8 +155,9 @@ def write_model(
 def finished_tables(folder: Path, settings: dict) -> TimestepTables | None:
     """The tables of a folder that `write_model` wrote with these settings; None where there is no folder yet.
 
-    Raises ValueError for a folder of something else or with other settings, which are named, and where files are gone
-    or damaged.
+    Raises:
+        ValueError: for a folder of something else or with other settings, which are named, and where files are gone or
+            damaged.
     """
     if not (folder / TABLES).exists():
         return None

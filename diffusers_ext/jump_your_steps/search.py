@@ -60,41 +60,53 @@ def optimize_timesteps(
         tables = optimize_timesteps(pipe.model, pipe.scheduler, tokens, (4, 8, 12))
         pipe.scheduler = tables.apply_to(pipe.scheduler)  # pipe(num_inference_steps=12) then takes the table
 
-    model: called as model(tokens (batch, length), time (batch,)), such as a pipeline's; put in evaluation mode
-        meanwhile. scheduler: its chain and its sampler; with "gillespie" the tables are about numbers of tokens. Or
-        diffusers' DiscreteDDIMScheduler, AmusedScheduler or BlockRefinementScheduler, whose network gives logits and
-        need not look at the time; `apply_to` then gives the scheduler with tables that takes its place.
-    mask_token_id: the mask of a BlockRefinementScheduler's network, which that scheduler does not know.
-    data: sequences like those to generate, (count, length) integers; the first num_samples are used, by default all.
-        exact and hierarchical choose the tables on all of these but the last num_report_samples, by default a quarter,
-        and say on the last what the steps cost on sequences that have not chosen them: info's "bound" and
-        "bound_of_even_steps", beside "bound_where_chosen".
-    num_inference_steps: as of `CTMCScheduler.set_timesteps`; any numbers for "exact", else powers of two.
-    method: "exact": the network runs once over a grid, then dynamic programming finds the steps of least total cost.
-        "hierarchical": the paper's objective, whose best point in each interval is looked up on the same grid, level
-        after level. "golden": the paper's search for it, by golden section.
-    objective, alpha, held: what a step costs, see `Cost`. "exact" takes any, by default "kl" of a held prediction; the
-        others are about "klub" of held rates.
-    last_edge: "free" lets the last step end before `min_timestep`, where the final denoising, a network call that is
-        made anyway, then is a step like the others. Only "exact" can, for kernels whose final denoising draws tokens:
-        there it is the default. Otherwise, and by default elsewhere, "min_timestep".
-    coupling: of golden, "data" or "path", see `KLUB`. average: of golden, see `KLUB`.
-    grid_size: intervals of the grid, so many evaluations of the network; by default for exact 4 for each of the most
-        steps and at least 64, for hierarchical 256, for golden 1024. The grid of gillespie are the numbers of tokens,
-        by default 256 of them or all where the length is no larger, and always all for golden.
-    num_positions: of exact and hierarchical, how many positions of a sequence enter, see `RateStatistics`.
-    given, seed, noise: see `KLUB`. batch_size: sequences that pass the network together.
-    resume: a file in which what was computed is kept, so that a later call with the same settings goes on from there.
-    progress: whether to show a progress bar; or a function, called with what is done and what there is.
-    accelerator: shares the work out among its processes, all of which get the same tables.
-
     Another number of threads or processes, another batch size or another machine rounds the network's float32 in its
     own way. That changes costs by about 1e-7 of themselves, so they are recorded to five digits, the last of which may
     differ; and a table only where two are equally good to that rounding.
 
-    Raises ValueError for arguments that are out of range or contradict each other, more steps than the grid has, data
-    that are not of the scheduler's vocabulary, a file of other settings or in use, and rates that are not finite, with
-    the time and the position.
+    Args:
+        model: called as model(tokens (batch, length), time (batch,)), such as a pipeline's; put in evaluation mode
+            meanwhile.
+        scheduler: its chain and its sampler; with "gillespie" the tables are about numbers of tokens. Or diffusers'
+            DiscreteDDIMScheduler, AmusedScheduler or BlockRefinementScheduler, whose network gives logits and need not
+            look at the time; `apply_to` then gives the scheduler with tables that takes its place.
+        data: sequences like those to generate, (count, length) integers; the first num_samples are used, by default
+            all. exact and hierarchical choose the tables on all of these but the last num_report_samples, by default a
+            quarter, and say on the last what the steps cost on sequences that have not chosen them: info's "bound" and
+            "bound_of_even_steps", beside "bound_where_chosen".
+        num_inference_steps: as of `CTMCScheduler.set_timesteps`; any numbers for "exact", else powers of two.
+        method: "exact": the network runs once over a grid, then dynamic programming finds the steps of least total
+            cost. "hierarchical": the paper's objective, whose best point in each interval is looked up on the same
+            grid, level after level. "golden": the paper's search for it, by golden section.
+        objective: what a step costs, see `Cost`. "exact" takes any, by default "kl" of a held prediction; the others
+            are about "klub" of held rates.
+        alpha: of objective "alpha", see `Cost`.
+        held: what a step holds, "prediction" or "rates", see `Cost`.
+        last_edge: "free" lets the last step end before `min_timestep`, where the final denoising, a network call that
+            is made anyway, then is a step like the others. Only "exact" can, for kernels whose final denoising draws
+            tokens: there it is the default. Otherwise, and by default elsewhere, "min_timestep".
+        coupling: of golden, "data" or "path", see `KLUB`.
+        num_samples: how many sequences of the data are used; by default all.
+        num_report_samples: how many of these, the last, are kept from the choice; by default a quarter.
+        batch_size: sequences that pass the network together.
+        grid_size: intervals of the grid, so many evaluations of the network; by default for exact 4 for each of the
+            most steps and at least 64, for hierarchical 256, for golden 1024. The grid of gillespie are the numbers of
+            tokens, by default 256 of them or all where the length is no larger, and always all for golden.
+        num_positions: of exact and hierarchical, how many positions of a sequence enter, see `RateStatistics`.
+        given: where tokens are given, (length,) or (count, length) bool, see `KLUB`.
+        mask_token_id: the mask of a BlockRefinementScheduler's network, which that scheduler does not know.
+        seed: sequence i draws with seed + i, see `KLUB`.
+        noise: recorded noise in place of a draw, see `KLUB`.
+        average: of golden, "sequences" or "batches", see `KLUB`.
+        resume: a file in which what was computed is kept, so that a later call with the same settings goes on from
+            there.
+        progress: whether to show a progress bar; or a function, called with what is done and what there is.
+        accelerator: shares the work out among its processes, all of which get the same tables.
+
+    Raises:
+        ValueError: for arguments that are out of range or contradict each other, more steps than the grid has, data
+            that are not of the scheduler's vocabulary, a file of other settings or in use, and rates that are not
+            finite, with the time and the position.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")

@@ -45,7 +45,8 @@ class RateStatistics:
         into 1 GiB at all grid points, and at most 64 for a held prediction and a kernel other than absorbing, where
         no product of matrices does it. Estimates are scaled, so that they stand for whole sequences.
 
-    Raises ValueError for arguments out of range and, when computing, for network outputs that are not finite.
+    Raises:
+        ValueError: for arguments out of range and, when computing, for network outputs that are not finite.
     """
 
     @checked_arguments
@@ -233,7 +234,8 @@ def accumulate(
     kept after each round; a later start goes on from them, also with another number of processes. on_progress: called
     with the sequences done and their number.
 
-    Raises ValueError for a file of something else, or begun with other settings.
+    Raises:
+        ValueError: for a file of something else, or begun with other settings.
     """
     parts = [statistics.data.count] if parts is None else list(parts)
     batches = [

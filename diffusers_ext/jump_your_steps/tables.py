@@ -30,7 +30,8 @@ class TimestepTables:
     tables: {n: (t_0, ..., t_n)}, strictly decreasing in (0, 1]. chain: what they are for, see `chain_of`; entries that
     are missing are not compared. info: {n: provenance}, JSON-able; each records the chain, and the sampler if known.
 
-    Raises ValueError for edges that do not decrease strictly in (0, 1], or are not n + 1.
+    Raises:
+        ValueError: for edges that do not decrease strictly in (0, 1], or are not n + 1.
     """
 
     tables: Mapping[int, tuple[float, ...]]
@@ -72,7 +73,11 @@ class TimestepTables:
     @classmethod
     @checked_arguments
     def load(cls, path: str | Path) -> "TimestepTables":
-        """Read what `save` wrote. Raises ValueError for another file."""
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: for another file.
+        """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
@@ -94,7 +99,8 @@ class TimestepTables:
         are decoded of src. A file can hold lists for smaller numbers of steps that a later round of their search has
         changed; the list for the largest number is always as it was found.
 
-        Raises ValueError for a file that holds anything else.
+        Raises:
+            ValueError: for a file that holds anything else.
         """
         lists = read_torch_file(path)
         whole = isinstance(lists, list) and lists and all(isinstance(entry, list) and entry for entry in lists)
@@ -128,7 +134,8 @@ class TimestepTables:
         Of diffusers' schedulers for which `optimize_timesteps` makes tables, that is the class of this package that
         takes their place. Tables that it has for other numbers of steps stay.
 
-        Raises ValueError if the tables are for another chain, and for a scheduler that takes none.
+        Raises:
+            ValueError: if the tables are for another chain, and for a scheduler that takes none.
         """
         chain, config = dict(self.chain), scheduler.config
         if isinstance(scheduler, CTMCScheduler):

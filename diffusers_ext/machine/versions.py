@@ -46,7 +46,11 @@ def best_device() -> str:
 
 
 def check_device(name: str) -> str:
-    """The name of a device that torch has here. Raises ValueError for any other, with those that it has."""
+    """The name of a device that torch has here.
+
+    Raises:
+        ValueError: for any other, with those that it has.
+    """
     here = ["cpu"]
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator().type

@@ -12,7 +12,8 @@ def as_features(name: str, features) -> np.ndarray:
     features: (n, d), NumPy or torch, any real dtype, any device. Narrower floats become float32, float32
     and float64 stay, integers become float64. Returns (n, d).
 
-    Raises ValueError, with name in it, unless features is a non-empty 2-D array of finite real numbers.
+    Raises:
+        ValueError: with name in it, unless features is a non-empty 2-D array of finite real numbers.
     """
     if isinstance(features, torch.Tensor):
         features = features.detach().cpu()
@@ -36,7 +37,11 @@ def as_features(name: str, features) -> np.ndarray:
 
 
 def as_feature_pair(name: str, features, other_name: str, other) -> tuple[np.ndarray, np.ndarray]:
-    """Two feature sets of one space: (n, d) and (m, d). Raises ValueError if they differ in d, or as as_features."""
+    """Two feature sets of one space: (n, d) and (m, d).
+
+    Raises:
+        ValueError: if they differ in d, or as as_features.
+    """
     features, other = as_features(name, features), as_features(other_name, other)
     if features.shape[1] != other.shape[1]:
         raise ValueError(
@@ -47,6 +52,15 @@ def as_feature_pair(name: str, features, other_name: str, other) -> tuple[np.nda
 
 
 def check_k(k: int, available: int, where: str) -> None:
-    """Raises ValueError unless k is a whole number in 1..available, the number of neighbours found in `where`."""
+    """Check a number of neighbours.
+
+    Args:
+        k: the number.
+        available: how many there are.
+        where: what they are found in, for the message.
+
+    Raises:
+        ValueError: unless k is a whole number in 1..available, the number of neighbours found in `where`.
+    """
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= available:
         raise ValueError(f"need an integer k with 1 <= k <= {available} ({where}), got k={k!r}")

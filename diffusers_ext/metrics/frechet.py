@@ -27,8 +27,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     mu1, mu2: means (d,). sigma1, sigma2: covariances (d, d). NumPy or torch; everything is computed in float64, on the
     CPU.
 
-    Raises ValueError for unequal shapes, non-finite numbers and matrices that are no covariance (not symmetric, or
-    with a negative eigenvalue, beyond 1e-5 of the largest).
+    Raises:
+        ValueError: for unequal shapes, non-finite numbers and matrices that are no covariance (not symmetric, or with
+            a negative eigenvalue, beyond 1e-5 of the largest).
     """
     mu1, root1, trace1 = _moments("mu1", mu1, "sigma1", sigma1)
     mu2, root2, trace2 = _moments("mu2", mu2, "sigma2", sigma2)
@@ -80,7 +81,8 @@ class FeatureStatistics:
     def update(self, features) -> FeatureStatistics:
         """Add a batch: (n, d), NumPy or torch, n >= 1. Returns self.
 
-        Raises ValueError for features that are not 2-D, not finite, empty, or of another dimension than before.
+        Raises:
+            ValueError: for features that are not 2-D, not finite, empty, or of another dimension than before.
         """
         features = as_features("features", features)
         if self.count and features.shape[1] != len(self._mean):
@@ -105,25 +107,41 @@ class FeatureStatistics:
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean (d,), float64. Raises ValueError before the first sample."""
+        """Mean (d,), float64.
+
+        Raises:
+            ValueError: before the first sample.
+        """
         if self.count == 0:
             raise ValueError("a mean needs at least 1 sample, got none: call update(features) first")
         return self._mean
 
     @property
     def covariance(self) -> np.ndarray:
-        """Covariance (d, d), float64, divided by count - 1. Raises ValueError for fewer than two samples."""
+        """Covariance (d, d), float64, divided by count - 1.
+
+        Raises:
+            ValueError: for fewer than two samples.
+        """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
         return self._scatter / (self.count - 1)
 
     def save(self, path) -> None:
-        """Write mean, covariance and count to an .npz file. Raises ValueError for fewer than two samples."""
+        """Write mean, covariance and count to an .npz file.
+
+        Raises:
+            ValueError: for fewer than two samples.
+        """
         np.savez(path, mean=self.mean, covariance=self.covariance, count=self.count)
 
     @classmethod
     def load(cls, path) -> FeatureStatistics:
-        """Read what save wrote; more batches can be added to it. Raises ValueError for a file of something else."""
+        """Read what save wrote; more batches can be added to it.
+
+        Raises:
+            ValueError: for a file of something else.
+        """
         statistics = cls()
         try:
             with np.load(path, allow_pickle=False) as data:
@@ -145,7 +163,8 @@ def feature_statistics(batches: np.ndarray | torch.Tensor | Iterable) -> Feature
 
     batches: one array (n, d), or an iterable (a generator, say) of arrays (n_i, d), read once, one at a time.
 
-    Raises ValueError for no batch at all, or a batch that FeatureStatistics.update refuses.
+    Raises:
+        ValueError: for no batch at all, or a batch that FeatureStatistics.update refuses.
     """
     statistics = FeatureStatistics()
     for batch in [batches] if isinstance(batches, (np.ndarray, torch.Tensor)) else batches:

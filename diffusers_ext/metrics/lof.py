@@ -23,7 +23,9 @@ def local_outlier_factor(features, reference, k: int = 20) -> float:
 
     features: (n, d). reference: (m, d), m > k. NumPy or torch. Centred on the reference's mean, computed in float64.
 
-    Raises ValueError for wrong features or k, ImportError without scikit-learn.
+    Raises:
+        ValueError: for wrong features or k.
+        ImportError: without scikit-learn.
     """
     try:
         from sklearn.neighbors import LocalOutlierFactor

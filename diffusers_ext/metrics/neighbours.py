@@ -37,8 +37,9 @@ def nearest_neighbours(queries, reference, k: int, exclude_self: bool = False) -
     queries: (n, d). reference: (m, d). NumPy or torch. exclude_self: queries are the reference, and a point is not
     its own neighbour (an equal point at another index is). Returns distances (n, k) float64 and indices (n, k) int64.
 
-    Raises ValueError for wrong features, for k outside 1..m (1..m-1 with exclude_self), and for exclude_self with
-    two different sets.
+    Raises:
+        ValueError: for wrong features, for k outside 1..m (1..m-1 with exclude_self), and for exclude_self with two
+            different sets.
     """
     queries, reference = as_feature_pair("queries", queries, "reference", reference)
     if exclude_self and not (queries is reference or np.array_equal(queries, reference)):
@@ -56,7 +57,8 @@ def average_knn_distance(features, reference, k: int = 5) -> float:
     features: samples (n, d). reference: real points (m, d), m >= k. NumPy or torch. A sample that is itself in the
     reference counts itself, at distance 0.
 
-    Raises ValueError for wrong features or k.
+    Raises:
+        ValueError: for wrong features or k.
     """
     features, reference = as_feature_pair("features", features, "reference", reference)
     check_k(k, len(reference), "size of reference")
@@ -75,7 +77,8 @@ def rarity_score(features, reference, k: int = 3) -> RarityScore:
     features: samples (n, d). reference: real points (m, d), m > k. NumPy or torch. Returns RarityScore: the mean
     over the samples inside, their share, and each sample's score.
 
-    Raises ValueError for wrong features or k.
+    Raises:
+        ValueError: for wrong features or k.
     """
     features, reference = as_feature_pair("features", features, "reference", reference)
     check_k(k, len(reference) - 1, "neighbours within reference")
@@ -95,7 +98,8 @@ def precision_recall(features, reference, k: int = 3) -> PrecisionRecall:
 
     features: samples (n, d), n > k. reference: real points (m, d), m > k. NumPy or torch.
 
-    Raises ValueError for wrong features or k.
+    Raises:
+        ValueError: for wrong features or k.
     """
     features, reference = as_feature_pair("features", features, "reference", reference)
     check_k(k, len(features) - 1, "neighbours within features")

@@ -15,7 +15,9 @@ def countdown_sequences(
     """The CountDown data of Jump Your Steps (2410.07761): (count, length) int64 in [0, num_vocabs).
 
     A start is drawn uniformly, counted down to 0, then the next is drawn; the sequence is cut to its length.
-    Raises ValueError unless count >= 0, length >= 1 and num_vocabs >= 2.
+
+    Raises:
+        ValueError: unless count >= 0, length >= 1 and num_vocabs >= 2.
     """
     if count < 0 or length < 1 or num_vocabs < 2:
         raise ValueError(f"need count >= 0, length >= 1, num_vocabs >= 2, got {count=}, {length=}, {num_vocabs=}")
@@ -82,7 +84,8 @@ def histogram_distance(
     The outlier share is the share of generated tokens that the reference does not contain. generated, reference:
     (n, length) integers in [0, num_tokens). prefix_length: tokens at the start that were given and do not count.
 
-    Raises ValueError for two shapes, other than integers, and a prefix that leaves no token.
+    Raises:
+        ValueError: for two shapes, other than integers, and a prefix that leaves no token.
     """
     generated, reference = _tokens("generated", generated), _tokens("reference", reference)
     if generated.shape != reference.shape or not 0 <= prefix_length < generated.shape[1]:
@@ -108,7 +111,8 @@ def generative_perplexity(
     tokens: (n, length >= 2) integers of the model's vocabulary. average: "tokens", over all tokens alike; "batches",
     the mean of the means of the batches, as in the authors' code, where a smaller last batch weighs as much as others.
 
-    Raises ValueError for no tokens, another average, and a batch size below 1.
+    Raises:
+        ValueError: for no tokens, another average, and a batch size below 1.
     """
     tokens = _tokens("tokens", tokens, least=2)
     if average not in ("tokens", "batches"):

@@ -19,7 +19,10 @@ def words_of(text: str) -> list[str]:
 def real_word_share(texts: list[str], reference: str) -> list[float]:
     """Of each text, the share of its words that occur in a reference text; NaN where there is no word.
 
-    The first and the last word of a text may be cut and do not count. Raises ValueError for a reference without words.
+    The first and the last word of a text may be cut and do not count.
+
+    Raises:
+        ValueError: for a reference without words.
     """
     known = set(words_of(reference))
     if not known:
@@ -34,8 +37,10 @@ def ngram_divergence(texts: list[str], reference: list[str], n: int = 5) -> floa
 
     .. math:: \tfrac12 KL(p \,\|\, m) + \tfrac12 KL(q \,\|\, m), \quad m = (p + q) / 2
 
-    It falls as texts are added, for real texts too: compare sets of the same size. Raises ValueError for n < 1 and
-    sets without an n-gram.
+    It falls as texts are added, for real texts too: compare sets of the same size.
+
+    Raises:
+        ValueError: for n < 1 and sets without an n-gram.
     """
     if n < 1:
         raise ValueError(f"n must be >= 1, got {n}")

@@ -39,21 +39,22 @@ def _adm_init(
 class ADMUNet2DModel(UNet2DModel):
     r"""`UNet2DModel` and three things that only some ADM networks have. Off by default, and then it is the parent.
 
-    Every parameter of `UNet2DModel`, and:
+    It takes every parameter of `UNet2DModel`, and those below. The call is the parent's: `forward(sample, timestep,
+    class_labels=None, return_dict=True)`, sample (batch, in_channels, height, width), timestep () or (batch,),
+    class_labels (batch,).
 
-    num_attention_heads: heads of every attention layer, whatever its width C; each has C / num_attention_heads
-        channels. None: each head has `attention_head_dim` channels, as in the parent.
-    timestep_dim: dimension of the sinusoidal embedding of the timestep, where the first width is another one
-        (ADM's 512 x 512 network starts at half of it). None: the first width. `time_embedding_dim`, 4 times the first
-        width by default, should then be given too.
-    conv_resample: False halves the resolution by averages of 2 x 2 pixels and doubles it by repetition alone,
-        without the convolutions of `downsample_type="conv"`, `upsample_type="conv"`.
+    Args:
+        num_attention_heads: heads of every attention layer, whatever its width C; each has C / num_attention_heads
+            channels. None: each head has `attention_head_dim` channels, as in the parent.
+        timestep_dim: dimension of the sinusoidal embedding of the timestep, where the first width is another one
+            (ADM's 512 x 512 network starts at half of it). None: the first width. `time_embedding_dim`, 4 times the
+            first width by default, should then be given too.
+        conv_resample: False halves the resolution by averages of 2 x 2 pixels and doubles it by repetition alone,
+            without the convolutions of `downsample_type="conv"`, `upsample_type="conv"`.
 
-    The call is the parent's: `forward(sample, timestep, class_labels=None, return_dict=True)`, sample
-    (batch, in_channels, height, width), timestep () or (batch,), class_labels (batch,).
-
-    Raises ValueError for a number of heads that does not divide a width, an odd timestep_dim, and conv_resample=False
-    with resampling by residual blocks.
+    Raises:
+        ValueError: for a number of heads that does not divide a width, an odd timestep_dim, and conv_resample=False
+            with resampling by residual blocks.
     """
 
     def _fix_number_of_heads(self, heads: int) -> None:

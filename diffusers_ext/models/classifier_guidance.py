@@ -48,15 +48,17 @@ class ClassifierGuidance(ModelMixin):
 
     Take it as the unet of a pixel-space pipeline: `BoostAndSkipPipeline(ClassifierGuidance(unet, ...), scheduler)`.
 
-    unet: the network, conditional or not. A learned variance, in further channels, is left as it is.
-    classifier: called as classifier(x_t, timestep), gives logits, (batch, classes), of noisy samples; see
-        `classifier_gradient`.
-    scheduler: for its alphas_cumprod and prediction_type, those that the network was trained with.
-    guidance_scale: s; 0 is the network itself.
-    num_classes: of the classifier, for an unconditional network, which pipelines otherwise hand no labels.
+    Args:
+        unet: the network, conditional or not. A learned variance, in further channels, is left as it is.
+        classifier: called as classifier(x_t, timestep), gives logits, (batch, classes), of noisy samples; see
+            `classifier_gradient`.
+        scheduler: for its alphas_cumprod and prediction_type, those that the network was trained with.
+        guidance_scale: s; 0 is the network itself.
+        num_classes: of the classifier, for an unconditional network, which pipelines otherwise hand no labels.
 
-    Raises ValueError for a scheduler without alphas_cumprod or of another prediction_type, for num_classes of a
-    conditional network, and when it is saved: save the network and the classifier instead.
+    Raises:
+        ValueError: for a scheduler without alphas_cumprod or of another prediction_type, for num_classes of a
+            conditional network, and when it is saved: save the network and the classifier instead.
     """
 
     def __init__(
@@ -140,5 +142,13 @@ class ClassifierGuidance(ModelMixin):
         return self._shares[device, dtype]
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """Raises ValueError: the two networks are saved one by one."""
+        """Not possible: the two networks are saved one by one.
+
+        Args:
+            save_directory: not used.
+            **kwargs: not used.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError("ClassifierGuidance is not saved; save its .unet and its .classifier, and wrap them again")

@@ -109,7 +109,8 @@ class CTMCSequenceTransformer(ModelMixin, AttentionMixin, ConfigMixin):
     authors' code does, so their checkpoints were trained with it; off, the network sees t.
     sequence_length: that the network was trained on and is sampled at; it takes any.
 
-    Raises ValueError unless d_model is even and a multiple of num_heads, and temb_dim even and at least 4.
+    Raises:
+        ValueError: unless d_model is even and a multiple of num_heads, and temb_dim even and at least 4.
     """
 
     _supports_gradient_checkpointing = True
@@ -160,7 +161,10 @@ class CTMCSequenceTransformer(ModelMixin, AttentionMixin, ConfigMixin):
         """Logits (batch, length, vocab_size) of the clean tokens, as `.sample`; 1 is added at the current token.
 
         tokens: (batch, length) int64, any length. timestep: t in [0, 1], (batch,). return_dict: False gives the
-        tuple (logits,). Raises ValueError for other shapes.
+        tuple (logits,).
+
+        Raises:
+            ValueError: for other shapes.
         """
         if tokens.ndim != 2 or timestep.shape != tokens.shape[:1]:
             raise ValueError(

@@ -114,8 +114,9 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
     fix_logistic: whether levels far to the right of the mean become as improbable as those far to the left; else the
         mass of a level is at least 1e-6 times all that lies below it, as in the authors' CIFAR-10 model.
 
-    Raises ValueError unless time_embed_dim is even and at least 4, height and width can be halved once for each level
-    but the first, and attention_level is a level.
+    Raises:
+        ValueError: unless time_embed_dim is even and at least 4, height and width can be halved once for each level
+            but the first, and attention_level is a level.
     """
 
     _supports_gradient_checkpointing = True
@@ -192,7 +193,10 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
         """Logits (batch, channels * height * width, num_levels) float32 of the clean levels, as `.sample`.
 
         tokens: (batch, channels * height * width) int64 levels. timestep: t in [0, 1], (batch,). return_dict: False
-        gives the tuple (logits,). Raises ValueError for other shapes.
+        gives the tuple (logits,).
+
+        Raises:
+            ValueError: for other shapes.
         """
         colours, height, width = self.config.shape
         if tokens.ndim != 2 or tokens.shape[1] != colours * height * width or timestep.shape != tokens.shape[:1]:

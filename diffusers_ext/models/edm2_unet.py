@@ -321,15 +321,17 @@ class EDM2UNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         logvar_channels: width of the uncertainty head.
         model_channels: base width.
         channel_mult: factor on it for each resolution, highest first.
-        channel_mult_noise, channel_mult_emb: factors for the widths of the noise features and of the embedding; None
-            for the first and for the largest of the widths.
+        channel_mult_noise: factor for the width of the noise features; None for the first of the widths.
+        channel_mult_emb: factor for the width of the embedding; None for the largest of the widths.
         num_blocks: encoder blocks a resolution; the decoder has one more.
         attn_resolutions: resolutions with attention.
         label_balance: weight t of the label in the embedding.
         concat_balance: weight t of the skip connection.
         resample_filter: taps for down- and upsampling, an even number of them.
         channels_per_head: width of an attention head; a block narrower than that has no attention.
-        dropout, res_balance, attn_balance: of the blocks.
+        dropout: of the blocks.
+        res_balance: of the blocks, weight t of their residual branch.
+        attn_balance: of the blocks, weight t of their attention.
         clip_act: limit of a block's activations, or None.
 
     Raises:
@@ -571,6 +573,13 @@ class EDM2UNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         """diffusers' method, for whose list of classes this network's layers are unknown.
 
         Casts the weights of the blocks' convolutions; embeddings and gains, which are computed in float32, stay.
+
+        Args:
+            storage_dtype: in which weights are kept.
+            compute_dtype: in which a layer is computed; by default the dtype of the parameters.
+            skip_modules_pattern: regular expressions of names of layers that are left out.
+            skip_modules_classes: classes of layers that are left out.
+            non_blocking: as of diffusers.
         """
         compute_dtype = self.dtype if compute_dtype is None else compute_dtype
         patterns = (*(skip_modules_pattern or ()), *self._skip_layerwise_casting_patterns)
@@ -581,9 +590,14 @@ class EDM2UNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
     @classmethod
     def from_preset(cls, name: str, **config) -> "EDM2UNet2DModel":
-        """A network of the paper with random weights, for example "edm2-img512-s". config: values to change.
+        """A network of the paper with random weights.
 
-        Raises ValueError for an unknown name.
+        Args:
+            name: of `EDM2_PRESETS`, for example "edm2-img512-s".
+            **config: values to change.
+
+        Raises:
+            ValueError: for an unknown name.
         """
         if name not in EDM2_PRESETS:
             raise ValueError(f"preset {name!r} is unknown; there are {', '.join(EDM2_PRESETS)}.")
@@ -598,7 +612,7 @@ class EDM2UNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
         Args:
             state_dict: names as the authors' ("unet.enc.64x64_conv.weight", ..., "logvar_linear.weight"); copied.
-            config: arguments of this class, which are the authors'.
+            **config: arguments of this class, which are the authors'.
 
         Raises:
             ValueError: if names or shapes do not fit the configuration.

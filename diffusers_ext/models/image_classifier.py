@@ -39,7 +39,8 @@ class ImageClassifier(ModelMixin, ConfigMixin):
     Stages of two 3x3 convolutions and a 2x2 max-pool, one for each entry of `channels`; global average; one
     hidden layer of `feature_dim` units, whose ReLU activations are the features; a linear read-out.
 
-    Raises ValueError for no stage, and for numbers below 1.
+    Raises:
+        ValueError: for no stage, and for numbers below 1.
     """
 
     @register_to_config
@@ -67,7 +68,9 @@ class ImageClassifier(ModelMixin, ConfigMixin):
 
         sample: (batch, in_channels, height, width), pixel values in [-1, 1]. Height and width at least
             2 ** len(channels).
-        Raises ValueError for a tensor of another rank or channel count.
+
+        Raises:
+            ValueError: for a tensor of another rank or channel count.
         """
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ValueError(

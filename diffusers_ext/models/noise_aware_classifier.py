@@ -43,7 +43,10 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
         """Classify noisy samples.
 
         sample: x_t (batch, ...) of in_features numbers each. timestep: one, or (batch,). return_dict: False gives the
-        tuple (logits,). Raises ValueError for a sample of another size.
+        tuple (logits,).
+
+        Raises:
+            ValueError: for a sample of another size.
         """
         x = sample.flatten(1)
         if x.shape[1] != self.config.in_features:

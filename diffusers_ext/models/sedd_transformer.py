@@ -113,16 +113,25 @@ class SEDDOutput(nn.Module):
 class SEDDTransformer(ModelMixin, AttentionMixin, ConfigMixin):
     r"""Log scores log p_t(y) / p_t(x) of every token y at every position (Lou et al., 2310.16834).
 
-    The network of SEDD, and of the CountDown models of Jump Your Steps. With `scale_by_sigma`, for the absorbing
-    kernel, log(e^sigma_bar - 1) and log(vocab_size - 1) are subtracted, which the exact score contains.
+    The network of SEDD, and of the CountDown models of Jump Your Steps. A fresh network returns zeros (before
+    scale_by_sigma).
 
-    vocab_size: with the mask, if there is one, as the last token. hidden_size / num_heads: even.
-    sequence_length: that the network was trained on and is sampled at; it takes any. dropout: in training mode.
-    num_streams: voices that take turns in a sequence, a token each. Rotary attention sees distances alone, so an
-    embedding tells each position its voice, position % num_streams; with 1 there is none, as in SEDD.
-    A fresh network returns zeros (before scale_by_sigma).
+    Args:
+        vocab_size: number of tokens, with the mask, if there is one, as the last token.
+        hidden_size: width of the network; hidden_size / num_heads is even.
+        cond_dim: width of the embedding of the noise.
+        num_blocks: number of transformer blocks.
+        num_heads: attention heads of a block.
+        mlp_ratio: width of a block's hidden layer over hidden_size.
+        dropout: in training mode.
+        scale_by_sigma: for the absorbing kernel: log(e^sigma_bar - 1) and log(vocab_size - 1) are subtracted, which
+            the exact score contains.
+        sequence_length: that the network was trained on and is sampled at; it takes any.
+        num_streams: voices that take turns in a sequence, a token each. Rotary attention sees distances alone, so an
+            embedding tells each position its voice, position % num_streams; with 1 there is none, as in SEDD.
 
-    Raises ValueError unless hidden_size / num_heads is even and num_streams is at least 1.
+    Raises:
+        ValueError: unless hidden_size / num_heads is even and num_streams is at least 1.
     """
 
     _supports_gradient_checkpointing = True
@@ -166,8 +175,13 @@ class SEDDTransformer(ModelMixin, AttentionMixin, ConfigMixin):
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Log scores (batch, length, vocab_size), as `.sample`, 0 at the current token.
 
-        tokens: (batch, length) int64, any length. sigma: total noise sigma_bar, (batch,). return_dict: False gives
-        the tuple (log scores,). Raises ValueError for other shapes.
+        Args:
+            tokens: (batch, length) int64, any length.
+            sigma: total noise sigma_bar, (batch,).
+            return_dict: False gives the tuple (log scores,).
+
+        Raises:
+            ValueError: for other shapes.
         """
         if tokens.ndim != 2 or sigma.shape != tokens.shape[:1]:
             raise ValueError(

@@ -37,8 +37,9 @@ class Checkpoints:
     def load(self, steps: int) -> tuple[int, list]:
         """Go back to the newest whole checkpoint; its step and history, or 0 and []. steps: of the training in all.
 
-        Raises ValueError for other settings, each by name, for a training that has gone further than steps, and where
-        every checkpoint is damaged.
+        Raises:
+            ValueError: for other settings, each by name, for a training that has gone further than steps, and where
+                every checkpoint is damaged.
         """
         step = self.processes.agreed(lambda: self._newest(steps))
         if step == 0:

@@ -65,8 +65,16 @@ def write_json(path: Path, content) -> None:
 
 
 def check_file(path: Path, names: Set[str]) -> None:
-    """Raises ValueError for a file that is no JSON object with these names, which an earlier start would have written,
-    and OSError where it could not be written."""
+    """Check a file that an earlier start would have written.
+
+    Args:
+        path: of the file.
+        names: that it has to have.
+
+    Raises:
+        ValueError: for a file that is no JSON object with these names, which an earlier start would have written.
+        OSError: where it could not be written.
+    """
     if path.is_file() and path.stat().st_size:
         try:
             written_here = names <= set(json.loads(path.read_text(encoding="utf-8")))
@@ -133,7 +141,11 @@ def _hash(path: Path) -> str:
 
 
 def new_folder(folder: str | Path) -> Path:
-    """The resolved path of a folder that does not exist or is empty. Raises ValueError for any other."""
+    """The resolved path of a folder that does not exist or is empty.
+
+    Raises:
+        ValueError: for any other.
+    """
     folder = Path(folder).resolve()
     if folder == Path.cwd():
         raise ValueError("output folder must not be the current one; choose a new one")
@@ -144,7 +156,11 @@ def new_folder(folder: str | Path) -> Path:
 
 def check_folder(folder: str | Path, marker: str) -> Path:
     """The resolved path of a folder that is new, empty or begun by an earlier start, which then holds the marker, a
-    file. Raises ValueError for others: no start writes where it did not begin."""
+    file.
+
+    Raises:
+        ValueError: for others: no start writes where it did not begin.
+    """
     folder = Path(folder).resolve()
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     killed_at_once = all(name == LOCK or name.startswith(TEMPORARY) for name in names)
@@ -155,8 +171,10 @@ def check_folder(folder: str | Path, marker: str) -> Path:
 def staged_folder(folder: str | Path) -> Iterator[tuple[Path, Path]]:
     """A new folder's final path, and one beside it that becomes the folder when the block ends without an error.
 
-    The second one is for the block to make. Raises ValueError for a folder that exists and is not empty, and for one
-    that another start is writing.
+    The second one is for the block to make.
+
+    Raises:
+        ValueError: for a folder that exists and is not empty, and for one that another start is writing.
     """
     folder = new_folder(folder)
     with scratch_folder(folder) as scratch:
@@ -198,7 +216,8 @@ Written = TypeVar("Written")
 def write_once(folder: str | Path, write: Callable[[Path], Written]) -> tuple[Written, bool]:
     """What `write` returns, which writes a new folder with a model, and whether that was there, byte for byte.
 
-    Raises ValueError for a folder that holds anything else, at once where that is no model.
+    Raises:
+        ValueError: for a folder that holds anything else, at once where that is no model.
     """
     folder = Path(folder).resolve()
     if not any((folder / name).is_file() for name in MODEL_FILES):

@@ -27,7 +27,11 @@ class Kept:
         self.begun_with = json.loads(json.dumps(begun_with))
 
     def load(self) -> dict | None:
-        """What an earlier start kept; None where there is nothing. Raises ValueError as `read` and `check`."""
+        """What an earlier start kept; None where there is nothing.
+
+        Raises:
+            ValueError: as `read` and `check`.
+        """
         content = self.read()
         if content is not None:
             self.check(content)
@@ -36,7 +40,9 @@ class Kept:
     def read(self) -> dict | None:
         """The content, whatever it was begun with. Only under `lock`: what killed starts left of it is removed.
 
-        Raises ValueError for a file of something else, and as `check` for one without the form that the run needs."""
+        Raises:
+            ValueError: for a file of something else, and as `check` for one without the form that the run needs.
+        """
         remove_leftovers(self.path.parent, self.path.name)
         if not self.path.exists():
             return None
@@ -54,7 +60,14 @@ class Kept:
         raise ValueError(f"{self.path} was not written by this command; choose another output folder")
 
     def check(self, content: Mapping) -> None:
-        """Raises ValueError naming every setting or version that is not that of the content, with both values."""
+        """Check that content was begun with what is asked for now.
+
+        Args:
+            content: what `read` returned.
+
+        Raises:
+            ValueError: naming every setting or version that is not that of the content, with both values.
+        """
         for name, now in self.begun_with.items():
             check_same(self.path, content[name], now, name)
 
@@ -83,7 +96,17 @@ def _read(path: Path) -> dict:
 
 
 def check_same(path: Path, old: Mapping, new: Mapping, kind: str = "settings") -> None:
-    """Raises ValueError naming every entry in which what a file or folder was begun with differs from now."""
+    """Check that a file or folder was begun with what is asked for now.
+
+    Args:
+        path: of the file or folder.
+        old: what it was begun with.
+        new: what is asked for now.
+        kind: what the two are, for the message.
+
+    Raises:
+        ValueError: naming every entry in which what a file or folder was begun with differs from now.
+    """
     if changed := "; ".join(differences(old, new)):
         raise ValueError(
             f"{str(path)!r} was begun with other {kind}: {changed}; go on with the old ones, or choose another output"

@@ -23,8 +23,9 @@ def lock(output: Path, processes: Processes | None = None) -> Iterator[None]:
     counts is the kernel's lock on it, which no child process keeps. Every machine and container that shares the file
     system sees it, where that has locks.
 
-    Raises ValueError where another start holds it, naming that, and where lock.json is somebody else's file; OSError
-    for a file system without locks.
+    Raises:
+        ValueError: where another start holds it, naming that, and where lock.json is somebody else's file.
+        OSError: for a file system without locks.
     """
     with ExitStack() as held:
 

@@ -19,8 +19,9 @@ def start_processes(device: str, mixed_precision: str | None = None) -> Accelera
     accelerate launch starts one process on a CPU and does not tell it how many were asked for, so there a warning says
     to use torchrun.
 
-    Raises ValueError where the launcher promised another number of processes than accelerate makes, and for a device
-    with an index that several processes would share.
+    Raises:
+        ValueError: where the launcher promised another number of processes than accelerate makes, and for a device
+            with an index that several processes would share.
     """
     on_cpu = torch.device(device).type == "cpu"
     promised = os.environ.get("WORLD_SIZE")

@@ -12,7 +12,8 @@ from .lock import lock
 class ResultRows:
     """The rows of a JSON file by their keys, which must name everything that a row depends on.
 
-    Raises ValueError for a file of something else.
+    Raises:
+        ValueError: for a file of something else.
     """
 
     def __init__(self, path: str | Path):

@@ -41,7 +41,11 @@ class Shards:
         return False
 
     def read(self, number: int) -> np.ndarray:
-        """A batch as it was written. Raises ValueError where it is missing or damaged."""
+        """A batch as it was written.
+
+        Raises:
+            ValueError: where it is missing or damaged.
+        """
         for path in self._paths(f"{number:06d}"):
             data = path.read_bytes()
             if _is_whole(path.name, data):

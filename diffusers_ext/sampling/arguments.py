@@ -20,7 +20,8 @@ def inputs_of(pipe, count: int, labels, prompts, images, seed: int) -> dict[str,
     """The arguments of the call that have one value an image: images uint8 (count, height, width, channels), prompts,
     labels.
 
-    Raises ValueError for images of another number or kind, labels and prompts at once, and as `cycled_labels`.
+    Raises:
+        ValueError: for images of another number or kind, labels and prompts at once, and as `cycled_labels`.
     """
     if images is not None:
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count:
@@ -49,7 +50,8 @@ def negative_prompts(count: int, inputs: dict, call: dict) -> tuple[dict, dict]:
     Where a prompt and true_cfg_scale > 1 are given and no negative prompt, it is an empty one: pipelines with that
     argument (Flux, Qwen-Image) make no second prediction without.
 
-    Raises ValueError for a negative prompt that is no text.
+    Raises:
+        ValueError: for a negative prompt that is no text.
     """
     negative, scale = call.get("negative_prompt"), call.get("true_cfg_scale")
     if negative is None and "prompt" in inputs and isinstance(scale, int | float) and scale > 1:
@@ -65,7 +67,8 @@ def negative_prompts(count: int, inputs: dict, call: dict) -> tuple[dict, dict]:
 def given_tokens(tokens: np.ndarray | None, given: np.ndarray | None, count: int) -> dict[str, np.ndarray]:
     """Tokens of each sample, int64, and where they are kept, bool, (count, length) both; {} where none are given.
 
-    Raises ValueError for other shapes than (count, length), of `given` also (length,), and for one without the other.
+    Raises:
+        ValueError: for other shapes than (count, length), of `given` also (length,), and for one without the other.
     """
     if tokens is None and given is None:
         return {}
@@ -77,7 +80,16 @@ def given_tokens(tokens: np.ndarray | None, given: np.ndarray | None, count: int
 
 
 def check_call(pipe: DiffusionPipeline, inputs: dict, call: dict) -> None:
-    """Raises ValueError where the pipeline's call does not take what it would get, or needs more."""
+    """Check the arguments of a pipeline's call before it is made.
+
+    Args:
+        pipe: the pipeline.
+        inputs: arguments with one value a sample, by name.
+        call: further arguments.
+
+    Raises:
+        ValueError: where the pipeline's call does not take what it would get, or needs more.
+    """
     name, known = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
     reserved = sorted(set(call) & set(GIVEN_HERE))
     if reserved:
@@ -111,7 +123,16 @@ def check_call(pipe: DiffusionPipeline, inputs: dict, call: dict) -> None:
 
 
 def check_discrete(pipe: DiffusionPipeline, inputs: dict[str, Sequence], call: dict) -> None:
-    """Raises ValueError for texts without a tokenizer, and for a sampler or a schedule that the scheduler refuses."""
+    """Check the arguments of a discrete pipeline's call before it is made.
+
+    Args:
+        pipe: the pipeline.
+        inputs: arguments with one value a sample, by name.
+        call: further arguments.
+
+    Raises:
+        ValueError: for texts without a tokenizer, and for a sampler or a schedule that the scheduler refuses.
+    """
     if ("prompt" in inputs or "suffix" in call) and pipe.tokenizer is None:
         raise ValueError("prompts and suffix need a tokenizer, which this pipeline has not; give tokens instead")
     changes = {"sampler": call["sampler"]} if call.get("sampler") else {}
@@ -124,7 +145,11 @@ def check_discrete(pipe: DiffusionPipeline, inputs: dict[str, Sequence], call: d
 
 
 def format_of(pipe: DiffusionPipeline, kind: str, format: str | None) -> str:
-    """The format, or the one that goes without saying. Raises ValueError for one that the samples cannot have."""
+    """The format, or the one that goes without saying.
+
+    Raises:
+        ValueError: for one that the samples cannot have.
+    """
     has_tokenizer = getattr(pipe, "tokenizer", None) is not None
     if format is None:
         return "png" if kind == "images" else "txt" if has_tokenizer else "npz"

@@ -42,7 +42,8 @@ def sample_batches(
     round-off, on the batch. labels: (count,), for pipelines that take class_labels; prompts: count of them, for those
     that take prompt; None of both for those that take batch_size. call: further arguments of the call.
 
-    Raises ValueError for a count or batch size below 1, or labels or prompts of another number.
+    Raises:
+        ValueError: for a count or batch size below 1, or labels or prompts of another number.
     """
     check_sizes(count, batch_size)
     inputs = {} if labels is None else {"class_labels": labels.tolist()}
@@ -76,7 +77,15 @@ def sample_images(
 
 
 def check_sizes(count: int, batch_size: int) -> None:
-    """Raises ValueError for a count or batch size below 1."""
+    """Check a number of samples and of those in a batch.
+
+    Args:
+        count: number of samples.
+        batch_size: samples in a batch.
+
+    Raises:
+        ValueError: for a count or batch size below 1.
+    """
     if count < 1 or batch_size < 1:
         raise ValueError(f"count and batch_size must be >= 1, got {count} and {batch_size}")
 
@@ -92,7 +101,8 @@ def draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict, call: di
     Of pipelines without images what they give first, frames or audios. rows: of the samples. inputs: of all samples,
     by argument. call: further arguments of the call.
 
-    Raises ValueError for a respacing that the pipeline does not take.
+    Raises:
+        ValueError: for a respacing that the pipeline does not take.
     """
     generators = [torch.Generator().manual_seed(seed + i) for i in rows]
     given = {name: values[rows.start : rows.stop] for name, values in inputs.items()} or {"batch_size": len(rows)}
@@ -126,7 +136,8 @@ def to_uint8(images: torch.Tensor | np.ndarray, rows: range) -> np.ndarray:
 
     images: a tensor (batch, channels, height, width) or an array (batch, height, width, channels).
 
-    Raises ValueError for another number of images than rows, and for values that are not finite.
+    Raises:
+        ValueError: for another number of images than rows, and for values that are not finite.
     """
     images = _as_tensor(images) if getattr(images, "ndim", 4) == 4 else images
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or len(images) != len(rows):
@@ -142,7 +153,8 @@ def to_uint8(images: torch.Tensor | np.ndarray, rows: range) -> np.ndarray:
 def to_integers(tokens: torch.Tensor, rows: range, vocab_size: int) -> np.ndarray:
     """Tokens (batch, length) in the smallest unsigned type that holds the vocabulary.
 
-    Raises ValueError for another number of sequences than rows.
+    Raises:
+        ValueError: for another number of sequences than rows.
     """
     if tokens.ndim != 2 or len(tokens) != len(rows):
         raise ValueError(f"the pipeline must give {len(rows)} sequences (batch, length), got {tuple(tokens.shape)}")

@@ -72,34 +72,39 @@ def sample_to_folder(
     `write_sequences`). Sample i has the generator of seed + i: the files have the same bytes for any number of
     processes and interruptions, and images are within one grey level for any batch size; a sequence may then leave
     its path at a token that round-off decides. manifest.json says what was drawn, with which versions, and the label
-    of each image.
+    of each image. Every process calls this function, with the same arguments, and returns when the result is complete.
 
     Global random numbers, which pipelines draw that do not pass their generator on, are seeded by the batch. For those
     pipelines (stock `DiTPipeline` with a stochastic scheduler) all of this holds but for other batch sizes.
 
-    pipe: unconditional (takes batch_size), class-conditional (takes class_labels), text-to-image (takes prompt) or
-        image-to-image, such as an upsampler (takes image); or a `DiscreteDiffusionPipeline`.
-    labels: gone through in turn, None among them for the null class; None for every class in turn, "random" for
-        `random_labels`.
-    prompts: gone through in turn.
-    images: the input image of each, uint8 (count, height, width, channels).
-    tokens, given: of a discrete pipeline, tokens of each, integers (count, length), and where they are kept, boolean
-        (count, length) or (length,).
-    format: "png", "zip" or "npz" for images; "txt", "jsonl" or "npz" for sequences. None is "png"; for sequences "txt"
-        with a tokenizer, "npz" without.
-    cpu_threads: torch threads of each process while it draws on a CPU, where round-off depends on their number; more
-        processes are the better use of many cores.
-    accelerator: of a program that has one. By default what a launcher started, or this process alone.
-    call: further arguments of the pipeline's call, JSON-able. guidance_interval=(sigma_lo, sigma_hi) is for every
-        pipeline that guides: where its call does not take it, a `GuidanceInterval` is applied. gamma, skip_steps and
-        skip_to_sigma are for every pipeline with a scheduler of Boost-and-Skip's kinds: see `boost_and_skip`.
-        true_cfg_scale > 1 (Flux, Qwen-Image) has an empty negative_prompt where none is given.
+    Args:
+        pipe: unconditional (takes batch_size), class-conditional (takes class_labels), text-to-image (takes prompt) or
+            image-to-image, such as an upsampler (takes image); or a `DiscreteDiffusionPipeline`.
+        folder: new, empty or begun by the same call.
+        count: number of samples.
+        labels: gone through in turn, None among them for the null class; None for every class in turn, "random" for
+            `random_labels`.
+        prompts: gone through in turn.
+        images: the input image of each, uint8 (count, height, width, channels).
+        tokens: of a discrete pipeline, tokens of each, integers (count, length).
+        given: where `tokens` are kept, boolean (count, length) or (length,).
+        seed: sample i is drawn with seed + i.
+        batch_size: samples that are drawn together.
+        format: "png", "zip" or "npz" for images; "txt", "jsonl" or "npz" for sequences. None is "png"; for sequences
+            "txt" with a tokenizer, "npz" without.
+        cpu_threads: torch threads of each process while it draws on a CPU, where round-off depends on their number;
+            more processes are the better use of many cores.
+        accelerator: of a program that has one. By default what a launcher started, or this process alone.
+        **call: further arguments of the pipeline's call, JSON-able. guidance_interval=(sigma_lo, sigma_hi) is for
+            every pipeline that guides: where its call does not take it, a `GuidanceInterval` is applied. gamma,
+            skip_steps and skip_to_sigma are for every pipeline with a scheduler of Boost-and-Skip's kinds: see
+            `boost_and_skip`. true_cfg_scale > 1 (Flux, Qwen-Image) has an empty negative_prompt where none is given.
 
-    Every process calls this function, with the same arguments, and returns when the result is complete.
-
-    Raises ValueError before anything is drawn for arguments that the pipeline does not take or that are missing, for a
-    folder of other content, of other settings or versions (named, with both values), and one in use by another start;
-    and while drawing for images that are not finite. OSError for a full disk; no finished batch is lost.
+    Raises:
+        ValueError: before anything is drawn for arguments that the pipeline does not take or that are missing, for a
+            folder of other content, of other settings or versions (named, with both values), and one in use by another
+            start; and while drawing for images that are not finite.
+        OSError: for a full disk; no finished batch is lost.
     """
     check_sizes(count, batch_size)
     inputs = given_tokens(tokens, given, count)
@@ -176,7 +181,9 @@ class _Run:
     def open(self) -> str | None:
         """Begin or go on: the name of the result where that is finished. What has no finished batch is begun anew.
 
-        Raises ValueError for other settings or versions, and for a result that is not as it was written."""
+        Raises:
+            ValueError: for other settings or versions, and for a result that is not as it was written.
+        """
         manifest = self.kept.read()
         begun = manifest is not None and (manifest["result"] is not None or len(self.shards) > 0)
         if begun:

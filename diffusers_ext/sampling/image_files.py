@@ -24,7 +24,8 @@ def write_images(
     samples_{count}x{height}x{width}x{channels}.npz with `arr_0`, uint8 (count, height, width, channels), and where
     there are labels `arr_1`, int64 (count,). The same images give the same bytes.
 
-    Raises ValueError for images of different sizes, another number than `count`, and channels that PNG has not.
+    Raises:
+        ValueError: for images of different sizes, another number than `count`, and channels that PNG has not.
     """
     writer = {"png": _write_pngs, "zip": _write_zip, "npz": _write_npz}[format]
     return writer(_checked(batches, count, format), count, labels, folder)
@@ -53,7 +54,15 @@ def write_npz(
 
 
 def check_channels(channels: int, format: str) -> None:
-    """Raises ValueError for channels that a format of `FORMATS` has not."""
+    """Check that a format can hold images of so many channels.
+
+    Args:
+        channels: of the images.
+        format: one of `FORMATS`.
+
+    Raises:
+        ValueError: for channels that a format of `FORMATS` has not.
+    """
     if format != "npz" and channels not in MODES:
         raise ValueError(f"PNG holds 1, 3 or 4 channels, the images have {channels}; use the format npz")
 

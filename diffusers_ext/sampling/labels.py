@@ -18,8 +18,9 @@ def cycled_labels(
 
     The classes are those of the network without the pipeline's null class, which None among the labels stands for.
 
-    Raises ValueError for labels given to a pipeline that takes none, for those that it has not, for None where there
-    is no null class, and for an empty list.
+    Raises:
+        ValueError: for labels given to a pipeline that takes none, for those that it has not, for None where there is
+            no null class, and for an empty list.
     """
     if count < 1:
         raise ValueError(f"count must be >= 1, got {count}")
@@ -53,7 +54,8 @@ def random_labels(pipe: DiffusionPipeline, count: int, seed: int) -> torch.Tenso
 
     It comes from a hash, not from the generator of image i, so labels and noise are independent.
 
-    Raises ValueError for a pipeline without classes.
+    Raises:
+        ValueError: for a pipeline without classes.
     """
     classes = _classes(pipe)
     if classes is None:

@@ -20,8 +20,9 @@ def applied(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextManager
     An interval that the call does not take is applied; gamma, skip_steps and skip_to_sigma that it does not take make
     a Boost-and-Skip scheduler of the pipeline's own, for the time of the block.
 
-    Raises ValueError for an interval that is none, pipelines that cannot be limited, schedulers that cannot be boosted
-    and pipelines whose initial noise gamma does not reach.
+    Raises:
+        ValueError: for an interval that is none, pipelines that cannot be limited, schedulers that cannot be boosted
+            and pipelines whose initial noise gamma does not reach.
     """
     limited, call = _limited(pipe, call)
     boosted, call = _boosted(pipe, call)
@@ -62,7 +63,8 @@ def _boosted(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextManage
 def boosted_scheduler(pipe: DiffusionPipeline, given: dict, steps: int | str | None = None) -> SchedulerMixin:
     """The Boost-and-Skip scheduler of a pipeline; given: of `BOOST`. steps: of the schedule, whose skip is tried.
 
-    Raises ValueError as `boost_and_skip`, and for a skip that leaves no step.
+    Raises:
+        ValueError: as `boost_and_skip`, and for a skip that leaves no step.
     """
     if getattr(pipe, "scheduler", None) is None:
         raise ValueError(f"{type(pipe).__name__} has no scheduler that takes {', '.join(given)}; leave it out")

@@ -27,7 +27,8 @@ def write_sequences(
     000001.txt, ...; "jsonl" gives samples.jsonl with {"text": ..., "tokens": [...]} a line. The same sequences give
     the same bytes.
 
-    Raises ValueError for sequences of different lengths and another number than `count`.
+    Raises:
+        ValueError: for sequences of different lengths and another number than `count`.
     """
     checked = _checked(batches, count)
     if format == "npz":
