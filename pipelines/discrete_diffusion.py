@@ -24,8 +24,10 @@ IMAGE_TYPES = ("pil", "np", "pt")
 class DiscreteDiffusionPipelineOutput(BaseOutput):
     """What was asked for comes first, as in the tuple of `return_dict=False`.
 
-    images: PIL images or an array; text: a string a sample; each None where not asked for. tokens: (batch, length)
-    int64.
+    Attributes:
+        images: PIL images or an array.
+        text: a string a sample; each None where not asked for.
+        tokens: (batch, length) int64.
     """
 
     images: list | np.ndarray | torch.Tensor | None = None

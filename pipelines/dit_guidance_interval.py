@@ -50,11 +50,17 @@ class DiTGuidanceIntervalPipeline(DiTPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Generate images as `DiTPipeline` does, guided in an interval.
 
-        guidance_interval: guidance is on where sigma_lo < sigma <= sigma_hi at the start of a step; sigma is
-            sqrt((1 - alpha_bar) / alpha_bar) of the scheduler. guided_steps: in its place, the first and the last
-            guided step, both inclusive, from 0. With neither, the stock pipeline.
-
-        The other arguments are those of `DiTPipeline`.
+        Args:
+            class_labels: as of `DiTPipeline`.
+            guidance_scale: as of `DiTPipeline`.
+            generator: as of `DiTPipeline`.
+            num_inference_steps: as of `DiTPipeline`.
+            output_type: as of `DiTPipeline`.
+            return_dict: as of `DiTPipeline`.
+            guidance_interval: guidance is on where sigma_lo < sigma <= sigma_hi at the start of a step; sigma is
+                sqrt((1 - alpha_bar) / alpha_bar) of the scheduler.
+            guided_steps: in its place, the first and the last guided step, both inclusive, from 0. With neither, the
+                stock pipeline.
 
         Raises:
             ValueError: if both are given, or out of range.

@@ -48,7 +48,11 @@ class GuidedStep:
 
 @dataclass
 class GuidanceReport:
-    """What the interval did in one call of the pipeline, step by step."""
+    """What the interval did in one call of the pipeline, step by step.
+
+    Attributes:
+        steps: of the call, in order.
+    """
 
     steps: list[GuidedStep] = field(default_factory=list)
 

@@ -19,6 +19,10 @@ def respaced_timesteps(respacing: str, num_train_timesteps: int = 1000) -> list[
 
     A plain integer as `num_inference_steps` is the scheduler's own spacing, which may be another one.
 
+    Args:
+        respacing: one of these strings.
+        num_train_timesteps: T, of the training's schedule.
+
     Raises:
         ValueError: for other strings, no timestep at all, more timesteps than there are, and an N that no integer
             stride gives.

@@ -34,7 +34,14 @@ def edm_sigmas(
     .. math:: \sigma_i = \left(\sigma_{max}^{1/\rho}
         + \tfrac{i}{N-1}(\sigma_{min}^{1/\rho} - \sigma_{max}^{1/\rho})\right)^\rho
 
-    Returns a float64 tensor (num_steps,), decreasing, without the final 0.
+    Args:
+        num_steps: N, at least 2.
+        sigma_min: the last level.
+        sigma_max: the first level.
+        rho: exponent of the schedule, > 0.
+
+    Returns:
+        A float64 tensor (num_steps,), decreasing, without the final 0.
 
     Raises:
         ValueError: unless num_steps >= 2, 0 < sigma_min < sigma_max and rho > 0.
@@ -105,13 +112,23 @@ class StableDiffusionXLGuidanceIntervalPipeline(StableDiffusionXLPipeline):
         return getattr(self, "_guidance_report", None)
 
     def progress_bar(self, iterable=None, total: int | None = None):
-        """As of `DiffusionPipeline`, over the steps that the scheduler left, which may be fewer than asked for."""
+        """As of `DiffusionPipeline`, over the steps that the scheduler left, which may be fewer than asked for.
+
+        Args:
+            iterable: as of `DiffusionPipeline`.
+            total: as of `DiffusionPipeline`.
+        """
         steps = None if total is None else -(-len(self.scheduler.timesteps) // self.scheduler.order)
         return super().progress_bar(iterable, steps if total is None else min(total, steps))
 
     @_with_interval(StableDiffusionXLPipeline.__call__)
     def __call__(self, *args, guidance_interval: tuple[float, float] | None = None, **kwargs):
         """As of `StableDiffusionXLPipeline`, guided where sigma_lo < sigma <= sigma_hi of guidance_interval.
+
+        Args:
+            *args: as of `StableDiffusionXLPipeline`.
+            guidance_interval: (sigma_lo, sigma_hi), or None for the stock pipeline.
+            **kwargs: as of `StableDiffusionXLPipeline`.
 
         Raises:
             ValueError: unless that is None or a pair with 0 <= sigma_lo < sigma_hi.

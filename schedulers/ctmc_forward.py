@@ -19,12 +19,26 @@ class ForwardChain:
 
     @checked_arguments
     def sigma_bar(self, timestep: Times) -> torch.Tensor:
-        """Total noise up to a time in [0, 1]; the shape and dtype of a tensor are kept, a number gives float32."""
+        """Total noise up to a time in [0, 1]; the shape and dtype of a tensor are kept, a number gives float32.
+
+        Args:
+            timestep: one or a tensor.
+
+        Raises:
+            ValueError: for a time outside of [0, 1].
+        """
         return self._at(self._noise.sigma_bar, timestep)
 
     @checked_arguments
     def sigma(self, timestep: Times) -> torch.Tensor:
-        """Noise rate d sigma_bar / dt at a time in [0, 1]; shape and dtype as of `sigma_bar`."""
+        """Noise rate d sigma_bar / dt at a time in [0, 1]; shape and dtype as of `sigma_bar`.
+
+        Args:
+            timestep: one or a tensor.
+
+        Raises:
+            ValueError: for a time outside of [0, 1].
+        """
         return self._at(self._noise.sigma, timestep)
 
     @staticmethod
@@ -40,8 +54,13 @@ class ForwardChain:
     def model_time(self, timestep: Times, batch_size: int, device: str | torch.device | None = None) -> torch.Tensor:
         """What the network receives beside the tokens, (batch_size,) float32: sigma_bar(t), or t.
 
-        device: of the result; by default the timestep's. An entry of `timesteps` was computed with the schedule; times
-        on the host are computed in float64; other times on a device are computed there in float32.
+        An entry of `timesteps` was computed with the schedule; times on the host are computed in float64; other times
+        on a device are computed there in float32.
+
+        Args:
+            timestep: t in [0, 1], one or (batch_size,).
+            batch_size: number of samples.
+            device: of the result; by default the timestep's.
 
         Raises:
             ValueError: for times outside of [0, 1], another number of them, and a batch_size below 1.
@@ -69,6 +88,10 @@ class ForwardChain:
     def transition_matrix(self, timestep: float, next_timestep: float = 0.0) -> torch.Tensor:
         """P[i, j] = P(x_t = j | x_s = i), (vocab, vocab) float64, from s = next_timestep to the larger t.
 
+        Args:
+            timestep: t.
+            next_timestep: s, with 0 <= s <= t.
+
         Raises:
             ValueError: unless 0 <= s <= t <= 1.
         """
@@ -81,6 +104,9 @@ class ForwardChain:
     def rate_matrix(self, timestep: float) -> torch.Tensor:
         """Forward rates sigma(t) Q, [i, j] from i to j, (vocab, vocab) float64; its rows sum to 0.
 
+        Args:
+            timestep: t in [0, 1].
+
         Raises:
             ValueError: for a time outside of [0, 1].
         """
@@ -92,7 +118,12 @@ class ForwardChain:
     def sample_prior(
         self, shape: tuple[int, ...], generator: Generators = None, device: str | torch.device | None = None
     ) -> torch.Tensor:
-        """Tokens at time 1, int64 of the shape (batch, length): masks, uniform ones, or of the kernel's Gaussian.
+        """Tokens at time 1, int64: masks, uniform ones, or of the kernel's Gaussian.
+
+        Args:
+            shape: (batch, length).
+            generator: one, or a list of one a sample.
+            device: of the result; by default the CPU.
 
         Raises:
             ValueError: for another shape, and for a list of generators that are not one a sample.
@@ -116,12 +147,14 @@ class ForwardChain:
     ) -> torch.Tensor:
         """Tokens at a time t > 0 given clean ones: a draw from P_{0t}[x_0, .] at every position.
 
-        original_samples: (batch, length) int64. timesteps: a number or (batch,).
-        noise: a generator, a list of one a sample or None to draw; or recorded uniforms in [0, 1) to replay, so that
-            two times can share them: (batch, length) for the absorbing kernel, which masks where they are below
-            1 - exp(-sigma_bar); a pair (uniforms, target tokens) of (batch, length) for the uniform kernel; or
-            (batch, length, vocab) for a race of exponential clocks over the law of each token, uniform and ordered
-            kernels.
+        Args:
+            original_samples: (batch, length) int64.
+            noise: a generator, a list of one a sample or None to draw; or recorded uniforms in [0, 1) to replay, so
+                that two times can share them: (batch, length) for the absorbing kernel, which masks where they are
+                below 1 - exp(-sigma_bar); a pair (uniforms, target tokens) of (batch, length) for the uniform kernel;
+                or (batch, length, vocab) for a race of exponential clocks over the law of each token, uniform and
+                ordered kernels.
+            timesteps: a number or (batch,).
         """
         x0 = original_samples
         check_tokens(x0)
@@ -140,8 +173,15 @@ class ForwardChain:
         """Tokens with exactly `num_decoded` of them unmasked a sample, and the time at which that happens (absorbing).
 
         The positions with the smallest uniforms are masked, as `add_noise` with the same uniforms masks them at that
-        time. original_samples: (batch, length). noise: uniforms (batch, length) or a generator.
-        Returns tokens (batch, length) int64 and times (batch,) float32 in [min_timestep, 1].
+        time.
+
+        Args:
+            original_samples: (batch, length).
+            noise: uniforms (batch, length) or a generator.
+            num_decoded: how many tokens of a sample are not masked, from 0 to the length.
+
+        Returns:
+            Tokens (batch, length) int64 and times (batch,) float32 in [min_timestep, 1].
 
         Raises:
             ValueError: for another kernel or noise schedule than absorbing and loglinear, and for a number of tokens

@@ -20,15 +20,18 @@ class TableAmusedScheduler(AmusedScheduler):
     \log p_l(x_l) + \tau_i g_l with Gumbel noise g_l, until m_i of L are masked. diffusers' scheduler has m_i = L
     \cos(\pi (i + 1) / 2 n) or L (1 - (i + 1) / n), rounded down; here m_i = L t_{i+1} may come from a table, rounded.
 
-    timestep_tables: {"8": [t_0, ..., t_8], ...}, shares of masked tokens, strictly decreasing in (0, 1]; the last edge
-        of each counts as 0. timestep_table_info: where each comes from, of which the chain's vocabulary is checked.
-    timestep_spacing: "table" takes the table for a number of steps, or interpolates between those for fewer and for
-        more; "uniform", and "table" without any table, is diffusers' scheduler.
-    The other arguments are diffusers'.
-
     Tables are about tokens that are unmasked in random order, which is the limit of a large temperature, as in
     `set_timesteps(n, temperature=(1e6, 1e6))`. Choosing the confident ones errs by itself, whatever the steps are.
     With a table, tokens that are no masks stay; diffusers' scheduler may mask them again at temperatures above 4.
+
+    Args:
+        mask_token_id: as of diffusers' scheduler.
+        masking_schedule: as of diffusers' scheduler, "cosine" or "linear"; a table takes its place.
+        timestep_tables: {"8": [t_0, ..., t_8], ...}, shares of masked tokens, strictly decreasing in (0, 1]; the last
+            edge of each counts as 0.
+        timestep_table_info: where each comes from, of which the chain's vocabulary is checked.
+        timestep_spacing: "table" takes the table for a number of steps, or interpolates between those for fewer and
+            for more; "uniform", and "table" without any table, is diffusers' scheduler.
 
     Raises:
         ValueError: for tables that do not decrease strictly in (0, 1], and for another spacing.
@@ -57,6 +60,11 @@ class TableAmusedScheduler(AmusedScheduler):
         device: str | torch.device | None = None,
     ) -> None:
         """The steps n - 1 to 0, as of diffusers' scheduler.
+
+        Args:
+            num_inference_steps: n, at least 1.
+            temperature: of the Gumbel noise, one or (first, last).
+            device: of `timesteps`.
 
         Raises:
             ValueError: for fewer than 1, and for a temperature that is neither one nor a first and a last.
@@ -90,8 +98,13 @@ class TableAmusedScheduler(AmusedScheduler):
     ) -> AmusedSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
         """One step; arguments and result as of diffusers' scheduler.
 
-        model_output: logits (batch, length, tokens), or (batch, tokens, height, width). timestep: n - 1 to 0. sample:
-        (batch, length) or (batch, height, width) int64. starting_mask_ratio: the share that all shares are of.
+        Args:
+            model_output: logits (batch, length, tokens), or (batch, tokens, height, width).
+            timestep: n - 1 to 0.
+            sample: (batch, length) or (batch, height, width) int64.
+            starting_mask_ratio: the share that all shares are of.
+            generator: as of diffusers' scheduler.
+            return_dict: as of diffusers' scheduler.
 
         Raises:
             ValueError: for other shapes, a timestep that is none, and another vocabulary than the tables'.
@@ -130,8 +143,13 @@ class TableAmusedScheduler(AmusedScheduler):
     ) -> torch.LongTensor:
         """Tokens masked as after step `timesteps`, each by itself with the share of masked tokens there.
 
-        sample: tokens of any shape, int64. timesteps: one, of n - 1 to 0, at which nothing is masked. Raises
-        ValueError for a timestep that is none.
+        Args:
+            sample: tokens of any shape, int64.
+            timesteps: one, of n - 1 to 0, at which nothing is masked.
+            generator: as of diffusers' scheduler.
+
+        Raises:
+            ValueError: for a timestep that is none.
         """
         edges, index = self.table, self._index(timesteps)
         if edges is None:

@@ -21,15 +21,21 @@ class TableBlockRefinementScheduler(BlockRefinementScheduler):
     confident. diffusers' scheduler has k_i = L / n for blocks of L tokens; here the L t_{i+1} tokens that are masked
     afterwards may come from a table, rounded, and k_i is their difference.
 
-    timestep_tables: {"8": [t_0, ..., t_8], ...}, shares of masked tokens, strictly decreasing in (0, 1]; the last edge
-        of each counts as 0. timestep_table_info: where each comes from, of which the chain's vocabulary is checked.
-    timestep_spacing: "table" takes the table for a number of steps, or interpolates between those for fewer and for
-        more; "uniform", and "table" without any table, is diffusers' scheduler.
-    The other arguments are diffusers'.
-
     Tables are about tokens that are committed in random order; choosing the confident ones errs by itself, whatever
     the steps are. The mode without masks (DiffusionGemma) is no reverse chain and has no tables, which is for networks
     that `TableDiscreteDDIMScheduler` samples as well.
+
+    Args:
+        block_length: as of diffusers' scheduler.
+        num_inference_steps: as of diffusers' scheduler.
+        threshold: as of diffusers' scheduler.
+        editing_threshold: as of diffusers' scheduler.
+        minimal_topk: as of diffusers' scheduler.
+        timestep_tables: {"8": [t_0, ..., t_8], ...}, shares of masked tokens, strictly decreasing in (0, 1]; the last
+            edge of each counts as 0.
+        timestep_table_info: where each comes from, of which the chain's vocabulary is checked.
+        timestep_spacing: "table" takes the table for a number of steps, or interpolates between those for fewer and
+            for more; "uniform", and "table" without any table, is diffusers' scheduler.
 
     Raises:
         ValueError: for tables that do not decrease strictly in (0, 1], and for another spacing.
@@ -68,7 +74,12 @@ class TableBlockRefinementScheduler(BlockRefinementScheduler):
 
     @checked_arguments
     def get_num_transfer_tokens(self, block_length: int, num_inference_steps: int) -> torch.LongTensor:
-        """How many tokens of a block each step commits, (num_inference_steps,) int64, on the CPU."""
+        """How many tokens of a block each step commits, (num_inference_steps,) int64, on the CPU.
+
+        Args:
+            block_length: L.
+            num_inference_steps: n.
+        """
         edges = table_edges(self.config, num_inference_steps) if num_inference_steps > 0 else None
         if edges is None:
             return super().get_num_transfer_tokens(block_length, num_inference_steps)
@@ -95,8 +106,21 @@ class TableBlockRefinementScheduler(BlockRefinementScheduler):
     ) -> BlockRefinementSchedulerOutput | tuple[torch.Tensor, ...]:
         """One step; arguments and result as of diffusers' scheduler.
 
-        model_output: logits (batch, block_length, vocab_size). timestep: the step, from 0. sample: (batch,
-        block_length) int64. prompt_mask: (block_length,) bool.
+        Args:
+            model_output: logits (batch, block_length, vocab_size).
+            timestep: the step, from 0.
+            sample: (batch, block_length) int64.
+            mask_token_id: as of diffusers' scheduler; needed with tables.
+            temperature: as of diffusers' scheduler.
+            top_p: as of diffusers' scheduler.
+            top_k: as of diffusers' scheduler.
+            sampling_method: as of diffusers' scheduler.
+            threshold: as of diffusers' scheduler.
+            editing_threshold: as of diffusers' scheduler.
+            minimal_topk: as of diffusers' scheduler.
+            prompt_mask: (block_length,) bool.
+            generator: as of diffusers' scheduler.
+            return_dict: as of diffusers' scheduler.
 
         Raises:
             ValueError: for other shapes; and with tables before `set_timesteps`, without a mask_token_id, and for

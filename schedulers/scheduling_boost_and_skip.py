@@ -338,6 +338,9 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
     def previous_timestep(self, timestep: int | torch.Tensor) -> int:
         """The timestep that a step from `timestep` ends at: the next smaller one of the table; negative: clean data.
 
+        Args:
+            timestep: one of `timesteps`, or an integer between them.
+
         Raises:
             ValueError: for a timestep before the first one of the table, and for one that is no integer >= 0 (the
                 stock rule, where it holds, asks for no table).
@@ -382,7 +385,8 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
             sample: x_t, (batch, channels, ...).
             eta: 0 for the deterministic sampler, 1 for the variance of DDPM.
             use_clipped_model_output: derive epsilon again from the clipped x_0, as guided-diffusion does.
-            generator: draws z where eta > 0 and `variance_noise`, z itself, is not given.
+            generator: draws z where eta > 0 and `variance_noise` is not given.
+            variance_noise: z itself, the shape of sample.
             return_dict: `DDIMSchedulerOutput`, or the tuple (x_s, x_0).
 
         Raises:

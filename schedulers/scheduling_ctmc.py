@@ -24,8 +24,12 @@ from .timestep_tables import check_edges, check_tables, interpolated_edges, tabl
 
 @dataclass
 class CTMCSchedulerOutput(BaseOutput):
-    """prev_sample: (batch, length) int64, the tokens at the next, smaller time. prev_timestep: (batch,), that time, 0
-    for clean tokens."""
+    """What a step of a `CTMCScheduler` returns.
+
+    Attributes:
+        prev_sample: (batch, length) int64, the tokens at the next, smaller time.
+        prev_timestep: (batch,), that time, 0 for clean tokens.
+    """
 
     prev_sample: torch.Tensor
     prev_timestep: torch.Tensor | None = None  # accelerate rebuilds outputs from one dict, taken as first field

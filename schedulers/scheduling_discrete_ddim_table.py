@@ -24,14 +24,19 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
 
     and the last step commits x_0. diffusers' scheduler has t_i = 1 - i / n; here t_i may come from a table.
 
-    timestep_tables: {"8": [t_0, ..., t_8], ...}, strictly decreasing in (0, 1]; the last edge of each counts as 0.
-    timestep_table_info: where each comes from, of which the chain's vocabulary is checked. timestep_spacing: "table"
-        takes the table for a number of steps, or interpolates between those for fewer and for more; "uniform", and
-        "table" without any table, is diffusers' scheduler.
-    The other arguments are diffusers'.
-
     A pipeline takes it in place of its own, `pipe.scheduler = tables.apply_to(pipe.scheduler)`, and goes on counting
     steps from 0.
+
+    Args:
+        num_inference_steps: as of diffusers' scheduler.
+        corrector_steps: as of diffusers' scheduler.
+        corrector_k: as of diffusers' scheduler.
+        corrector_selection: as of diffusers' scheduler.
+        corrector_selection_tau: as of diffusers' scheduler.
+        timestep_tables: {"8": [t_0, ..., t_8], ...}, strictly decreasing in (0, 1]; the last edge of each counts as 0.
+        timestep_table_info: where each comes from, of which the chain's vocabulary is checked.
+        timestep_spacing: "table" takes the table for a number of steps, or interpolates between those for fewer and
+            for more; "uniform", and "table" without any table, is diffusers' scheduler.
 
     Raises:
         ValueError: for tables that do not decrease strictly in (0, 1], and for another spacing.
@@ -66,6 +71,10 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """The steps 0 to n - 1, as of diffusers' scheduler.
 
+        Args:
+            num_inference_steps: n, at least 1.
+            device: of `timesteps`.
+
         Raises:
             ValueError: for fewer than 1.
         """
@@ -98,7 +107,13 @@ class TableDiscreteDDIMScheduler(DiscreteDDIMScheduler):
     ) -> DiscreteDDIMSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor, torch.Tensor, torch.Tensor]:
         """One step; arguments and result as of diffusers' scheduler.
 
-        model_output: logits (batch, length, vocab_size). timestep: the step, from 0. sample: (batch, length) int64.
+        Args:
+            model_output: logits (batch, length, vocab_size).
+            timestep: the step, from 0.
+            sample: (batch, length) int64.
+            temperature: as of diffusers' scheduler, >= 0.
+            generator: as of diffusers' scheduler.
+            return_dict: as of diffusers' scheduler.
 
         Raises:
             ValueError: for other shapes, a temperature below 0 and another vocabulary than the tables'.

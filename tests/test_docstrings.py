@@ -1,7 +1,6 @@
 """Every public name has a docstring, which says what is raised and what shapes tensors have; read from the sources.
 
-Docstrings are in Google's format, of which `make docs` makes tables: those of the names that `from diffusers_ext import`
-has, and of the schedulers and networks, have an entry for each parameter.
+Docstrings are in Google's format, which `make docs` makes tables of: an entry for each parameter of what is exported.
 """
 
 import ast
@@ -120,53 +119,41 @@ def takes_tensors(node: Definition) -> list[str]:
     return [name for name, kind in annotated if kinds.search(kind) and "Callable" not in kind and "dict" not in kind]
 
 
-def parameters(node: Definition) -> list[str]:
-    """Names of a function's parameters, in order, with their stars; of a class, those of its constructor or fields."""
+def is_outside(one: Public) -> bool:
+    """Whether no entries are asked for: a constructor's are in the docstring of its class, a command's in its help."""
+    is_command = one.path.relative_to(ROOT).parts[1] in ("cli", "app")
+    return is_command or one.node.name in ("__init__", "__post_init__") or one.doc.startswith("functools.wraps")
+
+
+def parameters(one: Public) -> list[str]:
+    """What a function takes, with its stars, or the constructor of a class; of a dataclass or an output its fields."""
+    node = one.node
     if isinstance(node, ast.ClassDef):
         constructor = [member for member in node.body if getattr(member, "name", "") == "__init__"]
-        if not constructor and any("dataclass" in ast.unparse(one) for one in node.decorator_list):
-            return [member.target.id for member in node.body if isinstance(member, ast.AnnAssign)]
-        return parameters(constructor[0])[1:] if constructor else []
+        if not constructor:
+            kinds = " ".join(map(ast.unparse, [*node.bases, *node.decorator_list]))
+            fields = [member for member in node.body if isinstance(member, ast.AnnAssign)]
+            return [field.target.id for field in fields if re.search("Output|Tuple|dataclass", kinds)]
+        node = constructor[0]
     taken = node.args
-    named = [one.arg for one in (*taken.posonlyargs, *taken.args)]
-    rest = [f"*{taken.vararg.arg}"] if taken.vararg else []
-    keywords = [f"**{taken.kwarg.arg}"] if taken.kwarg else []
-    return [*named, *rest, *(one.arg for one in taken.kwonlyargs), *keywords]
+    names = [argument.arg for argument in (*taken.posonlyargs, *taken.args)]
+    names += [f"*{taken.vararg.arg}"] if taken.vararg else []
+    names += [argument.arg for argument in taken.kwonlyargs]
+    names += [f"**{taken.kwarg.arg}"] if taken.kwarg else []
+    is_bound = node is not one.node or (one.owner and "staticmethod" not in map(ast.unparse, node.decorator_list))
+    return names[1:] if is_bound else names
 
 
-def section(doc: str, *titles: str) -> list[str]:
-    """Names of the entries of a docstring's sections, in order."""
-    found, inside = [], False
-    for line in doc.splitlines():
-        if line and not line.startswith(" "):
-            inside = line.removesuffix(":") in titles and line.endswith(":")
-        elif inside and (entry := re.match(r" {4}(\*{0,2}[\w.]+): \S", line)):
-            found.append(entry[1])
-    return found
+def entries(doc: str, *titles: str) -> list[str]:
+    """Names that the sections of a docstring have an entry for, in order."""
+    sections = re.findall(rf"^(?:{'|'.join(titles)}):\n((?: {{4}}.*\n|\n)+)", f"{doc}\n", re.MULTILINE)
+    return [name for section in sections for name in re.findall(r"^ {4}(\S+): \S", section, re.MULTILINE)]
 
 
-def undocumented(one: Public) -> str:
-    """How the Args of a docstring differ from the signature; empty where they do not."""
-    wanted = parameters(one.node)
-    if one.owner and not any(ast.unparse(decorator) == "staticmethod" for decorator in one.node.decorator_list):
-        wanted = wanted[1:]
+def documented(one: Public) -> list[str]:
+    """What the docstring has an entry for; the fields of a class without a constructor are Attributes."""
     doc = ast.get_docstring(one.node) or ""
-    written = section(doc, "Args", "Attributes") if is_dataclass(one.node) else section(doc, "Args")
-    inherited = isinstance(one.node, ast.ClassDef) and not wanted
-    return "" if written == wanted or inherited else f"{one}: {wanted} has Args {written}"
-
-
-def is_dataclass(node: Definition) -> bool:
-    return isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(one) for one in node.decorator_list)
-
-
-def has_args(one: Public) -> bool:
-    """Whether an entry for each parameter is asked for: of a constructor they stand in the docstring of the class."""
-    top, (folder, *rest) = one.owner or one.node, one.path.relative_to(ROOT).parts
-    wrapped = one.doc.startswith("functools.wraps")
-    if wrapped or one.node.name in ("__init__", "__post_init__") or "cli" in rest or "app" in rest:
-        return False
-    return top.name in diffusers_ext.__all__ or bool(ast.get_docstring(one.node))
+    return entries(doc, "Args") or entries(doc, "Attributes")
 
 
 def test_the_names_are_found():
@@ -180,6 +167,24 @@ def test_the_names_are_found():
 def test_every_public_name_has_a_docstring():
     bare = [one for one in PUBLIC if not one.doc.strip()]
     assert not bare, "\n".join(map(str, bare))
+
+
+def test_every_parameter_has_an_entry():
+    """Of what is exported, in the order of the signature; classes may add entries to those of a parent."""
+    exports = set(diffusers_ext.__all__).union(*map(exported, PACKAGES))
+    asked = [one for one in PUBLIC if (one.owner or one.node).name in exports and not is_outside(one)]
+    assert len(asked) > 200
+    wrong = [f"{one}: {parameters(one)} has {documented(one)}" for one in asked
+             if parameters(one) and documented(one) != parameters(one)]  # fmt: skip
+    assert not wrong, "\n".join(wrong)
+
+
+def test_what_is_raised_has_an_entry():
+    """No sentence on an error, which would be none of the table's rows."""
+    prose = [
+        one for one in PUBLIC if re.search(r"\bRaises\s+\w*(Error|Exception)\b", ast.get_docstring(one.node) or "")
+    ]
+    assert not prose, "\n".join(map(str, prose))
 
 
 def test_every_module_says_what_it_is():
@@ -231,9 +236,34 @@ def inner(x: np.ndarray | None = None):
     """x: (batch, 3)."""
     def deeper():
         raise ValueError
+def listed(a, /, b, *c, d=1, **e):
+    """Does it.
+
+    Args:
+        a: the first,
+            and more: of it.
+        b: the second.
+        *c: others.
+
+        **e: further ones.
+
+    Returns:
+        d: no parameter.
+    """
+class Box:
+    """A box.
+
+    Args:
+        size: its own.
+    """
+    def __init__(self, size): ...
+    def of(self, size): ...
 '''
     ).body
-    plain, raising, inner = (Public(ROOT / "x.py", node) for node in tree)
+    plain, raising, inner, listed, box = (Public(ROOT / "x.py", node) for node in tree)
+    assert parameters(listed) == ["a", "b", "*c", "d", "**e"] and documented(listed) == ["a", "b", "*c", "**e"]
+    assert parameters(box) == documented(box) == ["size"]
+    assert parameters(Public(ROOT / "x.py", box.node.body[2], box.node)) == ["size"]
     assert not plain.doc and takes_tensors(plain.node) == ["x"]
     assert raises_value_error(raising.node) and "ValueError" not in raising.doc
     assert not raises_value_error(inner.node) and takes_tensors(inner.node) == ["x"] and SHAPE.search(inner.doc)

@@ -26,10 +26,13 @@ SEEDS_APART = 1_000_000
 class BoostChoice:
     """The rarest setting of which enough samples are valid.
 
-    chosen: what it was chosen by. confirmed: the same setting on samples of other seeds. stock: without boost and
-    skip. largest: of each noise level that was tried, the largest gamma found, None where not even gamma 1 is good
-    enough.
-    measured: everything, in the order in which it was asked for.
+    Attributes:
+        chosen: what it was chosen by.
+        confirmed: the same setting on samples of other seeds.
+        stock: without boost and skip.
+        largest: of each noise level that was tried, the largest gamma found, None where not even gamma 1 is good
+            enough.
+        measured: everything, in the order in which it was asked for.
     """
 
     chosen: MeasuredBoost

@@ -29,8 +29,13 @@ Judge = torch.nn.Module | Callable[[torch.Tensor, dict], Sequence[float] | torch
 class MeasuredBoost:
     """A setting, and what was measured of it.
 
-    skip_to_sigma: None for no skip. recognised: the share of valid samples, error: its standard error, at_least: what
-    the share is at least, with a confidence of 95 %. rarity: mean over the samples.
+    Attributes:
+        gamma: of the setting.
+        skip_to_sigma: None for no skip.
+        recognised: the share of valid samples.
+        error: its standard error.
+        at_least: what the share is at least, with a confidence of 95 %.
+        rarity: mean over the samples.
     """
 
     gamma: float

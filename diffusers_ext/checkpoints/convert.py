@@ -22,8 +22,10 @@ from .tensor_files import checked_cast
 class Converted(NamedTuple):
     """What a conversion wrote.
 
-    pipeline: as it lies in the folder. error: the largest difference of what the checkpoint's own tensors and the
-    result compute, each conversion says of what; None where that was not asked for.
+    Attributes:
+        pipeline: as it lies in the folder.
+        error: the largest difference of what the checkpoint's own tensors and the result compute, each conversion says
+            of what; None where that was not asked for.
     """
 
     pipeline: DiffusionPipeline
@@ -44,9 +46,14 @@ def convert_guided_diffusion(
     Upsamplers become an `ADMUpsamplerPipeline`, unconditional networks that a plain `UNet2DModel` holds a
     `DDPMPipeline`, which `BoostAndSkipPipeline.from_pretrained` reads as well, and others a `BoostAndSkipPipeline`.
 
-    path, preset, flags: as for `load_guided_diffusion`. dtype: of the weights that are written. check_steps: steps
-    that are sampled with the checkpoint's own tensors and with the result, in float32; the error is the largest
-    difference, None for 0 steps, which check nothing.
+    Args:
+        path: as of `load_guided_diffusion`.
+        folder: new or empty.
+        preset: as of `load_guided_diffusion`.
+        dtype: of the weights that are written.
+        check_steps: steps that are sampled with the checkpoint's own tensors and with the result, in float32; the
+            error is the largest difference, None for 0 steps, which check nothing.
+        **flags: as of `load_guided_diffusion`.
 
     Raises:
         ValueError: for what `load_guided_diffusion` refuses, a folder that is not empty, and an error above 1e-3;
@@ -88,10 +95,14 @@ def convert_edm2(
     `torch_dtype=torch.float16` for the networks as their authors evaluate them. The scale and bias of the latents are
     those in the file.
 
-    path: the conditional network. uncond: the network that guides, an unconditional one or, for autoguidance, a weaker
-    conditional one. vae: folder or Hub id of the decoder, an `AutoencoderKL`; None writes a folder without one, which
-    samples latents. check_steps: steps that are sampled, guided by 2, with the files' own tensors and with the result;
-    the error is the largest difference of the latents, None for 0 steps, which check nothing.
+    Args:
+        path: the conditional network.
+        folder: new or empty.
+        uncond: the network that guides, an unconditional one or, for autoguidance, a weaker conditional one.
+        vae: folder or Hub id of the decoder, an `AutoencoderKL`; None writes a folder without one, which samples
+            latents.
+        check_steps: steps that are sampled, guided by 2, with the files' own tensors and with the result; the error is
+            the largest difference of the latents, None for 0 steps, which check nothing.
 
     Raises:
         ValueError: for what `load_edm2` refuses, networks that do not belong together, a decoder of other channels, a

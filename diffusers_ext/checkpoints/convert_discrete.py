@@ -28,9 +28,16 @@ def convert_sedd(
 ) -> Converted:
     """Write a SEDD network, its scheduler and a tokenizer as a pipeline folder; returns the pipeline and an error.
 
-    source, revision: as for `load_sedd`. tokenizer: folder or Hub id, such as "gpt2" for the published networks; with
-    none the pipeline gives tokens. dtype: of the weights that are written. The error is the largest difference of
-    outputs between the checkpoint in float32 and what was written; 0 for float32.
+    Args:
+        source: as `path` of `load_sedd`.
+        folder: new or empty.
+        tokenizer: folder or Hub id, such as "gpt2" for the published networks; with none the pipeline gives tokens.
+        dtype: of the weights that are written.
+        revision: as of `load_sedd`.
+
+    Returns:
+        The pipeline, and the error: the largest difference of outputs between the checkpoint in float32 and what was
+            written; 0 for float32.
 
     Raises:
         ValueError: for what `load_sedd` refuses, a folder that is not empty, a tokenizer of more tokens than the
@@ -58,8 +65,18 @@ def convert_countdown(
 ) -> Converted:
     """Write a CountDown network of Jump Your Steps as a pipeline folder; returns the pipeline and an error.
 
-    checkpoint, num_heads: as for `load_countdown`. length: of its sequences, which the checkpoint does not hold; 256
-    in the paper. dtype, the error and what is raised: as for `convert_sedd`.
+    Args:
+        checkpoint: as `path` of `load_countdown`.
+        folder: new or empty.
+        length: of its sequences, which the checkpoint does not hold; 256 in the paper.
+        num_heads: as of `load_countdown`.
+        dtype: as of `convert_sedd`.
+
+    Returns:
+        The pipeline, and the error as for `convert_sedd`.
+
+    Raises:
+        ValueError: for what `load_countdown` refuses, else as for `convert_sedd`.
     """
     folder = new_folder(folder)
     model = load_countdown(checkpoint, num_heads)
@@ -78,8 +95,19 @@ def convert_tauldr(
 ) -> Converted:
     """Write a network of tauLDR and its scheduler as a pipeline folder; returns the pipeline and an error.
 
-    checkpoint, config, weights, integer_time: as for `load_tauldr`. dtype, the error and what is raised: as for
-    `convert_sedd`.
+    Args:
+        checkpoint: as of `load_tauldr`.
+        config: as of `load_tauldr`.
+        folder: new or empty.
+        weights: as of `load_tauldr`.
+        integer_time: as of `load_tauldr`.
+        dtype: as of `convert_sedd`.
+
+    Returns:
+        The pipeline, and the error as for `convert_sedd`.
+
+    Raises:
+        ValueError: for what `load_tauldr` refuses, else as for `convert_sedd`.
     """
     folder = new_folder(folder)
     model = load_tauldr(checkpoint, config, weights, integer_time)

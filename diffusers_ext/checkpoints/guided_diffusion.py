@@ -162,13 +162,14 @@ def load_guided_diffusion(path: str | Path, preset: str | None = None, **flags) 
     the bilinearly enlarged low-resolution image after it, (batch, 6, height, width). It is a plain `UNet2DModel` where
     that suffices, an `ADMUNet2DModel` where not.
 
-    path: the `.pt` file, plain, of parameters, of views of flat tensors, zipped or in the old format. It is read as
-        plain data; nothing in it is executed.
-    preset: a name of `PRESETS`, the published checkpoints.
-    flags: names and values of the original command lines, see `FLAGS`; they take precedence over the preset. What the
-        tensors determine may be left out. What they do not (`image_size`, `num_heads` or `num_head_channels`,
-        `use_new_attention_order`, `noise_schedule`, ...) has the original's default, and a warning names it.
-        `use_fp16` returns the network in float16.
+    Args:
+        path: the `.pt` file, plain, of parameters, of views of flat tensors, zipped or in the old format. It is read
+            as plain data; nothing in it is executed.
+        preset: a name of `PRESETS`, the published checkpoints.
+        **flags: names and values of the original command lines, see `FLAGS`; they take precedence over the preset.
+            What the tensors determine may be left out. What they do not (`image_size`, `num_heads` or
+            `num_head_channels`, `use_new_attention_order`, `noise_schedule`, ...) has the original's default, and a
+            warning names it. `use_fp16` returns the network in float16.
 
     Raises:
         ValueError: for a file that is no such checkpoint or is cut off, an unknown preset or flag, and a flag that
@@ -186,8 +187,11 @@ def guided_diffusion_scheduler(path: str | Path, preset: str | None = None, **fl
     It is spaced like the original's respacing, which chooses timesteps and leaves the betas alone; the variance is
     learned where the network has the channels for it.
 
-    path, preset, flags: as of `load_guided_diffusion`. `timestep_respacing` sets the timesteps; pipelines set them
-        anew, so give it to them as `num_inference_steps`.
+    Args:
+        path: as of `load_guided_diffusion`.
+        preset: as of `load_guided_diffusion`.
+        **flags: as of `load_guided_diffusion`. `timestep_respacing` sets the timesteps; pipelines set them anew, so
+            give it to them as `num_inference_steps`.
 
     Raises:
         ValueError: as `load_guided_diffusion`, whose weights are not looked at here.

@@ -53,6 +53,9 @@ class PickledObject:
 def safe_load(path: str | Path) -> Any:
     """Read a pickle file as plain data; see the module for what comes out.
 
+    Args:
+        path: of the file.
+
     Raises:
         UnsafePickleError: (a ValueError) with the name of the first thing that is not allowed, the place where the
             file is malformed, or what else the file is.

@@ -29,8 +29,10 @@ INV_FREQ = "rotary_emb.inv_freq"
 def load_sedd(path: str | Path, revision: str | None = None) -> SEDDTransformer:
     """A SEDD network, in float32 and evaluation mode; `model(tokens, sigma).sample` are log scores.
 
-    path: a folder with config.json and model.safetensors (or pytorch_model.bin), or the id of such a repository on
-        the Hub, such as "louaaron/sedd-small". revision: branch, tag or commit of the repository.
+    Args:
+        path: a folder with config.json and model.safetensors (or pytorch_model.bin), or the id of such a repository on
+            the Hub, such as "louaaron/sedd-small".
+        revision: branch, tag or commit of the repository.
 
     Raises:
         ValueError: if the configuration or the weights are not SEDD's.
@@ -63,7 +65,10 @@ def load_sedd(path: str | Path, revision: str | None = None) -> SEDDTransformer:
 def sedd_scheduler(path: str | Path, revision: str | None = None, **overrides) -> CTMCScheduler:
     """The scheduler that belongs to a SEDD checkpoint: its kernel, vocabulary and noise schedule.
 
-    path, revision: as of `load_sedd`. overrides: any other arguments of CTMCScheduler, such as sampler="tweedie".
+    Args:
+        path: as of `load_sedd`.
+        revision: as of `load_sedd`.
+        **overrides: any other arguments of CTMCScheduler, such as sampler="tweedie".
 
     Raises:
         ValueError: if the configuration is not SEDD's.
@@ -86,8 +91,10 @@ def sedd_scheduler(path: str | Path, revision: str | None = None, **overrides) -
 def load_countdown(path: str | Path, num_heads: int | None = None) -> SEDDTransformer:
     """A network of Jump Your Steps' CountDown experiment, in float32 and evaluation mode.
 
-    path: its state dict, as .safetensors or as a torch file (read as plain data). The sizes are read off the
-        tensors. num_heads: needed only where the file lacks the buffer of rotary frequencies.
+    Args:
+        path: its state dict, as .safetensors or as a torch file (read as plain data). The sizes are read off the
+            tensors.
+        num_heads: needed only where the file lacks the buffer of rotary frequencies.
 
     Raises:
         ValueError: if the tensors are not of such a network.

@@ -50,9 +50,12 @@ def load_tauldr(
 ) -> CTMCUNet | CTMCSequenceTransformer:
     """A network of tauLDR, in float32 and evaluation mode; `model(tokens, t).sample` are logits of the clean tokens.
 
-    checkpoint: the torch file, read as plain data: nothing in it is executed. config: its config.yaml.
-    weights: "ema", the averaged ones, or "raw". integer_time: of the sequence network only; True is how the authors
-        trained: the network sees the time cut to an integer. False for networks trained on the time itself.
+    Args:
+        checkpoint: the torch file, read as plain data: nothing in it is executed.
+        config: its config.yaml.
+        weights: "ema", the averaged ones, or "raw".
+        integer_time: of the sequence network only; True is how the authors trained: the network sees the time cut to
+            an integer. False for networks trained on the time itself.
 
     Raises:
         ValueError: for networks that are not known and for weights that do not fit the configuration.
@@ -81,7 +84,9 @@ def _check_shapes(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> Non
 def tauldr_scheduler(config: str | Path, **overrides) -> CTMCScheduler:
     """The scheduler that belongs to a tauLDR checkpoint: its kernel, noise and tau-leaping down to t = 0.01.
 
-    config: its config.yaml. overrides: any other arguments of CTMCScheduler.
+    Args:
+        config: its config.yaml.
+        **overrides: any other arguments of CTMCScheduler.
 
     Raises:
         ValueError: for a file of something else, and for processes that are not known.

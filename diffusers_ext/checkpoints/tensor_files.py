@@ -32,8 +32,15 @@ def read_torch_file(path: str | Path):
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors or torch file by name, on the CPU. Raises as `read_torch_file`, and ValueError for
-    a torch file of something else and for numbers that are not finite."""
+    """The tensors of a .safetensors or torch file by name, on the CPU.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: as `read_torch_file`, and for a torch file of something else and for numbers that are not finite.
+        OSError: as `read_torch_file`.
+    """
     if Path(path).suffix == ".safetensors":
         with refusing(f"checkpoint {str(path)!r} cannot be read; is it whole?"):
             state = _read_safetensors(path)

@@ -35,11 +35,16 @@ KEPT, SECONDS, PICTURE, IMAGES = "comparison.json", "seconds.json", "grid.png", 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the grid, at a row and a column counted from 0.
+    """One cell of the grid; cells with settings of the same effect have the same image.
 
-    settings: that it was asked for. image: as drawn. network_rows: rows that passed the network for it. seconds: of
-    its call; None where an earlier start measured them and lost them. file: of its image, "" without a folder. Cells
-    with settings of the same effect have the same image.
+    Attributes:
+        row: counted from 0.
+        column: counted from 0.
+        settings: that it was asked for.
+        image: as drawn.
+        network_rows: rows that passed the network for it.
+        seconds: of its call; None where an earlier start measured them and lost them.
+        file: of its image, "" without a folder.
     """
 
     row: int
@@ -55,7 +60,11 @@ class Cell:
 class Comparison:
     """What `compare` returns: the cells row by row, the grid as a picture, and a table of costs in Markdown.
 
-    drawn: how many images this start drew; 0 where an earlier one had drawn all.
+    Attributes:
+        cells: row by row.
+        grid: the cells as a picture.
+        table: of costs, in Markdown.
+        drawn: how many images this start drew; 0 where an earlier one had drawn all.
     """
 
     cells: list[Cell]

@@ -138,7 +138,12 @@ def evaluate_images(
 
 
 def print_evaluation(result: dict, console: Console) -> None:
-    """The table of what evaluate_images returned."""
+    """The table of what evaluate_images returned.
+
+    Args:
+        result: what `evaluate_images` returned.
+        console: where the table goes.
+    """
     generated, reference = result["generated"], result["reference"]
     against = f"{reference['images']:,} reference images" if "images" in reference else "reference statistics"
     title = f"{generated['images']:,} generated images against {against}; {result['features']['name']} features"
@@ -159,18 +164,23 @@ def evaluate_digits(
 ) -> dict[str, float | None]:
     """How rare, how faithful and how recognisable generated digits are.
 
-    images: (count, 1, 28, 28) in [0, 1]. labels: (count,), the digits asked for. metrics: of METRICS; by default all.
-    with_errors: the standard error of each number as well, see `_errors`; it needs 20 images or more.
     Features are the 64 penultimate activations of the shipped classifier; neighbours are sought among those of 10,000
     training images, and the Fréchet distance is to all 60,000. It falls with the number of samples, so compare equal
     numbers only.
 
-    Returns recognised (share classified as its label) and of the metrics: knn_distance (mean distance to the 5 nearest
-    training images), knn_distance_recognised (the same over the recognised ones alone, None if there are none), lof
-    (local outlier factor, k 20; left out where scikit-learn is not installed), rarity (rarity score, k 3, mean over
-    the samples inside the real manifold; None if none is), inside (their share), frechet; precision and recall (k 3)
-    against as many training images as there are samples. With errors, each has its own as frechet_error and so on,
-    None where a tenth left out leaves no number.
+    Args:
+        images: (count, 1, 28, 28) in [0, 1].
+        labels: (count,), the digits asked for.
+        metrics: of METRICS; by default all.
+        with_errors: the standard error of each number as well, see `_errors`; it needs 20 images or more.
+
+    Returns:
+        A dict with recognised (share classified as its label) and of the metrics: knn_distance (mean distance to the 5
+            nearest training images), knn_distance_recognised (the same over the recognised ones alone, None if there
+            are none), lof (local outlier factor, k 20; left out where scikit-learn is not installed), rarity (rarity
+            score, k 3, mean over the samples inside the real manifold; None if none is), inside (their share),
+            frechet; precision and recall (k 3) against as many training images as there are samples. With errors, each
+            has its own as frechet_error and so on, None where a tenth left out leaves no number.
 
     Raises:
         ValueError: for images and labels of another form or range, for unknown or repeated metrics, and for fewer
@@ -334,8 +344,10 @@ def _chosen_k(k: Mapping[str, int] | None, metrics: list[str], counts: list[int]
 def read_statistics(path: Path, features: str | None = None) -> tuple[np.ndarray, np.ndarray] | None:
     """mu (dim,) and sigma (dim, dim) of a file that holds them; None for anything else.
 
-    path: an .npz without images, or a .pkl as NVIDIA's EDM2 writes it, {"fid": {"mu", "sigma"}, "fd_dinov2": {...}},
-    of which nothing is executed. features: the name of the feature space, which says what to take from a .pkl.
+    Args:
+        path: an .npz without images, or a .pkl as NVIDIA's EDM2 writes it, {"fid": {"mu", "sigma"}, "fd_dinov2":
+            {...}}, of which nothing is executed.
+        features: the name of the feature space, which says what to take from a .pkl.
 
     Raises:
         ValueError: for files that cannot be read, or that hold nothing of these features.

@@ -28,9 +28,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class FeatureExtractor:
     """A feature space.
 
-    name: shown beside the numbers. identity: a string that changes whenever the features of an image would (weights,
-    preprocessing), under which features may be kept; None if that is not known, and they are computed every time.
-    compute: uint8 images (batch, height, width, 1 or 3 channels), NumPy, to features (batch, dimensions).
+    Attributes:
+        name: shown beside the numbers.
+        identity: a string that changes whenever the features of an image would (weights, preprocessing), under which
+            features may be kept; None if that is not known, and they are computed every time.
+        compute: uint8 images (batch, height, width, 1 or 3 channels), NumPy, to features (batch, dimensions).
     """
 
     name: str
@@ -39,6 +41,9 @@ class FeatureExtractor:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Features (batch, dimensions) on the CPU.
+
+        Args:
+            images: a batch of them, as `compute` takes it.
 
         Raises:
             ValueError: unless they are that many rows, and finite.
@@ -60,15 +65,19 @@ def load_extractor(
 ) -> FeatureExtractor:
     """A feature extractor by name, or made of a callable.
 
-    features: one of
-    - "classifier": the shipped MNIST classifier, 64 features of 28 x 28 grey images;
-    - "dinov2": see dinov2_extractor; model: a folder or Hub id;
-    - "inception": see inception_extractor; model: a file of weights;
-    - "module:function" or "path/to/file.py:function": imports that code, and takes what it names as below;
-    - a callable: gets uint8 images (batch, channels, height, width) on the device, gives (batch, dimensions). An
-      nn.Module must be in eval mode, and without a device it is run where it lies. Its features are never kept;
-    - a FeatureExtractor: taken as it is.
-    device: by default the fastest one here.
+    Args:
+        features: one of
+
+            - "classifier": the shipped MNIST classifier, 64 features of 28 x 28 grey images;
+            - "dinov2": see `dinov2_extractor`;
+            - "inception": see `inception_extractor`;
+            - "module:function" or "path/to/file.py:function": imports that code, and takes what it names as below;
+            - a callable: gets uint8 images (batch, channels, height, width) on the device, gives (batch, dimensions).
+              An nn.Module must be in eval mode, and without a device it is run where it lies. Its features are never
+              kept;
+            - a `FeatureExtractor`: taken as it is.
+        model: of "dinov2" a folder or Hub id; of "inception" a file of weights.
+        device: by default the fastest one here.
 
     Raises:
         ValueError: for an unknown name, a model that the extractor does not take, a module in training mode.

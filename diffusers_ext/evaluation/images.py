@@ -112,14 +112,17 @@ ImageSet = EncodedImages | ArrayImages
 def open_images(path: str | Path) -> ImageSet:
     """A set of images: `len(images)`, `images.batches(batch_size)`, `images.content_hash()`.
 
-    path: one of
-    - a folder: every file below it with an image's suffix (PNG, JPEG, WebP, BMP, TIFF, PPM), sorted by path; hidden
-      files and links to folders are left out;
-    - a zip of such files, sorted by name;
-    - an .npz with arr_0, uint8 (count, height, width, channels) or (count, height, width), as guided-diffusion writes.
-
     Pixels are read as they are stored, without regard to EXIF orientation and colour profiles; palettes and CMYK
     become RGB. Nothing but one batch is held in memory.
+
+    Args:
+        path: one of
+
+            - a folder: every file below it with an image's suffix (PNG, JPEG, WebP, BMP, TIFF, PPM), sorted by path;
+              hidden files and links to folders are left out;
+            - a zip of such files, sorted by name;
+            - an .npz with arr_0, uint8 (count, height, width, channels) or (count, height, width), as guided-diffusion
+              writes.
 
     Raises:
         FileNotFoundError: for a missing path.
@@ -146,7 +149,12 @@ def open_images(path: str | Path) -> ImageSet:
 def read_images(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
     """A whole set and its labels: uint8 (count, height, width, channels), and arr_1 of an .npz, int64 (count,).
 
-    Raises as open_images, and ValueError for images of different sizes and another number of labels than of images.
+    Args:
+        path: as of `open_images`.
+
+    Raises:
+        ValueError: as `open_images`, and for images of different sizes and another number of labels than of images.
+        FileNotFoundError: as `open_images`.
     """
     images = open_images(path)
     batches = list(images.batches(256))

@@ -28,11 +28,21 @@ def draw_base_samples(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Samples of a base pipeline at each guidance scale, one set after the other; goes on after an interruption.
 
-    folder: gets a folder for each scale, see `sample_to_folder`. guidance_scales: weights as the base takes them; 1 is
-    no guidance, and several train one flow for all of them (arXiv 2503.10638). count: samples of each scale, of
-    seeds of their own; classes and prompts are gone through in turn. On many processes each draws its part.
+    Args:
+        base: the pipeline that is to be repaired later.
+        folder: gets a folder for each scale, see `sample_to_folder`.
+        guidance_scales: weights as the base takes them; 1 is no guidance, and several train one flow for all of them
+            (arXiv 2503.10638).
+        count: samples of each scale, of seeds of their own; classes and prompts are gone through in turn. On many
+            processes each draws its part.
+        prompts: of a text-to-image base.
+        num_inference_steps: of the base's call.
+        seed: of the first sample.
+        batch_size: samples that are drawn together.
+        accelerator: of a program that has one, see `sample_to_folder`.
 
-    Returns uint8 (scales * count, channels, height, width), and their classes (scales * count,) or None.
+    Returns:
+        Samples, uint8 (scales * count, channels, height, width), and their classes (scales * count,) or None.
 
     Raises:
         ValueError: for no scale, one given twice, and as `sample_to_folder`.
@@ -66,7 +76,16 @@ def check_base(
 ) -> None:
     """Try on one sample what thousands are drawn for: see `draw_base_samples` and `train_postprocessing_flow`.
 
-    real: uint8 (m, channels, height, width). real_labels: (m,), where neighbours are sought within the class.
+    Args:
+        base: as of `draw_base_samples`.
+        real: uint8 (m, channels, height, width).
+        k: as of `train_postprocessing_flow`.
+        real_labels: (m,), where neighbours are sought within the class.
+        prompts: as of `draw_base_samples`.
+        num_inference_steps: as of `draw_base_samples`.
+        guidance_scale: one of those of `draw_base_samples`.
+        features: as of `train_postprocessing_flow`.
+        block_out_channels: as of `velocity_network`.
 
     Raises:
         ValueError: for real images of another size than the base's samples, k larger than their number or that of a
@@ -101,6 +120,9 @@ def _every_class(base: DiffusionPipeline) -> torch.Tensor | None:
 def channels_first(images: np.ndarray) -> torch.Tensor:
     """uint8 (count, height, width, channels) as `read_images` has it, to (count, channels, height, width).
 
+    Args:
+        images: as `read_images` has them.
+
     Raises:
         ValueError: for another shape.
     """
@@ -115,8 +137,10 @@ def velocity_network(
 ) -> UNet2DModel:
     """A convolutional `UNet2DModel` for the velocity of square images (count, channels, size, size).
 
-    num_classes: of a flow that is told the class. block_out_channels: of each resolution, halved from one to the next,
-    multiples of 8.
+    Args:
+        images: (count, channels, size, size).
+        num_classes: of a flow that is told the class.
+        block_out_channels: of each resolution, halved from one to the next, multiples of 8.
 
     Raises:
         ValueError: for images that are not square or cannot be halved that often, and for other channels.

@@ -17,6 +17,9 @@ CLASSIFIER_WEIGHT = 3.0  # of its squared distance beside that of pixels; docs/f
 def pixel_features(images: torch.Tensor) -> torch.Tensor:
     """The samples themselves, flattened: (n, ...) to (n, d).
 
+    Args:
+        images: (n, ...).
+
     Raises:
         ValueError: for fewer dimensions.
     """
@@ -27,7 +30,11 @@ def pixel_features(images: torch.Tensor) -> torch.Tensor:
 
 @checked_arguments
 def classifier_features(device: str | torch.device | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The 64 features of the shipped digit classifier, of images (n, 1, 28, 28) in [-1, 1], as (n, 64) on the CPU."""
+    """The 64 features of the shipped digit classifier, of images (n, 1, 28, 28) in [-1, 1], as (n, 64) on the CPU.
+
+    Args:
+        device: of the classifier.
+    """
     extractor = load_extractor("classifier", device=device)
 
     def features(images: torch.Tensor) -> torch.Tensor:
@@ -48,8 +55,9 @@ def combined_features(
     with var_s the variance of f_s over real images, summed over dimensions, so that weights compare. Pixels alone lead
     samples to other styles than theirs, and features alone to images that look different; together they do neither.
 
-    parts: pairs of a function of images (n, ...) that returns (n, dim_s), and w_s > 0. real: images (m, ...), uint8
-    or as the functions take them.
+    Args:
+        parts: pairs of a function of images (n, ...) that returns (n, dim_s), and w_s > 0.
+        real: images (m, ...), uint8 or as the functions take them.
 
     Raises:
         ValueError: for no parts, a weight that is not positive, and features that do not vary.
@@ -71,16 +79,17 @@ def combined_features(
 class DINOv2Features:
     """Tokens of the last layer of a DINOv2 network, after its layer norm.
 
-    checkpoint: folder or Hub id of a DINOv2 model, with or without registers, such as
-        "facebook/dinov2-with-registers-base".
-    pooling: "patch", the mean of the patch tokens, which the paper found best; registers and the class token stay out.
-        "cls", the class token.
-    image_size: side that images are resized to, bicubic; a multiple of the network's patch.
-    device, dtype: of the network.
+    Args:
+        checkpoint: folder or Hub id of a DINOv2 model, with or without registers, such as
+            "facebook/dinov2-with-registers-base".
+        pooling: "patch", the mean of the patch tokens, which the paper found best; registers and the class token stay
+            out. "cls", the class token.
+        image_size: side that images are resized to, bicubic; a multiple of the network's patch.
+        device: of the network.
+        dtype: of the network.
 
-    Called with images (n, 1 or 3, height, width) in [-1, 1], it returns features (n, dim), float32 on the CPU. Raises
-    ValueError for images of another form and at construction for an unknown pooling, another kind of network, and an
-    image_size that patches do not fill.
+    Raises:
+        ValueError: for an unknown pooling, another kind of network, and an image_size that patches do not fill.
     """
 
     def __init__(
@@ -108,6 +117,14 @@ class DINOv2Features:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Features (n, dim), float32 on the CPU.
+
+        Args:
+            images: (n, 1 or 3, height, width) in [-1, 1].
+
+        Raises:
+            ValueError: for images of another form.
+        """
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images must have shape (n, 1 or 3, height, width), got {tuple(images.shape)}")
         images = images.to(self.model.device, torch.float32).expand(-1, 3, -1, -1) / 2 + 0.5
@@ -135,8 +152,11 @@ def extract_features(
 ) -> torch.Tensor:
     """Features (n, d), float32 on the CPU, of samples (n, ...), a batch at a time.
 
-    images: uint8 in [0, 255], then shown to the extractor in [-1, 1], or floating point as they are. on_batch: called
-    with the number of samples of each finished batch.
+    Args:
+        images: uint8 in [0, 255], then shown to the extractor in [-1, 1], or floating point as they are.
+        extractor: what gives the features of a batch.
+        batch_size: samples of a batch.
+        on_batch: called with the number of samples of each finished batch.
 
     Raises:
         ValueError: for no images, a batch_size below 1 and an extractor that does not return one row a sample.

@@ -23,13 +23,22 @@ TRAINING_POINTS = 64  # a cell, for faiss' clustering, which wants at least 39
 
 @dataclass(frozen=True)
 class Neighbours:
-    """indices (n, k) int64 into the real samples and Euclidean distances (n, k) float32, nearest first."""
+    """The nearest real samples of every generated one, nearest first.
+
+    Attributes:
+        indices: (n, k) int64 into the real samples.
+        distances: Euclidean, (n, k) float32.
+    """
 
     indices: torch.Tensor
     distances: torch.Tensor
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, which appears whole or not at all."""
+        """Write a safetensors file, which appears whole or not at all.
+
+        Args:
+            path: of the file.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
@@ -38,6 +47,9 @@ class Neighbours:
     @classmethod
     def load(cls, path: str | Path) -> "Neighbours":
         """Read what save wrote.
+
+        Args:
+            path: of the file.
 
         Raises:
             ValueError: for a file that is damaged or holds something else.
@@ -63,12 +75,17 @@ def find_neighbours(
 ) -> Neighbours:
     """The k nearest reference features of every query, in Euclidean distance.
 
-    queries: features of the generated samples (n, d). reference: those of the real ones (m, d). NumPy or torch.
-    query_labels (n,) and reference_labels (m,): class indices; given both, neighbours have the query's class.
-    method: "exact" searches everything, on faiss' GPU index where faiss has one, on its CPU index, or in NumPy and
-    torch where faiss is not installed. "ivf", for large sets, searches the nearest of the cells that faiss clusters
-    the reference into, and may miss some neighbours; its distances are exact all the same.
-    cells, probes: number of cells, by default 4 sqrt(m), and how many of them are searched.
+    Args:
+        queries: features of the generated samples (n, d), NumPy or torch.
+        reference: those of the real ones (m, d), likewise.
+        k: how many neighbours.
+        query_labels: class indices (n,); given with reference_labels, neighbours have the query's class.
+        reference_labels: class indices (m,).
+        method: "exact" searches everything, on faiss' GPU index where faiss has one, on its CPU index, or in NumPy and
+            torch where faiss is not installed. "ivf", for large sets, searches the nearest of the cells that faiss
+            clusters the reference into, and may miss some neighbours; its distances are exact all the same.
+        cells: number of cells, by default 4 sqrt(m).
+        probes: how many of the cells are searched.
 
     Raises:
         ValueError: for wrong features, k larger than the reference or one of its classes, labels of another number or
@@ -106,7 +123,10 @@ def balanced_weights(indices: torch.Tensor, num_real: int, iterations: int = 20)
 
     from w = 1 / k. Each sample keeps its own neighbours; a real sample in no list stays unvisited.
 
-    indices: (n, k) into the num_real real samples, as `find_neighbours` gives them.
+    Args:
+        indices: (n, k) into the num_real real samples, as `find_neighbours` gives them.
+        num_real: how many real samples there are.
+        iterations: of Sinkhorn's.
 
     Raises:
         ValueError: for others.

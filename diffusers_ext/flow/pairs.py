@@ -48,8 +48,14 @@ def flow_loss(
 
     .. math:: \| v_\theta(x_t, c, t) - (x_1 - x_0) \|^2,\quad x_t = (1 - t) x_0 + t x_1
 
-    averaged over all entries. x0, x1: generated and real samples (batch, ...). t: (batch,) in [0, 1]. class_labels:
-    (batch,) for a conditional model.
+    averaged over all entries.
+
+    Args:
+        model: called like a `UNet2DModel`.
+        x0: generated samples (batch, ...).
+        x1: real samples (batch, ...).
+        t: (batch,) in [0, 1].
+        class_labels: (batch,) for a conditional model.
 
     Raises:
         ValueError: for other shapes, and for labels that are no integers.

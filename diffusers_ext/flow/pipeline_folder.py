@@ -12,7 +12,12 @@ from ..runs.files import changed_files, hash_files, new_folder, put_in_place, sc
 
 
 def save_flow(model: torch.nn.Module, folder: str | Path) -> None:
-    """A `FlowPostprocessingPipeline` in fp16, solved by Euler steps."""
+    """A `FlowPostprocessingPipeline` in fp16, solved by Euler steps.
+
+    Args:
+        model: the network.
+        folder: of the pipeline.
+    """
     FlowPostprocessingPipeline(model.half(), FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
 
 

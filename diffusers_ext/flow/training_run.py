@@ -27,8 +27,12 @@ SETTINGS, NEIGHBOURS = "settings.json", "neighbours.safetensors"
 
 @dataclass(frozen=True)
 class TrainedFlow:
-    """model: the given one, with averaged weights, in eval mode. history: step, loss, and where held-out samples were
-    measured, validation_loss."""
+    """What a training returns.
+
+    Attributes:
+        model: the given one, with averaged weights, in eval mode.
+        history: step, loss, and where held-out samples were measured, validation_loss.
+    """
 
     model: torch.nn.Module
     history: list[dict]
@@ -36,6 +40,9 @@ class TrainedFlow:
 
 def check_output(folder: str | Path) -> Path:
     """The resolved path of a folder for a training: new, empty, or begun by one.
+
+    Args:
+        folder: of the run.
 
     Raises:
         ValueError: for others.

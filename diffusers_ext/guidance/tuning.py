@@ -125,6 +125,11 @@ def batches_folder(folder: Path, settings: dict, batch_size: int) -> Iterator[Pa
 def check_output(folder: str | Path, guidance_scales: Sequence[float], num_inference_steps: int) -> Path:
     """The resolved path of a folder for a search: new, empty, or begun by one.
 
+    Args:
+        folder: of the run.
+        guidance_scales: of the search.
+        num_inference_steps: of the search.
+
     Raises:
         ValueError: for others, and for weights and steps that `search_interval` refuses.
     """

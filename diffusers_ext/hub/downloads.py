@@ -15,9 +15,12 @@ PIECE = 1 << 22
 def download_pipeline(repo_id: str, cls: type[DiffusionPipeline] = DiffusionPipeline, **options) -> Path:
     """The folder of a pipeline in the cache, checked; what is missing or outdated is downloaded first.
 
-    options: of `from_pretrained`, such as revision, variant, cache_dir, token and trust_remote_code. With
-    HF_HUB_OFFLINE=1 or local_files_only=True it is what the cache has, also where diffusers would ask the Hub for the
-    commit of a repository's code.
+    Args:
+        repo_id: of the Hub.
+        cls: class of the pipeline, whose `download` is called.
+        **options: of `from_pretrained`, such as revision, variant, cache_dir, token and trust_remote_code. With
+            HF_HUB_OFFLINE=1 or local_files_only=True it is what the cache has, also where diffusers would ask the Hub
+            for the commit of a repository's code.
 
     Raises:
         ValueError: for a file that is not what the Hub sent, and offline for a pipeline that was never downloaded.
@@ -100,6 +103,9 @@ def check_download(folder: str | Path) -> None:
 
     huggingface_hub compares sizes alone, so bits that changed on the way or on the disk would be loaded. Files of
     other folders, and of caches without links, have no known hash and are not looked at. Some 1 to 2 GB a second.
+
+    Args:
+        folder: of the snapshot.
 
     Raises:
         ValueError: with the names of the files that differ.

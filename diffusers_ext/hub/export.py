@@ -56,8 +56,16 @@ def export_model(
 ) -> Path:
     """Write a network's weights, config, code and card to a new folder; returns it.
 
-    Loads with `AutoModel.from_pretrained(folder, trust_remote_code=True)` where only diffusers is installed. license,
-    repo_id and errors: as `export_pipeline`.
+    Loads with `AutoModel.from_pretrained(folder, trust_remote_code=True)` where only diffusers is installed.
+
+    Args:
+        model: the network.
+        folder: new or empty.
+        license: as `export_pipeline`.
+        repo_id: as `export_pipeline`.
+
+    Raises:
+        ValueError: as `export_pipeline`.
     """
     origin = model.config.get("_name_or_path")
     with staged_folder(folder) as (folder, staged):
@@ -73,8 +81,15 @@ def export_model(
 def export_code(cls: type[DiffusionPipeline], folder: str | Path, repo_id: str | None = None) -> Path:
     """Write a pipeline's code, without weights, and a card to a new folder; returns it.
 
-    Pushed to the Hub, it runs the models of other repositories, as `custom_pipeline="org/name"`. repo_id and errors:
-    as `export_pipeline`.
+    Pushed to the Hub, it runs the models of other repositories, as `custom_pipeline="org/name"`.
+
+    Args:
+        cls: class of the pipeline.
+        folder: new or empty.
+        repo_id: as `export_pipeline`.
+
+    Raises:
+        ValueError: as `export_pipeline`.
     """
     with staged_folder(folder) as (folder, staged):
         staged.mkdir()

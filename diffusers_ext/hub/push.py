@@ -23,7 +23,19 @@ def push_to_hub(
     """Export a pipeline or a network and push it to a repository on the Hub; returns the address of the commit.
 
     What `DiffusionPipeline.push_to_hub` leaves out is there: code, a card that names the repository, no paths of this
-    machine. license: as `export_pipeline`. private, token and errors: as `push_folder`, and those of the export.
+    machine.
+
+    Args:
+        exported: the pipeline or network.
+        repo_id: of the repository.
+        license: as `export_pipeline`.
+        private: as `push_folder`.
+        token: as `push_folder`.
+
+    Raises:
+        ValueError: as `push_folder` and the export.
+        OSError: as `push_folder`.
+        RuntimeError: as `push_folder`.
     """
     validate_repo_id(repo_id)  # before anything is written
     export = export_pipeline if isinstance(exported, DiffusionPipeline) else export_model
@@ -50,12 +62,18 @@ def push_folder(folder: str | Path, repo_id: str, private: bool | None = None, t
 
     One commit holds all of it, so that readers find the old state or the new one. In the subfolders that the export
     has (unet/, scheduler/, ...) files of earlier pushes are deleted, such as shards of weights, which would be loaded
-    instead; other files of the repository stay. private: whether a repository that is made here is seen by its owners
-    alone; by default the account's setting. token: of an account that may write; by default the one that is logged in.
+    instead; other files of the repository stay.
+
+    Args:
+        folder: as `export_pipeline` or another export wrote it.
+        repo_id: of the repository.
+        private: whether a repository that is made here is seen by its owners alone; by default the account's setting.
+        token: of an account that may write; by default the one that is logged in.
 
     Raises:
         ValueError: for a repo_id that the Hub does not take and, with private, for a repository that is public
-            already; huggingface_hub's HfHubHTTPError, an OSError, if the Hub refuses.
+            already.
+        OSError: huggingface_hub's HfHubHTTPError, if the Hub refuses.
         RuntimeError: if an upload fails. The repository is then as it was.
     """
     folder, api = Path(folder), HfApi(token=token)

@@ -35,7 +35,12 @@ FLOOR = 1e-8  # the authors' floor inside the logarithm
 
 @dataclass(frozen=True)
 class Cost:
-    """What is counted as a step's cost; see the module. alpha: in (0, 1), of objective="alpha".
+    """What is counted as a step's cost; see the module.
+
+    Attributes:
+        objective: "klub", "kl" or "alpha".
+        alpha: in (0, 1), of objective="alpha".
+        held: what a step holds, "prediction" or "rates".
 
     Raises:
         ValueError: for anything else.
@@ -69,15 +74,29 @@ class Cost:
     # The divergence summed over y is a product of two matrices, left(R) and right(F), and sums of R and of F alone.
 
     def left(self, rates: torch.Tensor) -> torch.Tensor:
-        """left(R), of rates of any shape."""
+        """left(R), of rates of any shape.
+
+        Args:
+            rates: R, of any shape.
+        """
         return rates if self.alpha is None else rates**self.alpha
 
     def right(self, held: torch.Tensor) -> torch.Tensor:
-        """right(F), of held rates of any shape."""
+        """right(F), of held rates of any shape.
+
+        Args:
+            held: F, of any shape.
+        """
         return (held + FLOOR).log() if self.alpha is None else held ** (1 - self.alpha)
 
     def from_products(self, cross: torch.Tensor, total: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-        """d(k, i) of cross[k, i] = sum left(R_k) right(F_ik), total[k] = sum R_k and held[k, i] = sum F_ik."""
+        """d(k, i) of cross[k, i] = sum left(R_k) right(F_ik), total[k] = sum R_k and held[k, i] = sum F_ik.
+
+        Args:
+            cross: sum left(R_k) right(F_ik), (k, i).
+            total: sum R_k, (k,).
+            held: sum F_ik, (k, i).
+        """
         gain = cross.diagonal().unsqueeze(1) - cross  # round-off cancels where R_k and F_ik are the same
         if self.objective == "klub":
             return gain
@@ -87,7 +106,12 @@ class Cost:
         return gain / (self.alpha * (1 - self.alpha)) + further / self.alpha  # for cross[k, k] is total[k]
 
     def divergence(self, rates: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-        """D(R, F), elementwise."""
+        """D(R, F), elementwise.
+
+        Args:
+            rates: R.
+            held: F, of the same shape.
+        """
         gain = self.left(rates) * (self.right(rates) - self.right(held))
         if self.objective == "klub":
             return gain

@@ -91,19 +91,23 @@ class KLUB:
     With the sampler "gillespie" the three are numbers of decoded tokens, rounded to integers; the time that passes
     between t2 and t3 is then each sequence's own.
 
-    model: see `RateNetwork`. data: clean sequences (count, length) int64.
-    coupling: "data" noises x_{t1} and x_{t2} from the same data with the same random numbers (the paper's q_data);
-        "path" takes x_{t2} from x_{t1} by one step of the scheduler's sampler (q_path).
-    given: where tokens are given, as conditional generation has it, (length,) or (count, length) bool.
-    seed: sequence i draws from its own generator, seeded with seed + i, afresh at every evaluation.
-    noise: recorded noise to replay instead, as `CTMCScheduler.add_noise` takes it, for all of the data.
-        step_noise: of the step of q_path, as `CTMCScheduler.step` takes it, for all of the data.
-    average: "sequences", over all alike; "batches", the mean of the batches' means, as in the authors' code, where a
-        smaller last batch weighs as much as others.
-    accelerator: the batches are shared out among its processes, each of which gets the same values.
-
     The network's output at t1 is kept until another t1 is asked for (up to 2 GiB), so that the candidates t2 of one
     interval cost one evaluation each.
+
+    Args:
+        model: see `RateNetwork`.
+        scheduler: its chain and its sampler.
+        data: clean sequences (count, length) int64.
+        coupling: "data" noises x_{t1} and x_{t2} from the same data with the same random numbers (the paper's q_data);
+            "path" takes x_{t2} from x_{t1} by one step of the scheduler's sampler (q_path).
+        given: where tokens are given, as conditional generation has it, (length,) or (count, length) bool.
+        seed: sequence i draws from its own generator, seeded with seed + i, afresh at every evaluation.
+        noise: recorded noise to replay instead, as `CTMCScheduler.add_noise` takes it, for all of the data.
+        step_noise: of the step of q_path, as `CTMCScheduler.step` takes it, for all of the data.
+        batch_size: sequences that pass the network together.
+        average: "sequences", over all alike; "batches", the mean of the batches' means, as in the authors' code, where
+            a smaller last batch weighs as much as others.
+        accelerator: the batches are shared out among its processes, each of which gets the same values.
 
     Raises:
         ValueError: for rates that are not finite, and for times out of order.
@@ -142,7 +146,13 @@ class KLUB:
 
     @checked_arguments
     def __call__(self, t1: float, t2: float, t3: float) -> float:
-        """The objective, a mean over sequences and positions."""
+        """The objective, a mean over sequences and positions.
+
+        Args:
+            t1: where the step begins.
+            t2: the point between.
+            t3: where the step ends.
+        """
         key = self._rounded(t1, t2, t3)
         if key not in self.values:
             means = [(len(values), float(values.mean())) for values in self._batches(*key)]

@@ -40,10 +40,18 @@ class _Part:
 class RateStatistics:
     """Computes d(k, i) for a data set, a batch at a time.
 
-    model, scheduler, data, given, seed, noise: as of `KLUB`. costs: for which to compute it.
-    num_positions: how many positions of each sequence enter, chosen at random by its seed; None takes as many as fit
-        into 1 GiB at all grid points, and at most 64 for a held prediction and a kernel other than absorbing, where
-        no product of matrices does it. Estimates are scaled, so that they stand for whole sequences.
+    Args:
+        model: as of `KLUB`.
+        scheduler: as of `KLUB`.
+        data: as of `KLUB`.
+        costs: for which to compute it.
+        grid_size: intervals of the grid, at least 2.
+        given: as of `KLUB`.
+        seed: as of `KLUB`.
+        noise: as of `KLUB`.
+        num_positions: how many positions of each sequence enter, chosen at random by its seed; None takes as many as
+            fit into 1 GiB at all grid points, and at most 64 for a held prediction and a kernel other than absorbing,
+            where no product of matrices does it. Estimates are scaled, so that they stand for whole sequences.
 
     Raises:
         ValueError: for arguments out of range and, when computing, for network outputs that are not finite.
@@ -97,6 +105,9 @@ class RateStatistics:
         """The sum of d(k, i) over some sequences, by their indices, for each cost; (grid, grid) float64 on the CPU.
 
         0 where k is before i.
+
+        Args:
+            rows: indices of the sequences.
         """
         size = self.grid.size + 1
         sums = {cost: torch.zeros(size, size, dtype=torch.float64) for cost in self.costs}
@@ -112,7 +123,12 @@ class RateStatistics:
         return sums
 
     def is_sum(self, content: dict, parts: int = 1) -> bool:
-        """Whether what `accumulate` kept has a sum for each cost and part, of this grid."""
+        """Whether what `accumulate` kept has a sum for each cost and part, of this grid.
+
+        Args:
+            content: what was kept.
+            parts: how many parts there are.
+        """
         size, names = self.grid.size + 1, [sum_name(cost, part) for cost in self.costs for part in range(parts)]
         begun = content["batches"] > 0 and len(content["evaluations"]) == parts
         return begun and all(content[name].shape == (size, size) for name in names)

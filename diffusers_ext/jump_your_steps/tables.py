@@ -27,8 +27,10 @@ def chain_of(scheduler: CTMCScheduler) -> dict:
 class TimestepTables:
     """Edges by number of steps, for one chain.
 
-    tables: {n: (t_0, ..., t_n)}, strictly decreasing in (0, 1]. chain: what they are for, see `chain_of`; entries that
-    are missing are not compared. info: {n: provenance}, JSON-able; each records the chain, and the sampler if known.
+    Attributes:
+        tables: {n: (t_0, ..., t_n)}, strictly decreasing in (0, 1].
+        chain: what they are for, see `chain_of`; entries that are missing are not compared.
+        info: {n: provenance}, JSON-able; each records the chain, and the sampler if known.
 
     Raises:
         ValueError: for edges that do not decrease strictly in (0, 1], or are not n + 1.
@@ -58,7 +60,12 @@ class TimestepTables:
 
     @checked_arguments
     def save(self, path: str | Path, notes: Mapping | None = None) -> Path:
-        """Write a JSON file, which appears whole or not at all. notes: further entries, JSON-able."""
+        """Write a JSON file, which appears whole or not at all.
+
+        Args:
+            path: of the file.
+            notes: further entries, JSON-able.
+        """
         path = Path(path)
         content = {
             "format": FORMAT,
@@ -74,6 +81,9 @@ class TimestepTables:
     @checked_arguments
     def load(cls, path: str | Path) -> "TimestepTables":
         """Read what `save` wrote.
+
+        Args:
+            path: of the file.
 
         Raises:
             ValueError: for another file.
@@ -99,6 +109,10 @@ class TimestepTables:
         are decoded of src. A file can hold lists for smaller numbers of steps that a later round of their search has
         changed; the list for the largest number is always as it was found.
 
+        Args:
+            path: of the file.
+            scheduler: that the tables are for.
+
         Raises:
             ValueError: for a file that holds anything else.
         """
@@ -123,7 +137,11 @@ class TimestepTables:
     @classmethod
     @checked_arguments
     def of(cls, scheduler: CTMCScheduler) -> "TimestepTables":
-        """The tables in a scheduler's config."""
+        """The tables in a scheduler's config.
+
+        Args:
+            scheduler: with tables in its config.
+        """
         config = scheduler.config
         return cls(config.timestep_tables or {}, chain_of(scheduler), config.timestep_table_info or {})
 
@@ -133,6 +151,9 @@ class TimestepTables:
 
         Of diffusers' schedulers for which `optimize_timesteps` makes tables, that is the class of this package that
         takes their place. Tables that it has for other numbers of steps stay.
+
+        Args:
+            scheduler: with the chain that the tables are for; it is not changed.
 
         Raises:
             ValueError: if the tables are for another chain, and for a scheduler that takes none.

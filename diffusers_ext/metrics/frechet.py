@@ -24,8 +24,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     matrix square root keeps half of the digits, and the result is real. Eigenvalues below d times the float64
     round-off of the largest count as zero. A result below 0 is round-off of equal sets and is returned as 0.0.
 
-    mu1, mu2: means (d,). sigma1, sigma2: covariances (d, d). NumPy or torch; everything is computed in float64, on the
-    CPU.
+    Args:
+        mu1: mean (d,) of the one, NumPy or torch; everything is computed in float64, on the CPU.
+        sigma1: covariance (d, d) of the one.
+        mu2: mean (d,) of the other.
+        sigma2: covariance (d, d) of the other.
 
     Raises:
         ValueError: for unequal shapes, non-finite numbers and matrices that are no covariance (not symmetric, or with
@@ -79,7 +82,10 @@ class FeatureStatistics:
         self._scatter = None  # (d, d), the S of the docstring
 
     def update(self, features) -> FeatureStatistics:
-        """Add a batch: (n, d), NumPy or torch, n >= 1. Returns self.
+        """Add a batch. Returns self.
+
+        Args:
+            features: (n, d), NumPy or torch, n >= 1.
 
         Raises:
             ValueError: for features that are not 2-D, not finite, empty, or of another dimension than before.
@@ -130,6 +136,9 @@ class FeatureStatistics:
     def save(self, path) -> None:
         """Write mean, covariance and count to an .npz file.
 
+        Args:
+            path: of the file.
+
         Raises:
             ValueError: for fewer than two samples.
         """
@@ -138,6 +147,9 @@ class FeatureStatistics:
     @classmethod
     def load(cls, path) -> FeatureStatistics:
         """Read what save wrote; more batches can be added to it.
+
+        Args:
+            path: of the file.
 
         Raises:
             ValueError: for a file of something else.
@@ -161,7 +173,8 @@ class FeatureStatistics:
 def feature_statistics(batches: np.ndarray | torch.Tensor | Iterable) -> FeatureStatistics:
     """Mean and covariance of features that need not fit in memory.
 
-    batches: one array (n, d), or an iterable (a generator, say) of arrays (n_i, d), read once, one at a time.
+    Args:
+        batches: one array (n, d), or an iterable (a generator, say) of arrays (n_i, d), read once, one at a time.
 
     Raises:
         ValueError: for no batch at all, or a batch that FeatureStatistics.update refuses.

@@ -21,7 +21,10 @@ def local_outlier_factor(features, reference, k: int = 20) -> float:
     finds itself there, at distance 0. More than k equal reference points have no finite density: scikit-learn warns,
     and the factor of samples beside them is huge; take a larger k.
 
-    features: (n, d). reference: (m, d), m > k. NumPy or torch. Centred on the reference's mean, computed in float64.
+    Args:
+        features: (n, d), NumPy or torch.
+        reference: (m, d), m > k. Both are centred on its mean and computed in float64.
+        k: how many neighbours.
 
     Raises:
         ValueError: for wrong features or k.

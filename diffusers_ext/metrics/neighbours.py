@@ -13,7 +13,13 @@ from .search import nearest, smallest_sphere
 
 
 class RarityScore(NamedTuple):
-    """mean: average over the samples inside (nan if none is). inside: their share. scores: (n,), nan outside."""
+    """What `rarity_score` returns.
+
+    Attributes:
+        mean: average over the samples inside (nan if none is).
+        inside: their share.
+        scores: (n,), nan outside.
+    """
 
     mean: float
     inside: float
@@ -21,7 +27,12 @@ class RarityScore(NamedTuple):
 
 
 class PrecisionRecall(NamedTuple):
-    """precision: share of samples inside the real manifold. recall: share of real points inside the samples' own."""
+    """What `precision_recall` returns.
+
+    Attributes:
+        precision: share of samples inside the real manifold.
+        recall: share of real points inside the samples' own.
+    """
 
     precision: float
     recall: float
@@ -34,8 +45,15 @@ def nearest_neighbours(queries, reference, k: int, exclude_self: bool = False) -
     The search is exact, through faiss where it is installed and torch elsewhere. Which of several points at one
     distance (to 10 digits) is the k-th is left open.
 
-    queries: (n, d). reference: (m, d). NumPy or torch. exclude_self: queries are the reference, and a point is not
-    its own neighbour (an equal point at another index is). Returns distances (n, k) float64 and indices (n, k) int64.
+    Args:
+        queries: (n, d), NumPy or torch.
+        reference: (m, d), NumPy or torch.
+        k: how many neighbours.
+        exclude_self: queries are the reference, and a point is not its own neighbour (an equal point at another index
+            is).
+
+    Returns:
+        Distances (n, k) float64 and indices (n, k) int64.
 
     Raises:
         ValueError: for wrong features, for k outside 1..m (1..m-1 with exclude_self), and for exclude_self with two
@@ -54,8 +72,11 @@ def average_knn_distance(features, reference, k: int = 5) -> float:
 
     .. math:: \frac{1}{n k} \sum_i \sum_{y \in N_k(x_i)} |x_i - y|
 
-    features: samples (n, d). reference: real points (m, d), m >= k. NumPy or torch. A sample that is itself in the
-    reference counts itself, at distance 0.
+    Args:
+        features: samples (n, d), NumPy or torch. A sample that is itself in the reference counts itself, at distance
+            0.
+        reference: real points (m, d), m >= k.
+        k: how many neighbours.
 
     Raises:
         ValueError: for wrong features or k.
@@ -74,8 +95,13 @@ def rarity_score(features, reference, k: int = 3) -> RarityScore:
     y runs over the real points and r_k(y) is the distance from y to its k-th nearest other real point. A sample in
     no sphere is outside the real manifold and has no score.
 
-    features: samples (n, d). reference: real points (m, d), m > k. NumPy or torch. Returns RarityScore: the mean
-    over the samples inside, their share, and each sample's score.
+    Args:
+        features: samples (n, d), NumPy or torch.
+        reference: real points (m, d), m > k.
+        k: which neighbour's distance is the radius.
+
+    Returns:
+        RarityScore: the mean over the samples inside, their share, and each sample's score.
 
     Raises:
         ValueError: for wrong features or k.
@@ -96,7 +122,10 @@ def precision_recall(features, reference, k: int = 3) -> PrecisionRecall:
     x runs over the samples and y over the real points; recall is the same with the two sets exchanged. r_k(y) is
     the distance from y to its k-th nearest other point of its own set. Both depend on the sizes: use equal ones.
 
-    features: samples (n, d), n > k. reference: real points (m, d), m > k. NumPy or torch.
+    Args:
+        features: samples (n, d), n > k, NumPy or torch.
+        reference: real points (m, d), m > k.
+        k: which neighbour's distance is the radius.
 
     Raises:
         ValueError: for wrong features or k.

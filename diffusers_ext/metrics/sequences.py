@@ -16,6 +16,12 @@ def countdown_sequences(
 
     A start is drawn uniformly, counted down to 0, then the next is drawn; the sequence is cut to its length.
 
+    Args:
+        count: how many sequences, >= 0.
+        length: of each, >= 1.
+        num_vocabs: number of tokens, >= 2.
+        generator: of the draws; by default torch's own.
+
     Raises:
         ValueError: unless count >= 0, length >= 1 and num_vocabs >= 2.
     """
@@ -33,7 +39,8 @@ def countdown_sequences(
 def countdown_wrong(sequences: torch.Tensor) -> torch.Tensor:
     """Which transitions are wrong, (n, length - 1) bool: after a token other than 0 comes only the next smaller one.
 
-    sequences: (n, length >= 2) integers.
+    Args:
+        sequences: (n, length >= 2) integers.
     """
     sequences = _tokens("sequences", sequences, least=2)
     before, after = sequences[:, :-1], sequences[:, 1:]
@@ -44,7 +51,8 @@ def countdown_wrong(sequences: torch.Tensor) -> torch.Tensor:
 def countdown_errors(sequences: torch.Tensor) -> torch.Tensor:
     """Share of wrong transitions of each sequence, (n,) float32; the strict rate is the mean.
 
-    sequences: (n, length >= 2) integers. Every one of the length - 1 transitions counts.
+    Args:
+        sequences: (n, length >= 2) integers. Every one of the length - 1 transitions counts.
     """
     return countdown_wrong(sequences).float().mean(dim=1)
 
@@ -54,7 +62,10 @@ def countdown_errors_original(sequences: torch.Tensor) -> torch.Tensor:
     """The error rate as the authors' `check_err` counts it, (n,) float32, for comparison with their tables.
 
     After each transition that it looks at, right or wrong, it passes over the next one, so that it sees about every
-    second; and it divides by the length. sequences: (n, length) integers.
+    second; and it divides by the length.
+
+    Args:
+        sequences: (n, length) integers.
     """
     sequences = _tokens("sequences", sequences, least=1)
     before, errors = sequences[:, 0], torch.zeros(len(sequences), device=sequences.device)
@@ -67,7 +78,12 @@ def countdown_errors_original(sequences: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class HistogramDistance:
-    """Of n pairs of sequences: hellinger and outlier_share are (n,) float32, each in [0, 1]."""
+    """Distances of n pairs of sequences.
+
+    Attributes:
+        hellinger: (n,) float32, each in [0, 1].
+        outlier_share: (n,) float32, each in [0, 1].
+    """
 
     hellinger: torch.Tensor
     outlier_share: torch.Tensor
@@ -81,8 +97,13 @@ def histogram_distance(
 
     .. math:: H(p, q) = \frac{1}{\sqrt 2} \lVert \sqrt p - \sqrt q \rVert_2
 
-    The outlier share is the share of generated tokens that the reference does not contain. generated, reference:
-    (n, length) integers in [0, num_tokens). prefix_length: tokens at the start that were given and do not count.
+    The outlier share is the share of generated tokens that the reference does not contain.
+
+    Args:
+        generated: (n, length) integers in [0, num_tokens).
+        reference: (n, length), likewise.
+        num_tokens: size of the vocabulary.
+        prefix_length: tokens at the start that were given and do not count.
 
     Raises:
         ValueError: for two shapes, other than integers, and a prefix that leaves no token.
@@ -108,8 +129,12 @@ def generative_perplexity(
     exp of the mean negative log likelihood of all tokens but the first of each sequence. Repetitive text has a low
     perplexity too: state `unigram_entropy` beside it. SEDD and Jump Your Steps use gpt2-large.
 
-    tokens: (n, length >= 2) integers of the model's vocabulary. average: "tokens", over all tokens alike; "batches",
-    the mean of the means of the batches, as in the authors' code, where a smaller last batch weighs as much as others.
+    Args:
+        model: the causal language model.
+        tokens: (n, length >= 2) integers of the model's vocabulary.
+        batch_size: sequences that pass the model together, >= 1.
+        average: "tokens", over all tokens alike; "batches", the mean of the means of the batches, as in the authors'
+            code, where a smaller last batch weighs as much as others.
 
     Raises:
         ValueError: for no tokens, another average, and a batch size below 1.
@@ -131,9 +156,12 @@ def generative_perplexity(
 
 @checked_arguments
 def unigram_entropy(tokens: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of the token frequencies within each sequence, (n,) float32. tokens: (n, length) integers.
+    """Entropy in nats of the token frequencies within each sequence, (n,) float32.
 
     Computed in float64 on the CPU.
+
+    Args:
+        tokens: (n, length) integers.
     """
     tokens = _tokens("tokens", tokens)
     entropies = []

@@ -21,6 +21,10 @@ def real_word_share(texts: list[str], reference: str) -> list[float]:
 
     The first and the last word of a text may be cut and do not count.
 
+    Args:
+        texts: of which the shares are.
+        reference: a text with the words that there are.
+
     Raises:
         ValueError: for a reference without words.
     """
@@ -38,6 +42,11 @@ def ngram_divergence(texts: list[str], reference: list[str], n: int = 5) -> floa
     .. math:: \tfrac12 KL(p \,\|\, m) + \tfrac12 KL(q \,\|\, m), \quad m = (p + q) / 2
 
     It falls as texts are added, for real texts too: compare sets of the same size.
+
+    Args:
+        texts: the one set.
+        reference: the other.
+        n: characters of an n-gram, >= 1.
 
     Raises:
         ValueError: for n < 1 and sets without an n-gram.

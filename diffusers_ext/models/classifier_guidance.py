@@ -18,10 +18,16 @@ def classifier_gradient(
 ) -> torch.Tensor:
     """grad_x log p(c | x_t) of a noise-aware classifier, by automatic differentiation.
 
-    classifier: called as classifier(x_t, timestep), returns logits (batch, classes), an output that has them, or a
-        tuple of which they are the first.
-    sample: x_t (batch, ...). timestep: (batch,). class_labels: (batch,); a label that is none of the classifier's
-    classes, such as the null class, has gradient 0. Returns (batch, ...) in the sample's dtype.
+    Args:
+        classifier: called as classifier(x_t, timestep), returns logits (batch, classes), an output that has them, or a
+            tuple of which they are the first.
+        sample: x_t (batch, ...).
+        timestep: (batch,).
+        class_labels: (batch,); a label that is none of the classifier's classes, such as the null class, has gradient
+            0.
+
+    Returns:
+        (batch, ...) in the sample's dtype.
     """
     with torch.inference_mode(False), torch.enable_grad():
         # tensors that were made in inference mode have no gradients, their copies here have
@@ -102,8 +108,14 @@ class ClassifierGuidance(ModelMixin):
     ) -> UNet2DOutput | tuple:
         """The guided prediction.
 
-        sample: x_t (batch, channels, height, width). timestep: one, or (batch,). class_labels: (batch,). Raises
-        ValueError where labels are missing.
+        Args:
+            sample: x_t (batch, channels, height, width).
+            timestep: one, or (batch,).
+            class_labels: (batch,).
+            return_dict: whether to return a `UNet2DOutput` or a tuple.
+
+        Raises:
+            ValueError: where labels are missing.
         """
         if class_labels is None:
             raise ValueError("class_labels must be given: the classifier guides towards a class")

@@ -103,11 +103,22 @@ class OutputBlock(nn.Module):
 class CTMCSequenceTransformer(ModelMixin, AttentionMixin, ConfigMixin):
     """Logits of p(x_0 | x_t) of token sequences (Campbell et al., 2205.14987, for piano rolls).
 
-    vocab_size: number of tokens. one_hot_input: embed tokens by a matrix; False: as the number 2 x / vocab_size - 1.
-    time_hidden_dim, film_dim: widths of the time embedding, dim_feedforward and 4 temb_dim if None.
-    integer_time: cut the time to an integer before it is embedded, so that the network sees 0 for all t < 1. The
-    authors' code does, so their checkpoints were trained with it; off, the network sees t.
-    sequence_length: that the network was trained on and is sampled at; it takes any.
+    Args:
+        vocab_size: number of tokens.
+        d_model: width of the network, even and a multiple of num_heads.
+        num_layers: number of transformer layers.
+        num_heads: attention heads of a layer.
+        dim_feedforward: width of a layer's hidden layer.
+        num_output_layers: number of residual layers before the logits.
+        temb_dim: width of the time embedding, even and at least 4.
+        time_hidden_dim: width of the time embedding's hidden layer; dim_feedforward if None.
+        film_dim: width of what modulates the layers; 4 temb_dim if None.
+        time_scale_factor: factor on the time before it is embedded.
+        dropout: in training mode.
+        one_hot_input: embed tokens by a matrix; False: as the number 2 x / vocab_size - 1.
+        integer_time: cut the time to an integer before it is embedded, so that the network sees 0 for all t < 1. The
+            authors' code does, so their checkpoints were trained with it; off, the network sees t.
+        sequence_length: that the network was trained on and is sampled at; it takes any.
 
     Raises:
         ValueError: unless d_model is even and a multiple of num_heads, and temb_dim even and at least 4.
@@ -160,8 +171,10 @@ class CTMCSequenceTransformer(ModelMixin, AttentionMixin, ConfigMixin):
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Logits (batch, length, vocab_size) of the clean tokens, as `.sample`; 1 is added at the current token.
 
-        tokens: (batch, length) int64, any length. timestep: t in [0, 1], (batch,). return_dict: False gives the
-        tuple (logits,).
+        Args:
+            tokens: (batch, length) int64, any length.
+            timestep: t in [0, 1], (batch,).
+            return_dict: False gives the tuple (logits,).
 
         Raises:
             ValueError: for other shapes.

@@ -108,11 +108,19 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
     The UNet gives a mean mu = tanh(x + ...) and a log scale for every pixel and channel; the probability of a level is
     the mass of the logistic law of that mean and scale on the level's bin, [-1, 1] cut into num_levels bins.
 
-    shape: (channels, height, width) of the image; tokens are flattened in this order. num_levels: size of the
-    vocabulary. channels, channel_mult, num_res_blocks: width of the first level, factors of all, blocks a level.
-    attention_level: which level has attention after each block. skip_rescale: residual sums are divided by sqrt 2.
-    fix_logistic: whether levels far to the right of the mean become as improbable as those far to the left; else the
-        mass of a level is at least 1e-6 times all that lies below it, as in the authors' CIFAR-10 model.
+    Args:
+        shape: (channels, height, width) of the image; tokens are flattened in this order.
+        num_levels: size of the vocabulary.
+        channels: width of the first level.
+        channel_mult: factors of the widths of all levels.
+        num_res_blocks: blocks a level.
+        attention_level: which level has attention after each block.
+        dropout: in training mode.
+        time_embed_dim: width of the time embedding, even and at least 4.
+        time_scale_factor: factor on the time before it is embedded.
+        skip_rescale: residual sums are divided by sqrt 2.
+        fix_logistic: whether levels far to the right of the mean become as improbable as those far to the left; else
+            the mass of a level is at least 1e-6 times all that lies below it, as in the authors' CIFAR-10 model.
 
     Raises:
         ValueError: unless time_embed_dim is even and at least 4, height and width can be halved once for each level
@@ -192,8 +200,10 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """Logits (batch, channels * height * width, num_levels) float32 of the clean levels, as `.sample`.
 
-        tokens: (batch, channels * height * width) int64 levels. timestep: t in [0, 1], (batch,). return_dict: False
-        gives the tuple (logits,).
+        Args:
+            tokens: (batch, channels * height * width) int64 levels.
+            timestep: t in [0, 1], (batch,).
+            return_dict: False gives the tuple (logits,).
 
         Raises:
             ValueError: for other shapes.

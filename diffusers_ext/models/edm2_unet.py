@@ -54,9 +54,11 @@ EDM2_PRESETS = {
 
 @dataclass
 class EDM2UNet2DOutput(BaseOutput):
-    """sample: the denoised sample D(x; sigma), (batch, channels, height, width) float32.
+    """What an `EDM2UNet2DModel` returns.
 
-    logvar: log variance u(sigma) of the loss, (batch or 1, 1, 1, 1) float32, if it was asked for.
+    Attributes:
+        sample: the denoised sample D(x; sigma), (batch, channels, height, width) float32.
+        logvar: log variance u(sigma) of the loss, (batch or 1, 1, 1, 1) float32, if it was asked for.
     """
 
     sample: torch.Tensor

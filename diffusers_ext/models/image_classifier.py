@@ -12,7 +12,12 @@ from torch import nn
 
 @dataclass
 class ImageClassifierOutput(BaseOutput):
-    """logits: (batch, num_classes), unnormalised. features: (batch, feature_dim), the penultimate activations."""
+    """What an `ImageClassifier` returns.
+
+    Attributes:
+        logits: (batch, num_classes), unnormalised.
+        features: (batch, feature_dim), the penultimate activations.
+    """
 
     logits: torch.Tensor
     features: torch.Tensor | None = (
@@ -38,6 +43,13 @@ class ImageClassifier(ModelMixin, ConfigMixin):
 
     Stages of two 3x3 convolutions and a 2x2 max-pool, one for each entry of `channels`; global average; one
     hidden layer of `feature_dim` units, whose ReLU activations are the features; a linear read-out.
+
+    Args:
+        in_channels: of an image.
+        channels: width of each stage.
+        feature_dim: number of features.
+        num_classes: number of logits.
+        dropout: of the features, in training mode.
 
     Raises:
         ValueError: for no stage, and for numbers below 1.
@@ -66,8 +78,10 @@ class ImageClassifier(ModelMixin, ConfigMixin):
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> ImageClassifierOutput | tuple:
         """Classify images.
 
-        sample: (batch, in_channels, height, width), pixel values in [-1, 1]. Height and width at least
-            2 ** len(channels).
+        Args:
+            sample: (batch, in_channels, height, width), pixel values in [-1, 1]. Height and width at least 2 **
+                len(channels).
+            return_dict: whether to return an `ImageClassifierOutput` or a tuple.
 
         Raises:
             ValueError: for a tensor of another rank or channel count.

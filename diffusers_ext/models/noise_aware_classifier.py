@@ -12,7 +12,11 @@ from torch import nn
 
 @dataclass
 class NoiseAwareClassifierOutput(BaseOutput):
-    """logits: (batch, num_classes), unnormalised."""
+    """What a `NoiseAwareClassifier` returns.
+
+    Attributes:
+        logits: (batch, num_classes), unnormalised.
+    """
 
     logits: torch.Tensor
 
@@ -20,8 +24,12 @@ class NoiseAwareClassifierOutput(BaseOutput):
 class NoiseAwareClassifier(ModelMixin, ConfigMixin):
     """Logits of p(c | x_t) from the flattened x_t and t / num_train_timesteps.
 
-    in_features: numbers in one sample, channels x height x width. hidden: widths of the hidden layers; none is the
-    linear classifier of arXiv 2503.10638, whose gradient points one way everywhere but for the softmax.
+    Args:
+        in_features: numbers in one sample, channels x height x width.
+        num_classes: number of logits.
+        hidden: widths of the hidden layers; none is the linear classifier of arXiv 2503.10638, whose gradient points
+            one way everywhere but for the softmax.
+        num_train_timesteps: by which the timestep is divided.
     """
 
     @register_to_config
@@ -42,8 +50,10 @@ class NoiseAwareClassifier(ModelMixin, ConfigMixin):
     ) -> NoiseAwareClassifierOutput | tuple[torch.Tensor]:
         """Classify noisy samples.
 
-        sample: x_t (batch, ...) of in_features numbers each. timestep: one, or (batch,). return_dict: False gives the
-        tuple (logits,).
+        Args:
+            sample: x_t (batch, ...) of in_features numbers each.
+            timestep: one, or (batch,).
+            return_dict: False gives the tuple (logits,).
 
         Raises:
             ValueError: for a sample of another size.

@@ -17,12 +17,20 @@ from .labels import hashed
 
 
 def is_discrete(pipe: DiffusionPipeline) -> bool:
-    """Whether it is a `DiscreteDiffusionPipeline`, this package's or the copy in an exported repository."""
+    """Whether it is a `DiscreteDiffusionPipeline`, this package's or the copy in an exported repository.
+
+    Args:
+        pipe: any pipeline.
+    """
     return {"tokens", "given"} <= set(inspect.signature(pipe.__call__).parameters)
 
 
 def draws_sequences(pipe: DiffusionPipeline) -> bool:
-    """Whether tokens or texts come out, not images."""
+    """Whether tokens or texts come out, not images.
+
+    Args:
+        pipe: any pipeline.
+    """
     return is_discrete(pipe) and pipe.model.config.get("shape") is None
 
 
@@ -39,8 +47,17 @@ def sample_batches(
     """The `images`, or with output_type="tokens" the `tokens`, of one pipeline call after the other.
 
     Image i has the generator of seed + i and labels[i]; it does not depend on how many others are drawn, nor, up to
-    round-off, on the batch. labels: (count,), for pipelines that take class_labels; prompts: count of them, for those
-    that take prompt; None of both for those that take batch_size. call: further arguments of the call.
+    round-off, on the batch.
+
+    Args:
+        pipe: any pipeline that `sample_to_folder` takes.
+        count: number of images.
+        labels: (count,), for pipelines that take class_labels; None of them and of prompts for those that take
+            batch_size.
+        seed: image i is drawn with seed + i.
+        batch_size: images that are drawn together.
+        prompts: count of them, for those that take prompt.
+        **call: further arguments of the call.
 
     Raises:
         ValueError: for a count or batch size below 1, or labels or prompts of another number.
@@ -66,7 +83,13 @@ def sample_images(
 ) -> torch.Tensor:
     """Class-conditional images (count, channels, height, width) in [0, 1], float32 on the CPU; see sample_batches.
 
-    labels: (count,). on_batch: called with the number of images of each finished batch.
+    Args:
+        pipe: a class-conditional pipeline.
+        labels: (count,).
+        seed: image i is drawn with seed + i.
+        batch_size: images that are drawn together.
+        on_batch: called with the number of images of each finished batch.
+        **call: further arguments of the pipeline's call.
     """
     images = []
     for batch in sample_batches(pipe, len(labels), labels, seed, batch_size, output_type="pt", **call):
@@ -134,7 +157,9 @@ def _as_tensor(images):
 def to_uint8(images: torch.Tensor | np.ndarray, rows: range) -> np.ndarray:
     """Images in [0, 1] as uint8 (batch, height, width, channels).
 
-    images: a tensor (batch, channels, height, width) or an array (batch, height, width, channels).
+    Args:
+        images: a tensor (batch, channels, height, width) or an array (batch, height, width, channels).
+        rows: of the samples that the images are, whose number they must have.
 
     Raises:
         ValueError: for another number of images than rows, and for values that are not finite.

@@ -36,9 +36,12 @@ MANIFEST, SHARDS = "manifest.json", "shards"
 class Sampled:
     """What `sample_to_folder` did.
 
-    result: the file, or the folder of PNG or txt files. count: samples in it. drawn: how many of them this start
-    drew, in all of its processes. was_finished: whether an earlier start had already done everything. kind: "images"
-    or "sequences".
+    Attributes:
+        result: the file, or the folder of PNG or txt files.
+        count: samples in it.
+        drawn: how many of them this start drew, in all of its processes.
+        was_finished: whether an earlier start had already done everything.
+        kind: "images" or "sequences".
     """
 
     result: Path

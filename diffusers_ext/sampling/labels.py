@@ -18,6 +18,11 @@ def cycled_labels(
 
     The classes are those of the network without the pipeline's null class, which None among the labels stands for.
 
+    Args:
+        pipe: whose classes are meant.
+        count: number of labels.
+        labels: those to go through; None for every class.
+
     Raises:
         ValueError: for labels given to a pipeline that takes none, for those that it has not, for None where there is
             no null class, and for an empty list.
@@ -53,6 +58,11 @@ def random_labels(pipe: DiffusionPipeline, count: int, seed: int) -> torch.Tenso
     """count labels (count,), uniform over the model's classes; label i depends on seed + i alone.
 
     It comes from a hash, not from the generator of image i, so labels and noise are independent.
+
+    Args:
+        pipe: whose classes are meant.
+        count: number of labels.
+        seed: label i depends on seed + i.
 
     Raises:
         ValueError: for a pipeline without classes.
