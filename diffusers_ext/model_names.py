@@ -21,7 +21,9 @@ def resolve_model(name: str | Path) -> str:
 def check_name(model: str, others: Iterable[str] = ()) -> None:
     """Raise ValueError for a model that is neither shipped nor a folder nor of a Hub id's form, owner/name.
 
-    others: names that are meant for something else.
+    Args:
+        model: the name.
+        others: names that are meant for something else.
     """
     path, known = Path(model), [*shipped_models(), *others]
     if model in known or (model and path.is_dir()) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):

@@ -43,8 +43,14 @@ TIME_SCALE = 1000  # flow time 1 in the units of a diffusion network's timestep 
 def velocity(model, sample: torch.Tensor, t: torch.Tensor | float, class_labels: torch.Tensor | None = None):
     """v(x_t, c, t) of a network that is called like a `UNet2DModel`, at the timestep 1000 t.
 
-    sample: (batch, ...). t: flow time, 0 at the generated sample and 1 at the real one, one or (batch,). class_labels:
-    (batch,) or None. Returns (batch, ...).
+    Args:
+        model: called like a `UNet2DModel`.
+        sample: (batch, ...).
+        t: flow time, 0 at the generated sample and 1 at the real one, one or (batch,).
+        class_labels: (batch,) or None.
+
+    Returns:
+        (batch, ...).
     """
     timestep = torch.as_tensor(t, dtype=torch.float32, device=sample.device).expand(len(sample)) * TIME_SCALE
     labels = {} if class_labels is None else {"class_labels": class_labels}

@@ -33,9 +33,14 @@ from .rows import Rows  # noqa: F401
 class Guidance:
     """What decides the guidance of a pipeline: an interval, a guider, or a guider in an interval.
 
-    interval: None for the whole line. guider: None for the pipeline's own guidance. layout, verify: see
-    `GuidanceInterval`. As a context manager it is in force for the block, and what was in force before is so again
-    after it.
+    As a context manager it is in force for the block, and what was in force before is so again after it.
+
+    Args:
+        pipe: any diffusers pipeline that is not modular.
+        interval: None for the whole line.
+        guider: None for the pipeline's own guidance.
+        layout: see `GuidanceInterval`.
+        verify: see `GuidanceInterval`.
 
     Raises:
         ValueError: for what is no pipeline, and for a layout or a guider that cannot be.

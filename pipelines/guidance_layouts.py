@@ -50,18 +50,21 @@ def above_one(*names: str) -> Callable[[DiffusionPipeline, dict], bool]:
 class Layout:
     """How a pipeline guides.
 
-    parts: in order of the batch, or of the calls. how: "batch", "turns" or "calls". on: whether a call guides, from
-        the pipeline and the arguments of its call; called at each step.
-    optional: a part and the name of the argument, or attribute, without which it is left out.
-    extra: after the doubled batch, the network is called again without doubling in one step. gradient: so it is where
-        gradients are taken. partly: so it is in steps that the pipeline leaves unguided itself, after a guided one.
-    every: all calls but the first of a step are unconditional.
-    plus_one: the weight w of a call means c + w (c - u), not u + w (c - u).
-    variance: the second half of the channels is no prediction to guide: always, or where it is there ("may"); Lumina
-        guides "three" channels.
-    text_first: the conditional prediction has the text's tokens in front of the image's.
-    fills_cache: the first unconditional call fills a cache that later ones read. aside: which calls, by their
-        arguments, fill a cache of all rows and predict nothing.
+    Attributes:
+        parts: in order of the batch, or of the calls.
+        how: "batch", "turns" or "calls".
+        on: whether a call guides, from the pipeline and the arguments of its call; called at each step.
+        optional: a part and the name of the argument, or attribute, without which it is left out.
+        extra: after the doubled batch, the network is called again without doubling in one step.
+        gradient: so it is where gradients are taken.
+        partly: so it is in steps that the pipeline leaves unguided itself, after a guided one.
+        every: all calls but the first of a step are unconditional.
+        plus_one: the weight w of a call means c + w (c - u), not u + w (c - u).
+        variance: the second half of the channels is no prediction to guide: always, or where it is there ("may");
+            Lumina guides "three" channels.
+        text_first: the conditional prediction has the text's tokens in front of the image's.
+        fills_cache: the first unconditional call fills a cache that later ones read.
+        aside: which calls, by their arguments, fill a cache of all rows and predict nothing.
     """
 
     parts: tuple[str, ...]

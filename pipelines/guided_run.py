@@ -38,9 +38,14 @@ _TRUE_GUIDANCE = (
 class Plan:
     """A pipeline of a call, itself or inside of it: how it guides, and how that is known.
 
-    source: "listed", "proposed", "given", or "none" without guidance. networks: its denoisers by name.
-    prefix: of its arguments' names in the call, "prior_" for the first of a combined pipeline. readable: of a layout
-        that was given, whether the source shows that predictions go to the scheduler and nowhere else.
+    Attributes:
+        pipe: the pipeline.
+        layout: how it guides; None where it does not.
+        source: "listed", "proposed", "given", or "none" without guidance.
+        networks: its denoisers by name.
+        prefix: of its arguments' names in the call, "prior_" for the first of a combined pipeline.
+        readable: of a layout that was given, whether the source shows that predictions go to the scheduler and nowhere
+            else.
     """
 
     pipe: DiffusionPipeline

@@ -34,9 +34,12 @@ _EMBEDDED = ("guidance", "guidance_scale", "embedded_guidance", "guidance_scale_
 class GuidedStep:
     """One sampling step: its number in the schedule as set, its starting noise level, and what the network did.
 
-    sigma: the EDM noise-to-signal ratio, None where the scheduler has none. guided: whether guidance was applied.
-    rows: network rows that were run, all evaluations in the step together, ControlNets not counted.
-    rows_saved: further rows that plain guidance would have run.
+    Attributes:
+        index: of the step in the schedule as set.
+        sigma: the EDM noise-to-signal ratio, None where the scheduler has none.
+        guided: whether guidance was applied.
+        rows: network rows that were run, all evaluations in the step together, ControlNets not counted.
+        rows_saved: further rows that plain guidance would have run.
     """
 
     index: int

@@ -129,7 +129,11 @@ def edm_sigma(flow_sigma: float) -> float:
 class StepStart:
     """Where in its schedule a sampler stands: step `index` of `count`, starting from the EDM `sigma`.
 
-    sigma: None if the scheduler has none. scheduler: its class name.
+    Attributes:
+        index: of the step, from 0.
+        count: steps of the schedule.
+        sigma: at which the step starts, EDM's ratio; None if the scheduler has none.
+        scheduler: its class name.
     """
 
     index: int
@@ -141,8 +145,13 @@ class StepStart:
 class Walk:
     """Follows a sampler through the schedule of its scheduler, which is read from the device once.
 
-    position: index into `scheduler.timesteps` of the evaluation asked for last. next: of the one that is to come,
-    where a call of `scheduler.step` has told; else None. walked: of the last one that the scheduler was stepped from.
+    Args:
+        scheduler: of the sampler.
+
+    Attributes:
+        position: index into `scheduler.timesteps` of the evaluation asked for last.
+        next: of the one that is to come, where a call of `scheduler.step` has told; else None.
+        walked: of the last one that the scheduler was stepped from.
     """
 
     def __init__(self, scheduler: SchedulerMixin):
@@ -156,8 +165,11 @@ class Walk:
     def at(self, timestep: Any, strength: float | None = None) -> StepStart:
         """The step that a network evaluation belongs to; of later evaluations in one step the same object.
 
-        timestep: of the evaluation, as in `scheduler.timesteps`; one a frame where frames differ, whose noisiest
-        counts; None for a network that is not told (Amused's), which begins at the last `strength` of the schedule.
+        Args:
+            timestep: of the evaluation, as in `scheduler.timesteps`; one a frame where frames differ, whose noisiest
+                counts; None for a network that is not told (Amused's), which begins at the last `strength` of the
+                schedule.
+            strength: share of the schedule that such a network walks; None for all of it.
 
         Raises:
             ValueError: if the timestep is not in the schedule.

@@ -137,8 +137,12 @@ class NotShown(Exception):
 class Record:
     """A denoiser's call since the last step of the scheduler: what it was asked, and what it gave for all rows.
 
-    kind: "whole" (all parts, as the pipeline asks for them), "cut" (fewer rows), or "plain". everything: what all rows
-    gave where fewer were run for the answer.
+    Args:
+        kind: "whole" (all parts, as the pipeline asks for them), "cut" (fewer rows), or "plain".
+        rows: that were run.
+        output: of the network.
+        problem: why nothing can be shown by it; None if something can.
+        everything: what all rows gave where fewer were run for the answer.
     """
 
     def __init__(self, kind: str, rows: Rows, output: Any, problem: str, everything: Any):

@@ -26,8 +26,11 @@ HOW_TO_SAY = (
 def propose(cls: type, networks: list[str]) -> Layout | None:
     """The layout that the source of a class shows; None for a class that is not made to guide.
 
-    networks: names of the components that are called with a timestep. The class' `__call__`, and the methods that it
-    uses, are parsed; nothing is run.
+    The class' `__call__`, and the methods that it uses, are parsed; nothing is run.
+
+    Args:
+        cls: class of the pipeline.
+        networks: names of the components that are called with a timestep.
 
     Raises:
         ValueError: if the source cannot be read or is ambiguous.

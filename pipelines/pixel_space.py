@@ -47,7 +47,14 @@ def check_count(name: str, count) -> None:
 
 
 class NotFiniteError(ValueError):
-    """A sampler met NaN or infinity. sample: the row of the batch; step: the step in which; both from 0."""
+    """A sampler met NaN or infinity.
+
+    Args:
+        what: is not finite.
+        sample: the row of the batch, from 0.
+        step: of the sampler, from 0.
+        num_steps: of the sampler; None where nobody knows it.
+    """
 
     def __init__(self, what: str, sample: int, step: int, num_steps: int | None):
         of = "" if num_steps is None else f" of {num_steps}"
@@ -77,7 +84,13 @@ class FiniteWatch:
         self.num_steps, self.seen = num_steps, []
 
     def see(self, what: str, values: torch.Tensor, step: int) -> None:
-        """Look at values (batch, ...); what: they are, for the message."""
+        """Look at values (batch, ...).
+
+        Args:
+            what: they are, for the message.
+            values: (batch, ...).
+            step: of the sampler, from 0.
+        """
         self.seen.append((what, step, values.isfinite().flatten(1).all(dim=1)))
         if values.device.type == "cpu":
             self.finish()
@@ -161,7 +174,10 @@ def checked_generator(generator, batch_size: int):
 def checked_labels(class_labels, num_classes: int | None, null_class: int | None = None) -> list[int] | None:
     """The labels as a list of one or of many integers; None where none are given and none are needed.
 
-    num_classes: of the model, None for an unconditional one.
+    Args:
+        class_labels: as of a pipeline's call.
+        num_classes: of the model, None for an unconditional one.
+        null_class: of the pipeline; None without one.
 
     Raises:
         ValueError: for labels that are missing, not wanted, out of range or no integers.
@@ -212,8 +228,14 @@ def initial_noise(
 ) -> torch.Tensor:
     """Noise of unit variance (batch_size, channels, height, width): the latents as they are, or drawn.
 
-    size, device, dtype: of what is drawn. size: (height, width), or one number for both; None where the model does not
-    say.
+    Args:
+        latents: noise that is given, or None.
+        batch_size: number of images.
+        channels: of the network.
+        size: (height, width), or one number for both; None where the model does not say.
+        generator: one, or a list of one an image.
+        device: of the network.
+        dtype: of the network.
 
     Raises:
         ValueError: for latents of another shape, and where there is no size.
@@ -252,8 +274,11 @@ def with_precise_alphas(scheduler: SchedulerMixin) -> SchedulerMixin:
 def image_tensor(name: str, image, channels: int) -> torch.Tensor:
     """Images as float32 (batch, channels, height, width) in [0, 1] on their device.
 
-    image: PIL, arrays ([batch,] height, width, channels) or tensors ([batch,] channels, height, width), uint8 or
-    floating point in [0, 1]; or a list of them, of one size.
+    Args:
+        name: of the argument, for the message.
+        image: PIL, arrays ([batch,] height, width, channels) or tensors ([batch,] channels, height, width), uint8 or
+            floating point in [0, 1]; or a list of them, of one size.
+        channels: that the images must have.
 
     Raises:
         ValueError: with name in it, for anything else.

@@ -61,8 +61,20 @@ def at_least(share: float, count: int) -> float:
 class Shares:
     """Measures settings of a pipeline, and keeps what it has measured in a file, where a second start finds it.
 
-    judge, inputs, rarity, seed, call: as of `choose_boost`; inputs by name, of count samples. resume: the file, or
-    None. The stock sampler's samples, of seeds of their own, are those that rarity is measured from.
+    The stock sampler's samples, of seeds of their own, are those that rarity is measured from.
+
+    Args:
+        pipe: as of `choose_boost`.
+        judge: as of `choose_boost`.
+        inputs: as of `choose_boost`, by name, of count samples.
+        count: samples of a setting.
+        steps: of the schedule, before the skip.
+        seed: as of `choose_boost`.
+        batch_size: samples that are drawn together.
+        call: as of `choose_boost`.
+        rarity: as of `choose_boost`.
+        resume: the file, or None.
+        on_batch: as of `choose_boost`.
     """
 
     def __init__(self, pipe, judge, inputs, count, steps, seed, batch_size, call, rarity, resume, on_batch):

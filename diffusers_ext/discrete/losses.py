@@ -20,8 +20,14 @@ def score_entropy(
     .. math:: \sum_{y \ne x} Q[y, x] \Big( e^{s_y} - r_y s_y + r_y (\log r_y - 1) \Big), \quad
               r_y = \frac{P_{0t}[x_0, y]}{P_{0t}[x_0, x]}
 
-    for the current token x; 0 where s is the log of r. log_score: s, (batch, length, vocab), float32 is wise. noisy,
-    original: x and x_0, (batch, length) int64. timesteps: (batch,).
+    for the current token x; 0 where s is the log of r.
+
+    Args:
+        scheduler: with the kernel and the noise.
+        log_score: s, (batch, length, vocab), float32 is wise.
+        noisy: x, (batch, length) int64.
+        original: x_0, (batch, length) int64.
+        timesteps: (batch,).
 
     Raises:
         ValueError: for kernels that do not predict scores, and for other shapes.
@@ -44,8 +50,14 @@ def score_entropy_loss(
 ) -> torch.Tensor:
     """Score entropy summed over the positions of each sample, (batch,); arguments as of `score_entropy`.
 
-    weighting: "sigma", times sigma(t), which makes it a bound on the likelihood (SEDD); "none", as Jump Your Steps
-    trains its CountDown models.
+    Args:
+        scheduler: as of `score_entropy`.
+        log_score: as of `score_entropy`.
+        noisy: as of `score_entropy`.
+        original: as of `score_entropy`.
+        timesteps: as of `score_entropy`.
+        weighting: "sigma", times sigma(t), which makes it a bound on the likelihood (SEDD); "none", as Jump Your Steps
+            trains its CountDown models.
 
     Raises:
         ValueError: for another weighting, and as `score_entropy`.
@@ -62,8 +74,15 @@ def x0_cross_entropy(
 ) -> torch.Tensor:
     """Mean -log p(x_0 | x_t) of each sample, (batch,): over all positions, or over the masked ones (absorbing).
 
-    The part of tauLDR's loss (2205.14987, section 3.2) that trains a network of x_0 for any kernel. logits: (batch,
-    length, vocab); the mask's column is left out. A sample without masks has the loss 0.
+    A sample without masks has the loss 0.
+
+    The part of tauLDR's loss (2205.14987, section 3.2) that trains a network of x_0 for any kernel.
+
+    Args:
+        scheduler: with the kernel.
+        logits: (batch, length, vocab); the mask's column is left out.
+        noisy: x_t, (batch, length) int64.
+        original: x_0, (batch, length) int64.
     """
     _check_tokens(scheduler, "logits", logits, noisy, original)
     if scheduler.mask_token_id is None:
@@ -93,8 +112,14 @@ def likelihood_bound(
     their mean over many sequences has little noise. As in the authors' evaluation the rest of the bound is left out:
     the times before, and how far the law at time 1 is from the prior.
 
-    model, scheduler: as of `DiscreteDiffusionPipeline`; kernels "absorbing" and "uniform", any prediction type.
-    tokens: (n, length) integers without masks. generator: on the model's device.
+    Args:
+        model: as of `DiscreteDiffusionPipeline`.
+        scheduler: as of `DiscreteDiffusionPipeline`; kernels "absorbing" and "uniform", any prediction type.
+        tokens: (n, length) integers without masks.
+        num_times: random times a sequence.
+        batch_size: sequences that pass the network together.
+        first_time: where the integral begins.
+        generator: on the model's device.
 
     Raises:
         ValueError: for other kernels.

@@ -80,7 +80,12 @@ def write_midi(
 ) -> None:
     """Write a grid (steps, voices) as a Standard MIDI File of type 1: a track of the tempo, then one a voice.
 
-    program: General MIDI instrument from 0; 19 is a church organ, 52 a choir.
+    Args:
+        path: of the file.
+        pitches: (steps, voices), MIDI pitches or -1 for silence.
+        steps_per_beat: of the grid.
+        beats_per_minute: the tempo.
+        program: General MIDI instrument from 0; 19 is a church organ, 52 a choir.
 
     Raises:
         ValueError: for other shapes, pitches outside [0, 127] that are not -1, more than 15 voices, and numbers that
@@ -135,8 +140,15 @@ def piano_roll(
 ) -> Image.Image:
     """A picture of a grid (steps, voices): time to the right, pitch upwards, a colour a voice, a line a beat.
 
-    The rows of black keys are shaded, the lines of every fourth beat darker. width, height: of a cell in pixels. The
-    range is that of the chorales, wider where the music is.
+    The range is that of the chorales, wider where the music is.
+
+    The rows of black keys are shaded, the lines of every fourth beat darker.
+
+    Args:
+        pitches: (steps, voices), MIDI pitches or -1 for silence.
+        steps_per_beat: of the grid.
+        width: of a cell in pixels.
+        height: of a cell in pixels.
     """
     pitches = np.asarray(pitches)
     steps, voices = pitches.shape

@@ -25,7 +25,11 @@ def default_cache() -> Path:
 def cache_path(folder: str | Path, images: str, extractor: str, identity: str) -> Path:
     """The file for the features of one set of images.
 
-    images: content hash of the set. extractor, identity: name and identity of the FeatureExtractor.
+    Args:
+        folder: of the cache.
+        images: content hash of the set.
+        extractor: name of the FeatureExtractor.
+        identity: identity of the FeatureExtractor.
     """
     key = json.dumps([FEATURES_VERSION, images, extractor, identity])
     return Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"

@@ -13,7 +13,12 @@ NICE = (1, 2, 2.5, 5, 10)
 
 @dataclass(frozen=True)
 class Line:
-    """A named line through points (x, y); spreads: half the height of the error bar of each, if there are any.
+    """A named line through points (x, y).
+
+    Attributes:
+        name: shown in the legend.
+        points: (x, y).
+        spreads: half the height of the error bar of each, if there are any.
 
     Raises:
         ValueError: for no points, and for another number of spreads than of points.
@@ -69,9 +74,16 @@ def _nice_step(least: float) -> float:
 
 
 def line_chart(lines: Sequence[Line], title: str, x_label: str, log: bool = False, percent: bool = False) -> str:
-    """Lines over a common x, which has a tick at each of their points. log: both axes. percent: of y.
+    """Lines over a common x, which has a tick at each of their points.
 
     Each point tells its numbers to a mouse that rests on it.
+
+    Args:
+        lines: at least one.
+        title: of the chart.
+        x_label: of the x axis.
+        log: both axes.
+        percent: of y.
 
     Raises:
         ValueError: without lines.
@@ -152,7 +164,11 @@ def tick_chart(rows: dict[str, Sequence[float]], title: str, x_label: str) -> st
 def axis_chart(values: Sequence[float], chosen: Sequence[bool], bounds: tuple[float, float], title: str) -> str:
     """Noise levels on a logarithmic axis, the highest left, a dot each, filled where chosen; the bounds are shaded.
 
-    values: > 0, infinite ones are left out.
+    Args:
+        values: > 0, infinite ones are left out.
+        chosen: which of the values are filled.
+        bounds: (low, high) of what is shaded.
+        title: of the chart.
 
     Raises:
         ValueError: without any.

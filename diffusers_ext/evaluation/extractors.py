@@ -129,7 +129,9 @@ def dinov2_extractor(model: str | Path = DINOV2, device: str | torch.device = "c
     with ImageNet's mean and standard deviation; grey images are repeated over the channels, and the aspect ratio is
     not kept. With "facebook/dinov2-large" and 50,000 images the Fréchet distance is FD_DINOv2 (arXiv 2306.04675).
 
-    model: a folder or Hub id of transformers' dinov2 or dinov2_with_registers, of any size. float32.
+    Args:
+        model: a folder or Hub id of transformers' dinov2 or dinov2_with_registers, of any size. float32.
+        device: of the network.
 
     Raises:
         ValueError: for a model of another kind, or with weights missing.
@@ -160,7 +162,9 @@ def inception_extractor(weights: str | Path | None = None, device: str | torch.d
 
     torch-fidelity resizes to 299 x 299 and normalises; grey images are repeated over the channels.
 
-    weights: file of its weights; None downloads them.
+    Args:
+        weights: file of its weights; None downloads them.
+        device: of the network.
 
     Raises:
         ImportError: without torch-fidelity.

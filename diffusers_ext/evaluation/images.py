@@ -28,7 +28,10 @@ FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WebP", ".tif": "TIFF", ".t
 class EncodedImages:
     """Image files, decoded one by one as they are asked for; see open_images.
 
-    path: where they lie. names: of the images, sorted. files: called for every pass; gives (name, bytes) in order.
+    Args:
+        path: where they lie.
+        names: of the images, sorted.
+        files: called for every pass; gives (name, bytes) in order.
     """
 
     def __init__(self, path: Path, names: list[str], files: Callable[[], Iterator[tuple[str, bytes]]]):
@@ -65,7 +68,10 @@ class EncodedImages:
 class ArrayImages:
     """The array arr_0 of an .npz file, read in pieces; see open_images.
 
-    path: the file. shape: (count, height, width, channels).
+    Its `shape` is (count, height, width, channels).
+
+    Args:
+        path: the file.
     """
 
     formats = frozenset({"an array"})

@@ -7,7 +7,13 @@ LEFT_OUT = "the local outlier factor (lof) is left out: it needs scikit-learn, p
 
 
 def few_images(count: int, dimensions: int, which: str = "") -> str | None:
-    """A note on a Fréchet distance of so few images; None where there are enough. which: of whom, such as "real "."""
+    """A note on a Fréchet distance of so few images; None where there are enough.
+
+    Args:
+        count: of the images.
+        dimensions: of the features.
+        which: of whom, such as "real ".
+    """
     if count >= FEW * dimensions:
         return None
     return (
@@ -17,7 +23,12 @@ def few_images(count: int, dimensions: int, which: str = "") -> str | None:
 
 
 def compression(generated: set[str], real: set[str]) -> str | None:
-    """A note on sets of which one alone went through a lossy format. generated, real: see `formats` of image sets."""
+    """A note on sets of which one alone went through a lossy format.
+
+    Args:
+        generated: see `formats` of image sets.
+        real: see `formats` of image sets.
+    """
     lossy = {"JPEG", "WebP"}
     if generated & lossy == real & lossy:
         return None
@@ -31,8 +42,12 @@ def compression(generated: set[str], real: set[str]) -> str | None:
 def notes_on(images: ImageSet, real: ImageSet | None, dimensions: int, distance: bool, without_lof: bool) -> list[str]:
     """All that has to be said of an evaluation.
 
-    real: None for statistics. distance: whether a Fréchet distance is among the metrics. without_lof: whether it
-    is left out for want of a package.
+    Args:
+        images: the generated set.
+        real: None for statistics.
+        dimensions: of the features.
+        distance: whether a Fréchet distance is among the metrics.
+        without_lof: whether it is left out for want of a package.
     """
     notes = [few_images(len(images), dimensions, "generated ") if distance else None]
     if real is not None:

@@ -67,7 +67,12 @@ def sequences_picture(
 ) -> Image.Image:
     """Token sequences (count, length) as rows of cells, from white for token 0 to dark blue for the last one.
 
-    marked: (count, length) bool, cells that get a red edge on their left. width, height: of a cell in pixels.
+    Args:
+        tokens: (count, length) integers.
+        num_tokens: size of the vocabulary.
+        marked: (count, length) bool, cells that get a red edge on their left.
+        width: of a cell in pixels.
+        height: of a cell in pixels.
     """
     depth = (tokens.numpy() / (num_tokens - 1))[..., None]
     colours = 255 - depth * (255 - np.array([13, 44, 92]))
@@ -84,8 +89,14 @@ def labelled_grid(
 ) -> Image.Image:
     """Pictures in rows and columns, each row named at its left, each column at its top; the title is above all.
 
-    cells: row by row, of one size a picture or of several. Pictures are enlarged by a whole factor, or made smaller,
-    so that a cell is 128 to 512 pixels wide. Names may have several lines; long lines are broken.
+    Pictures are enlarged by a whole factor, or made smaller, so that a cell is 128 to 512 pixels wide. Names may have
+    several lines; long lines are broken.
+
+    Args:
+        cells: row by row, of one size a picture or of several.
+        rows: names of the rows; as of columns, of several lines each if need be, long ones are broken.
+        columns: names of the columns.
+        title: above all.
     """
     gap, font = 8, ImageFont.load_default(size=15)
     pictures = [[_sized(picture.convert("RGB")) for picture in row] for row in cells]

@@ -124,8 +124,11 @@ class OutputMemory:
 def remembering(pipe: DiffusionPipeline, limit: int) -> Iterator[OutputMemory]:
     """Let the networks of a pipeline that denoise answer from memory within the block; its results stay the same.
 
-    limit: bytes; 0 remembers nothing and counts rows. The memory ends with the block. An interval may be applied
-    within it or before.
+    The memory ends with the block. An interval may be applied within it or before.
+
+    Args:
+        pipe: whose networks.
+        limit: bytes; 0 remembers nothing and counts rows.
 
     Raises:
         ValueError: for a negative limit.

@@ -52,10 +52,17 @@ class Objective:
     ) -> Iterator[tuple[GuidedSteps, float, int]]:
         """Each candidate with its distance and the network rows that its samples take, all drawn side by side.
 
+        Where rounds are drawn forwards and backwards in turns, each finds in memory what was used last.
+
         A batch is drawn for one candidate after the other, first for those that stay unguided for longest, so that
-        what they share need be remembered for one batch alone. folder: keeps what has been measured of each batch,
-        where a second start finds it; it is emptied of a candidate once the next one is asked for. backwards: draw the
-        last batch first; results are the same. In turns, it finds in memory what was used last.
+        what they share need be remembered for one batch alone.
+
+        Args:
+            candidates: to draw.
+            folder: keeps what has been measured of each batch, where a second start finds it; it is emptied of a
+                candidate once the next one is asked for.
+            memory: what the networks' answers are remembered in.
+            backwards: draw the last batch first; results are the same.
         """
         inputs = per_image(self.inputs)
         batches = batches_of(number_of_images(inputs), self.batch_size)
@@ -206,7 +213,13 @@ def step_sigmas(
 ) -> list[float | None]:
     """The noise level (EDM's ratio) at which each step starts, and 0 after the last, as a call for one image shows.
 
-    inputs: of one image. None for each step of a scheduler without noise levels, or of another number of steps.
+    None for each step of a scheduler without noise levels, or of another number of steps.
+
+    Args:
+        pipe: of which a call is made.
+        inputs: of one image.
+        num_inference_steps: of the call.
+        call: further arguments of the call.
     """
     if hasattr(pipe.scheduler, "churn"):  # of EDM2, whose schedule is these levels
         pipe.scheduler.set_timesteps(num_inference_steps)

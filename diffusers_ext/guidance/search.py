@@ -30,8 +30,15 @@ class GuidedSteps:
 
 @dataclass(frozen=True)
 class IntervalSearch:
-    """What a search found. distances: of every candidate that was tried, with the lowest first. rows_asked, rows_run:
-    network rows that this start asked for, and those of them that were run and not remembered."""
+    """What a search found.
+
+    Attributes:
+        best_interval: the candidate of least distance.
+        best_everywhere: the best of those that guide in every step.
+        distances: of every candidate that was tried, with the lowest first.
+        rows_asked: network rows that this start asked for.
+        rows_run: those of `rows_asked` that were run and not remembered.
+    """
 
     best_interval: GuidedSteps
     best_everywhere: GuidedSteps
@@ -43,8 +50,13 @@ class IntervalSearch:
 class DistanceTable:
     """The distance of each candidate, computed once and kept in a JSON file, where a second start finds it.
 
-    compute: the distance of a candidate, lower is better. settings: JSON-able, all else that the distances depend on.
-    rows: of candidates for which they are known, by key, the network rows that sampling takes.
+    Args:
+        path: of the file.
+        settings: JSON-able, all else that the distances depend on.
+        compute: the distance of a candidate, lower is better.
+
+    Attributes:
+        rows: of candidates for which they are known, by key, the network rows that sampling takes.
 
     Raises:
         ValueError: for a file of something else or begun with other settings, and for a distance that is not finite.
@@ -88,10 +100,14 @@ def search_interval(
 ) -> IntervalSearch:
     """Try the whole line at each weight, then search where to begin, then where to end guidance.
 
-    distance: of a candidate, best a `DistanceTable`. guidance_scales: the weights, each above 1. num_steps: steps of
-    the sampler. A search goes from coarse to fine: every fourth boundary, then the neighbours of the best at half the
-    spacing, so that a weight takes some 2 log2(num_steps) + num_steps / 2 distances at most.
-    prepare: called with the candidates of a round, of all weights, before their distances are asked for.
+    A search goes from coarse to fine: every fourth boundary, then the neighbours of the best at half the spacing, so
+    that a weight takes some 2 log2(num_steps) + num_steps / 2 distances at most.
+
+    Args:
+        distance: of a candidate, best a `DistanceTable`.
+        guidance_scales: the weights, each above 1.
+        num_steps: steps of the sampler.
+        prepare: called with the candidates of a round, of all weights, before their distances are asked for.
 
     Raises:
         ValueError: for no weight, a weight of at most 1, and fewer than 2 steps.
@@ -169,8 +185,12 @@ def coarse_to_fine(value: Callable[[int], float], low: int, high: int) -> int:
 def sigma_bounds(sigmas: list[float], candidate: GuidedSteps) -> tuple[float, float]:
     """(sigma_lo, sigma_hi] that guides exactly the candidate's steps.
 
-    sigmas: of each step's start, decreasing, and 0 after the last one. Each bound is the geometric middle between the
-    last step inside and the first outside, so that round-off cannot move it; 0 and infinity at the ends.
+    Each bound is the geometric middle between the last step inside and the first outside, so that round-off cannot
+    move it; 0 and infinity at the ends.
+
+    Args:
+        sigmas: of each step's start, decreasing, and 0 after the last one.
+        candidate: its weight and steps.
 
     Raises:
         ValueError: for a candidate that reaches beyond the sigmas.
@@ -186,7 +206,10 @@ def sigma_bounds(sigmas: list[float], candidate: GuidedSteps) -> tuple[float, fl
 def as_rows(search: IntervalSearch, sigmas: list, rows: Mapping[str, int] | None = None) -> list[dict]:
     """JSON-able: each candidate with its bounds and distance, the best first; of those in rows, by key, also that.
 
-    sigmas: as of `sigma_bounds`, or None for each step of a scheduler without noise levels.
+    Args:
+        search: what was found.
+        sigmas: as of `sigma_bounds`, or None for each step of a scheduler without noise levels.
+        rows: network rows by candidate's key.
     """
     found, known = [], None not in sigmas
     for candidate, distance in search.distances.items():

@@ -59,17 +59,26 @@ def tune_interval(
     results are the same, bit for bit, and each beginning is run once. What rounds share is found again as far as the
     memory reaches.
 
-    pipe: any pipeline that `GuidanceInterval` limits, with a guidance_scale or true_cfg_scale.
-    judge, reference: a `FeatureExtractor`, and the mean (dim,) and covariance (dim, dim) of real images in its space;
-        or a function of your own and None: score(images, inputs) gives one number an image, higher is better, for
-        images as the pipeline gives them, (batch, channels, height, width) in [0, 1], and the inputs of the batch by
-        name. The distance is then minus the mean score. A start goes on with a score of the same name.
-    inputs: labels (count,), a class for each image; or arguments of the pipeline's call with one value an image, by
-        name, {"prompt": [...], "negative_prompt": [...]}. The paper finds 5,000 images enough to start with.
-    call: further arguments of the call. memory: bytes; 0 remembers nothing. on_batch: called with the candidate and
-        the number of its images drawn so far.
-
     The distance of the winner is too good by what it was chosen for: measure it again with other seeds.
+
+    Args:
+        pipe: any pipeline that `GuidanceInterval` limits, with a guidance_scale or true_cfg_scale.
+        judge: a `FeatureExtractor`; or a function of your own, score(images, inputs), that gives one number an image,
+            higher is better, for images as the pipeline gives them, (batch, channels, height, width) in [0, 1], and
+            the inputs of the batch by name. The distance is then minus the mean score. A start goes on with a score of
+            the same name.
+        reference: the mean (dim,) and covariance (dim, dim) of real images in the extractor's space; None with a
+            function of your own.
+        guidance_scales: the weights to try, each above 1.
+        inputs: labels (count,), a class for each image; or arguments of the pipeline's call with one value an image,
+            by name, {"prompt": [...], "negative_prompt": [...]}. The paper finds 5,000 images enough to start with.
+        folder: new, empty or begun by the same search.
+        num_inference_steps: steps of the sampler.
+        seed: of the first image.
+        batch_size: images that are drawn together.
+        on_batch: called with the candidate and the number of its images drawn so far.
+        call: further arguments of the call.
+        memory: bytes; 0 remembers nothing.
 
     Raises:
         ValueError: for weights of at most 1, a folder of something else, begun with other settings or in use,

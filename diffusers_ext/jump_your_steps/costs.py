@@ -150,8 +150,9 @@ class Grid:
     def step_costs(self, divergence: torch.Tensor) -> torch.Tensor:
         """C[i, j], the cost of a step from point i to a later point j, infinite for others; (grid, grid) float64.
 
-        divergence: d(k, i), (grid, grid) float64. Times: the integral of d(., i), by the trapezoid rule. Counts: the
-        sum of d(k, i) over the counts k from i up to j, j excluded; between grid points d is interpolated.
+        Args:
+            divergence: d(k, i), (grid, grid) float64. Times: the integral of d(., i), by the trapezoid rule. Counts:
+                the sum of d(k, i) over the counts k from i up to j, j excluded; between grid points d is interpolated.
         """
         spacing = torch.tensor(self.points, dtype=torch.float64).diff().abs()
         end = (spacing - 1) / (2 * spacing) if self.counts else torch.full_like(spacing, 0.5)
@@ -171,8 +172,13 @@ def cheapest_schedules(costs: torch.Tensor, numbers: list[int], free_end: bool) 
     """Grid indices of the steps of least total cost, and the cost, for each number of steps.
 
     By dynamic programming over the grid: the cheapest way to point j in n steps goes on from the cheapest way to some
-    i in n - 1. costs: (grid, grid), see `Grid.step_costs`. free_end: the last edge may lie anywhere, and what is left
-    from there to the end of the grid is one more step, the final denoising; else it is the grid's last point.
+    i in n - 1.
+
+    Args:
+        costs: (grid, grid), see `Grid.step_costs`.
+        numbers: of steps.
+        free_end: the last edge may lie anywhere, and what is left from there to the end of the grid is one more step,
+            the final denoising; else it is the grid's last point.
 
     Raises:
         ValueError: for more steps than the grid has, and for costs that are not a number.
@@ -204,7 +210,10 @@ def cheapest_schedules(costs: torch.Tensor, numbers: list[int], free_end: bool) 
 def total_cost(costs: torch.Tensor, path: list[int], free_end: bool) -> float:
     """The cost of the steps between the grid points of a path, and with free_end of the one to the grid's end.
 
-    costs: (grid, grid), see `Grid.step_costs`.
+    Args:
+        costs: (grid, grid), see `Grid.step_costs`.
+        path: indices of grid points, in order.
+        free_end: as of `cheapest_schedules`.
     """
     ends = [*path, len(costs) - 1] if free_end and path[-1] < len(costs) - 1 else path
     return float(sum(costs[i, j] for i, j in pairwise(ends)))

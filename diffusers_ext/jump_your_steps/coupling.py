@@ -8,10 +8,14 @@ from ..schedulers import CTMCScheduler
 class NoisyData:
     """Sequences noised to a time with random numbers that do not change with it, so that times can be compared.
 
-    data: (count, length) int64. given: where tokens stay clean, (length,) or (count, length) bool. seed: of sequence
-    i is seed + i. noise: recorded instead, as `CTMCScheduler.add_noise` takes it, for all of the data.
-
     With the scheduler's sampler "gillespie" a "time" is a number of decoded tokens.
+
+    Args:
+        scheduler: a `CTMCScheduler`.
+        data: (count, length) int64.
+        given: where tokens stay clean, (length,) or (count, length) bool.
+        seed: of sequence i is seed + i.
+        noise: recorded instead, as `CTMCScheduler.add_noise` takes it, for all of the data.
 
     Raises:
         ValueError: for tokens outside of the scheduler's vocabulary and for shapes that do not fit.
@@ -74,7 +78,12 @@ class NoisyData:
         return torch.where(self.given[rows].to(tokens.device), self.data[rows].to(tokens.device), tokens)
 
     def generators(self, rows: torch.Tensor, after_noise: bool = False) -> list[torch.Generator]:
-        """A fresh generator for each sequence of rows (batch,); after_noise: as its noise leaves it."""
+        """A fresh generator for each sequence of rows (batch,).
+
+        Args:
+            rows: indices of sequences, (batch,).
+            after_noise: as its noise leaves it.
+        """
         generators = [torch.Generator().manual_seed(self.seed + int(row)) for row in rows]
         if after_noise and self.noise is None:
             self._drawn(generators)

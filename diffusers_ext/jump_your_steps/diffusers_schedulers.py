@@ -55,8 +55,10 @@ def chain_of_diffusers(scheduler: SchedulerMixin, num_tokens: int) -> CTMCSchedu
 class ChainNetwork(torch.nn.Module):
     """A network of diffusers as that of its chain: logits (batch, length, vocabulary of the chain) of its tokens.
 
-    model: called as model(tokens, time). chain: see `chain_of_diffusers`. mask_token_id: the network's mask, which is
-    never drawn; None without one.
+    Args:
+        model: called as model(tokens, time).
+        chain: see `chain_of_diffusers`.
+        mask_token_id: the network's mask, which is never drawn; None without one.
     """
 
     def __init__(self, model: Callable, chain: CTMCScheduler, mask_token_id: int | None):
@@ -64,7 +66,12 @@ class ChainNetwork(torch.nn.Module):
         self.model, self.mask, self.mask_token_id = model, chain.kernel.mask, mask_token_id
 
     def forward(self, tokens: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """tokens: (batch, length) int64. time: (batch,)."""
+        """Logits of the chain's tokens, (batch, length, vocabulary of the chain).
+
+        Args:
+            tokens: (batch, length).
+            time: (batch,).
+        """
         if self.mask is None:
             return _logits(self.model(tokens, time))
         logits = _logits(self.model(tokens.masked_fill(tokens == self.mask, self.mask_token_id), time))
@@ -79,7 +86,11 @@ def network_and_chain(
 ) -> tuple[Callable, CTMCScheduler]:
     """What the search runs on, of any scheduler: model and scheduler themselves if that is a CTMCScheduler.
 
-    data: (count, length) int64; a diffusers' scheduler knows no vocabulary, so the network is asked for it, once.
+    Args:
+        model: a network of the scheduler.
+        scheduler: a `CTMCScheduler`, or one of diffusers' that `optimize_timesteps` knows.
+        data: (count, length) int64; a diffusers' scheduler knows no vocabulary, so the network is asked for it, once.
+        mask_token_id: as of `optimize_timesteps`.
 
     Raises:
         ValueError: for a scheduler that is none of these, and for a mask_token_id that is missing or of no use.

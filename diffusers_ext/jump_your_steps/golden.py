@@ -21,7 +21,9 @@ MAX_ITERATIONS = 32
 class Bracket:
     """Where the golden section looks in an interval, and when it stops.
 
-    margin: of the first bracket from either end of the interval. tolerance: width at which it stops.
+    Attributes:
+        margin: of the first bracket from either end of the interval.
+        tolerance: width at which it stops.
     """
 
     margin: float
@@ -41,7 +43,10 @@ class Bracket:
 def hierarchical_tables(middle: Callable[[int, int], int], size: int, levels: int) -> dict[int, list[int]]:
     """Indices of a grid for 2, 4, ..., 2 ** levels steps: every interval is split at its middle, level after level.
 
-    middle: the index at which to split the interval between two others. size: the index of the grid's last point.
+    Args:
+        middle: the index at which to split the interval between two others.
+        size: the index of the grid's last point.
+        levels: of splits.
 
     Raises:
         ValueError: where the grid is too small for so many steps: 2 ** levels points are needed.
@@ -62,8 +67,11 @@ def hierarchical_tables(middle: Callable[[int, int], int], size: int, levels: in
 def best_hierarchy(grid: Sequence[float], divergence: torch.Tensor, numbers: Sequence[int]) -> dict[int, list[int]]:
     """Indices of the grid for some powers of two, where the paper's objective is largest in every interval.
 
-    divergence: d(k, i) of the cost "klub", (grid, grid); the objective of splitting the interval from i to j at k is
-    |t_k - t_j| d(k, i), for all k between them.
+    Args:
+        grid: values of the grid points.
+        divergence: d(k, i) of the cost "klub", (grid, grid); the objective of splitting the interval from i to j at k
+            is |t_k - t_j| d(k, i), for all k between them.
+        numbers: of steps, powers of two.
     """
     points = torch.tensor(grid, dtype=torch.float64)
 
@@ -105,8 +113,14 @@ def golden_middle(
 ) -> int:
     """The grid point nearest to the best of all points that a golden section between points i and j tries.
 
-    objective: of (start, middle, end), values of the grid; larger is better. grid: in the direction of sampling, times
-    that decrease or counts of decoded tokens that increase. Where the margins leave no room: the middle.
+    Where the margins leave no room: the middle.
+
+    Args:
+        objective: of (start, middle, end), values of the grid; larger is better.
+        grid: in the direction of sampling, times that decrease or counts of decoded tokens that increase.
+        i: index of the one end.
+        j: index of the other end.
+        bracket: where to look, and when to stop.
     """
     start, end = grid[i], grid[j]
     low, high = min(start, end), max(start, end)

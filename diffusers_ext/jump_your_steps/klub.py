@@ -29,8 +29,12 @@ CACHE_BYTES = 2**31  # of network outputs at t1 that are kept between candidates
 class RateNetwork:
     """A network and its scheduler as reverse rates of tokens at a time.
 
-    model: called as model(tokens (batch, length), time (batch,)), as DiscreteDiffusionPipeline calls it. evaluations:
-    sequences that passed the network so far.
+    Args:
+        model: called as model(tokens (batch, length), time (batch,)), as DiscreteDiffusionPipeline calls it.
+        scheduler: a `CTMCScheduler`.
+
+    Attributes:
+        evaluations: sequences that passed the network so far.
     """
 
     def __init__(self, model: Callable, scheduler: CTMCScheduler):

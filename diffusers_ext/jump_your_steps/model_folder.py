@@ -131,10 +131,16 @@ def write_model(
     """A copy of a model with the tables in its scheduler, as a new folder; timestep_tables.json beside, and with
     matplotlib timestep_tables.png.
 
-    pipe: the loaded model. source: the folder that it was loaded from, of which what belongs to the model is copied:
-    what `save_pretrained` writes, the card, the licence and the code that model_index.json names; of a Hub id the
-    pipeline is saved. settings: JSON-able, with which the tables were made; see `finished_tables`. The copy appears
-    whole or not at all.
+    The copy appears whole or not at all.
+
+    Args:
+        pipe: the loaded model.
+        source: the folder that it was loaded from, of which what belongs to the model is copied: what
+            `save_pretrained` writes, the card, the licence and the code that model_index.json names; of a Hub id the
+            pipeline is saved.
+        tables: the edges.
+        folder: new or empty.
+        settings: JSON-able, with which the tables were made; see `finished_tables`.
 
     Raises:
         ValueError: if the folder is not empty.

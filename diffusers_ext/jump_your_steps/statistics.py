@@ -243,12 +243,17 @@ def accumulate(
 ) -> list[tuple[dict[Cost, torch.Tensor], int]]:
     """The mean d(k, i) a sequence, (grid, grid) float64, of each cost, and how many sequences passed the network.
 
-    parts: numbers of sequences that follow each other in the data, with a result for each; by default all are one.
-
     The processes take batches in turn and add their sums in the order of the batches, so that the result does not
-    depend on how many they are, but for what more or fewer threads round differently. kept: where the sums so far are
-    kept after each round; a later start goes on from them, also with another number of processes. on_progress: called
-    with the sequences done and their number.
+    depend on how many they are, but for what more or fewer threads round differently.
+
+    Args:
+        statistics: of the data.
+        batch_size: sequences that pass the network together.
+        processes: that share the work.
+        kept: where the sums so far are kept after each round; a later start goes on from them, also with another
+            number of processes.
+        on_progress: called with the sequences done and their number.
+        parts: numbers of sequences that follow each other in the data, with a result for each; by default all are one.
 
     Raises:
         ValueError: for a file of something else, or begun with other settings.

@@ -31,8 +31,12 @@ from ..schedulers import BoostAndSkipDDIMScheduler, CTMCScheduler, EDMHeunSchedu
 class Outcome:
     """What became of one capability.
 
-    result: "ok"; "not here", with the reason that was given; "differs", where it runs and changes the samples beyond
-    round-off; "crashed", where the process died or did not come back. seconds: that the attempt took.
+    Attributes:
+        capability: its name.
+        result: "ok"; "not here", with the reason that was given; "differs", where it runs and changes the samples
+            beyond round-off; "crashed", where the process died or did not come back.
+        reason: of a result that is not "ok".
+        seconds: that the attempt took.
     """
 
     capability: str
@@ -232,7 +236,11 @@ def check_devices(
     The work is done in another process: where that dies, or needs more than `limit` seconds for one capability, the
     capability has crashed, and a new process goes on with the next one.
 
-    worker: the command of that process, which gets the names and prints the outcomes; by default this module.
+    Args:
+        device: its name.
+        capabilities: names of what is tried.
+        limit: seconds for one capability.
+        worker: the command of that process, which gets the names and prints the outcomes; by default this module.
     """
     worker = worker or [sys.executable, "-m", "diffusers_ext.machine.check", device]
     waiting = list(capabilities)

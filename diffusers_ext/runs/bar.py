@@ -6,7 +6,14 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 
 def steps_left(first: int, steps: int, shown: bool, loss: Callable[[], float | None] = lambda: None) -> Iterator[int]:
-    """The steps from `first` on, with a bar over all of them. loss: asked after each step, None at first."""
+    """The steps from `first` on, with a bar over all of them.
+
+    Args:
+        first: the first step.
+        steps: in all.
+        shown: whether there is a bar.
+        loss: asked after each step, None at first.
+    """
     columns = *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, disable=not shown) as progress:
         task = progress.add_task("training", total=steps, completed=first)

@@ -22,8 +22,10 @@ NOTES, HISTORY = "checkpoint.json", "history.json"
 class Checkpoints:
     """The checkpoints of one training.
 
-    accelerator: with everything prepared and registered that is to be saved. settings: JSON-able, all that may not
-    change when the training goes on; None where the caller compares them.
+    Args:
+        accelerator: with everything prepared and registered that is to be saved.
+        folder: of the training.
+        settings: JSON-able, all that may not change when the training goes on; None where the caller compares them.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, settings: dict | None = None):
@@ -35,7 +37,10 @@ class Checkpoints:
         return len(self._found())
 
     def load(self, steps: int) -> tuple[int, list]:
-        """Go back to the newest whole checkpoint; its step and history, or 0 and []. steps: of the training in all.
+        """Go back to the newest whole checkpoint; its step and history, or 0 and [].
+
+        Args:
+            steps: of the training in all.
 
         Raises:
             ValueError: for other settings, each by name, for a training that has gone further than steps, and where
@@ -52,7 +57,12 @@ class Checkpoints:
             raise ValueError(_damaged(path, str(error).split("\n", 1)[0])) from error
 
     def save(self, step: int, history: list | None = None) -> None:
-        """Write a checkpoint, then remove the older ones. history: JSON-able, of the training so far."""
+        """Write a checkpoint, then remove the older ones.
+
+        Args:
+            step: iterations done.
+            history: JSON-able, of the training so far.
+        """
         fresh = self.folder / f"{TEMPORARY}checkpoint-{step}"
         with naming(fresh):
             self.accelerator.save_state(str(fresh))

@@ -14,9 +14,11 @@ from .files import remove_leftovers, replacing, sync_folder, write_json
 class Kept:
     """A file with all that a run has so far, and with the settings that it was begun with.
 
-    path: JSON, or safetensors where tensors are kept. settings: JSON-able, all else that the content depends on.
-    is_whole: whether the content has the form that the run needs. versions: of the packages that it depends on, where
-    they are told apart from the settings.
+    Args:
+        path: JSON, or safetensors where tensors are kept.
+        settings: JSON-able, all else that the content depends on.
+        is_whole: whether the content has the form that the run needs.
+        versions: of the packages that it depends on, where they are told apart from the settings.
     """
 
     def __init__(

@@ -14,10 +14,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 def start_processes(device: str, mixed_precision: str | None = None) -> Accelerator | None:
     """The processes that a launcher started, for a kind of device; None where there is no launcher.
 
-    mixed_precision: "no", "fp16" or "bf16"; None is what the launcher was told.
-
     accelerate launch starts one process on a CPU and does not tell it how many were asked for, so there a warning says
     to use torchrun.
+
+    Args:
+        device: kind of device.
+        mixed_precision: "no", "fp16" or "bf16"; None is what the launcher was told.
 
     Raises:
         ValueError: where the launcher promised another number of processes than accelerate makes, and for a device

@@ -121,8 +121,14 @@ def batches_of(count: int, batch_size: int) -> list[range]:
 def draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict, call: dict):
     """The images or tokens of one call; global random numbers are seeded by the batch and left as they were.
 
-    Of pipelines without images what they give first, frames or audios. rows: of the samples. inputs: of all samples,
-    by argument. call: further arguments of the call.
+    Of pipelines without images what they give first, frames or audios.
+
+    Args:
+        pipe: any pipeline that `sample_to_folder` takes.
+        rows: of the samples.
+        seed: sample i has the generator of seed + i.
+        inputs: of all samples, by argument.
+        call: further arguments of the call.
 
     Raises:
         ValueError: for a respacing that the pipeline does not take.

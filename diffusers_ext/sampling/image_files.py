@@ -19,10 +19,16 @@ def write_images(
 ) -> str:
     """Write all images into a folder in one of `FORMATS`; returns the name of the file, "." for PNG files.
 
-    batches: uint8 (any number, height, width, channels), `count` images in all. labels: one an image, which only npz
-    holds. "png" gives 000000.png, 000001.png, ...; "zip" the same in images.zip; "npz" gives
+    "png" gives 000000.png, 000001.png, ...; "zip" the same in images.zip; "npz" gives
     samples_{count}x{height}x{width}x{channels}.npz with `arr_0`, uint8 (count, height, width, channels), and where
     there are labels `arr_1`, int64 (count,). The same images give the same bytes.
+
+    Args:
+        batches: uint8 (any number, height, width, channels), `count` images in all.
+        count: number of images.
+        labels: one an image, which only npz holds.
+        folder: where they go.
+        format: one of `FORMATS`.
 
     Raises:
         ValueError: for images of different sizes, another number than `count`, and channels that PNG has not.

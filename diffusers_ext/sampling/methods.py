@@ -61,7 +61,12 @@ def _boosted(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextManage
 
 
 def boosted_scheduler(pipe: DiffusionPipeline, given: dict, steps: int | str | None = None) -> SchedulerMixin:
-    """The Boost-and-Skip scheduler of a pipeline; given: of `BOOST`. steps: of the schedule, whose skip is tried.
+    """The Boost-and-Skip scheduler of a pipeline.
+
+    Args:
+        pipe: whose scheduler.
+        given: of `BOOST`.
+        steps: of the schedule, whose skip is tried.
 
     Raises:
         ValueError: as `boost_and_skip`, and for a skip that leaves no step.

@@ -22,10 +22,16 @@ def write_sequences(
 ) -> str:
     """Write all sequences into a folder in one of `FORMATS`; returns the name of the file, "." for txt files.
 
-    batches: integers (any number, length), `count` sequences in all. "npz" gives tokens_{count}x{length}.npz with
-    `tokens`, (count, length) of the type of the batches. The others need the tokenizer: "txt" gives 000000.txt,
-    000001.txt, ...; "jsonl" gives samples.jsonl with {"text": ..., "tokens": [...]} a line. The same sequences give
-    the same bytes.
+    "npz" gives tokens_{count}x{length}.npz with `tokens`, (count, length) of the type of the batches. The others need
+    the tokenizer: "txt" gives 000000.txt, 000001.txt, ...; "jsonl" gives samples.jsonl with {"text": ..., "tokens":
+    [...]} a line. The same sequences give the same bytes.
+
+    Args:
+        batches: integers (any number, length), `count` sequences in all.
+        count: number of sequences.
+        folder: where they go.
+        format: one of `FORMATS`.
+        tokenizer: of the pipeline, or None.
 
     Raises:
         ValueError: for sequences of different lengths and another number than `count`.
