@@ -69,7 +69,11 @@ class Guidance:
         return {**self.__dict__, "plans": None}  # made again when they are needed
 
     def plans_of(self, pipe: DiffusionPipeline) -> list["Plan"]:
-        """How the pipeline guides, read again if its networks or its code have changed."""
+        """How the pipeline guides, read again if its networks or its code have changed.
+
+        Args:
+            pipe: the pipeline, or a shallow copy of it.
+        """
         if pipe is not self.pipe:  # a shallow copy
             return make_plans(pipe, self.layout)
         if self.plans is None or not all(plan.is_current() for plan in self.plans):
@@ -107,6 +111,12 @@ class Guidance:
         """Make one call of the pipeline, `call(pipe, ...)`, with this in force for the call alone.
 
         For pipelines that take the interval as an argument; after it, `report` tells what was done.
+
+        Args:
+            call: the `__call__` to make, as a function of the pipeline and its arguments.
+            pipe: the pipeline.
+            *args: its arguments.
+            **kwargs: its arguments.
         """
         names = [*inspect.signature(call).parameters][1 : 1 + len(args)]
         args = tuple(outside_callback(value, name) for value, name in zip_longest(args, names, fillvalue=""))

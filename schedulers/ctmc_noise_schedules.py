@@ -15,8 +15,11 @@ import torch
 class NoiseSchedule:
     """sigma_bar and sigma as functions of a floating-point tensor of times; both keep its shape and dtype.
 
-    stable: the same functions without the cancellation near t = 1 that the usual forms have in float32, for devices
-    without float64; None where there is none.
+    Attributes:
+        sigma_bar: the total noise.
+        sigma: its rate.
+        stable: the same functions without the cancellation near t = 1 that the usual forms have in float32, for
+            devices without float64; None where there is none.
     """
 
     sigma_bar: Callable[[torch.Tensor], torch.Tensor]

@@ -173,8 +173,13 @@ class _BoostAndSkip:
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """As of the stock scheduler.
 
+        Args:
+            original_samples: (batch, channels, ...).
+            noise: of unit variance, the shape of the samples.
+            timesteps: one, or (batch,).
+
         Raises:
-            ValueError: for no timestep: image-to-image with nothing left to do.
+            ValueError: for other shapes, and for no timestep: image-to-image with nothing left to do.
         """
         if noise.shape != original_samples.shape:
             raise ValueError(f"noise must have the shape {tuple(original_samples.shape)}, got {tuple(noise.shape)}.")
@@ -252,8 +257,15 @@ class BoostAndSkipDDPMScheduler(_BoostAndSkip, DDPMScheduler):
 class BoostAndSkipEulerDiscreteScheduler(_BoostAndSkip, EulerDiscreteScheduler):
     """`EulerDiscreteScheduler` with `gamma` and `skip_steps`: `timesteps` and `sigmas` are cut together.
 
-    Takes every argument of `EulerDiscreteScheduler`; `gamma`, `skip_steps`, `skip_to_sigma` and `Raises` as in
-    `BoostAndSkipDDPMScheduler`. `s_churn` of `step` is spread over the steps that are kept.
+    Takes every argument of `EulerDiscreteScheduler`. `s_churn` of `step` is spread over the steps that are kept.
+
+    Args:
+        gamma: as of `BoostAndSkipDDPMScheduler`.
+        skip_steps: as of `BoostAndSkipDDPMScheduler`.
+        skip_to_sigma: as of `BoostAndSkipDDPMScheduler`.
+
+    Raises:
+        ValueError: as `BoostAndSkipDDPMScheduler`.
     """
 
     _tables = ("timesteps", "sigmas")
@@ -274,8 +286,15 @@ class BoostAndSkipEulerDiscreteScheduler(_BoostAndSkip, EulerDiscreteScheduler):
 class BoostAndSkipDPMSolverMultistepScheduler(_BoostAndSkip, DPMSolverMultistepScheduler):
     """`DPMSolverMultistepScheduler` with `gamma` and `skip_steps`: `timesteps` and `sigmas` are cut together.
 
-    Takes every argument of `DPMSolverMultistepScheduler`; `gamma`, `skip_steps`, `skip_to_sigma` and `Raises` as in
-    `BoostAndSkipDDPMScheduler`. The solver starts anew, at order 1, at the first kept step.
+    Takes every argument of `DPMSolverMultistepScheduler`. The solver starts anew, at order 1, at the first kept step.
+
+    Args:
+        gamma: as of `BoostAndSkipDDPMScheduler`.
+        skip_steps: as of `BoostAndSkipDDPMScheduler`.
+        skip_to_sigma: as of `BoostAndSkipDDPMScheduler`.
+
+    Raises:
+        ValueError: as `BoostAndSkipDDPMScheduler`.
     """
 
     _tables = ("timesteps", "sigmas")
@@ -295,8 +314,15 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
     for trailing spacing that does not divide evenly. To equal it bit for bit, that rule is kept while nothing is
     changed: gamma 1, nothing skipped and a table set by its number of steps.
 
-    Takes every argument of `DDIMScheduler`; `gamma`, `skip_steps`, `skip_to_sigma` and `Raises` as in
-    `BoostAndSkipDDPMScheduler`.
+    Takes every argument of `DDIMScheduler`.
+
+    Args:
+        gamma: as of `BoostAndSkipDDPMScheduler`.
+        skip_steps: as of `BoostAndSkipDDPMScheduler`.
+        skip_to_sigma: as of `BoostAndSkipDDPMScheduler`.
+
+    Raises:
+        ValueError: as `BoostAndSkipDDPMScheduler`.
     """
 
     custom_timesteps = False

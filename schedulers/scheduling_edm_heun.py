@@ -37,9 +37,11 @@ from .scheduler_arguments import check_generators, checked_arguments, is_of_kind
 
 @dataclass
 class EDMHeunSchedulerOutput(BaseOutput):
-    """prev_sample: x after this evaluation, (batch, ...) in the state's dtype.
+    """What an evaluation of an `EDMHeunScheduler` gives.
 
-    pred_original_sample: the denoised sample that was given, in the same dtype.
+    Attributes:
+        prev_sample: x after this evaluation, (batch, ...) in the state's dtype.
+        pred_original_sample: the denoised sample that was given, in the same dtype.
     """
 
     prev_sample: torch.Tensor

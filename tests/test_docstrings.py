@@ -79,12 +79,26 @@ def definitions(path: Path) -> list[Definition]:
     return [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, Definition)]
 
 
+def exports() -> set[str]:
+    """All that packages export, and the classes here that exported ones take methods from."""
+    names = set(diffusers_ext.__all__).union(*map(exported, PACKAGES))
+    classes = {node.name: node for path in FILES for node in definitions(path) if isinstance(node, ast.ClassDef)}
+    pending = sorted(names & classes.keys())
+    while pending:
+        parents = classes.keys() & set(map(ast.unparse, classes[pending.pop()].bases))
+        pending += parents - names
+        names |= parents
+    return names
+
+
+EXPORTS = exports()
+
+
 def public_names() -> list[Public]:
-    names = set().union(*map(exported, PACKAGES))
     found = []
     for path in FILES:
         for node in definitions(path):
-            if node.name not in names and (path not in WORKSHOP or node.name.startswith("_")):
+            if node.name not in EXPORTS and (path not in WORKSHOP or node.name.startswith("_")):
                 continue
             found.append(Public(path, node))
             if isinstance(node, ast.ClassDef):
@@ -171,9 +185,8 @@ def test_every_public_name_has_a_docstring():
 
 def test_every_parameter_has_an_entry():
     """Of what is exported, in the order of the signature; classes may add entries to those of a parent."""
-    exports = set(diffusers_ext.__all__).union(*map(exported, PACKAGES))
-    asked = [one for one in PUBLIC if (one.owner or one.node).name in exports and not is_outside(one)]
-    assert len(asked) > 200
+    asked = [one for one in PUBLIC if (one.owner or one.node).name in EXPORTS and not is_outside(one)]
+    assert {"add_noise_by_count", "set_state", "run"} <= {one.node.name for one in asked}  # of parents
     wrong = [f"{one}: {parameters(one)} has {documented(one)}" for one in asked
              if parameters(one) and documented(one) != parameters(one)]  # fmt: skip
     assert not wrong, "\n".join(wrong)

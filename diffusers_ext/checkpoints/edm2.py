@@ -22,8 +22,11 @@ _CONFIG_ATTRIBUTES = ("img_resolution", "img_channels", "label_dim", "use_fp16",
 class EDM2Checkpoint:
     """What a network pickle of EDM2 holds.
 
-    state_dict: of the averaged network, under the authors' names. config: the authors' arguments. latent_scale,
-    latent_bias: with which the training latents were made, one number a channel; None for a network of pixels.
+    Attributes:
+        state_dict: of the averaged network, under the authors' names.
+        config: the authors' arguments.
+        latent_scale: with which the training latents were made, one number a channel; None for a network of pixels.
+        latent_bias: likewise.
     """
 
     state_dict: dict[str, torch.Tensor]

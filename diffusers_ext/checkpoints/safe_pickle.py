@@ -43,7 +43,12 @@ class UnsafePickleError(ValueError):
 
 @dataclass(eq=False)
 class PickledObject:
-    """An object that was not built. class_name: its class; state: its attributes, `__dict__` as plain data."""
+    """An object that was not built.
+
+    Attributes:
+        class_name: its class.
+        state: its attributes, `__dict__` as plain data.
+    """
 
     class_name: str
     state: dict = field(default_factory=dict, repr=False)

@@ -73,9 +73,14 @@ class _Limited:
     def set_state(self, step: int, num_inference_steps: int, timestep: torch.Tensor) -> None:
         """Called at each evaluation; decides at the first one of a step, for all of them.
 
-        step: of the evaluation, from 0 in each run. Passed on is that of the step, since `start` and `stop` are
-        fractions of num_inference_steps, of which there are fewer than evaluations with Heun. Of two guiders that
-        share a run (Wan 2.2) the second is not asked before its turn.
+        Passed on is the number of the step, since `start` and `stop` are fractions of num_inference_steps, of which
+        there are fewer than evaluations with Heun. Of two guiders that share a run (Wan 2.2) the second is not asked
+        before its turn.
+
+        Args:
+            step: of the evaluation, from 0 in each run.
+            num_inference_steps: of the run.
+            timestep: of the evaluation, a scalar of the scheduler's `timesteps`.
         """
         scheduler = self.scheduler or _scheduler_of(sys._getframe(1))
         if step <= self._evaluation:
@@ -102,7 +107,11 @@ class _Limited:
             warnings.warn(f"the guidance interval {self.interval} holds {which} of the {count} steps", stacklevel=3)
 
     def new(self, **kwargs):
-        """A copy with the same interval, and changed parameters."""
+        """A copy with the same interval, and changed parameters.
+
+        Args:
+            **kwargs: the parameters to change.
+        """
         other = copy.copy(self) if not kwargs else type(self).from_config(self.config, **kwargs)
         if "interval" in vars(self) and "interval" not in vars(other):
             other.interval = self.interval

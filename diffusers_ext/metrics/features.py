@@ -7,10 +7,13 @@ LARGEST = 1e150  # whose square float64 still holds, over thousands of dimension
 
 
 def as_features(name: str, features) -> np.ndarray:
-    """Features as a contiguous float array on the CPU.
+    """Features as a contiguous float array (n, d) on the CPU.
 
-    features: (n, d), NumPy or torch, any real dtype, any device. Narrower floats become float32, float32
-    and float64 stay, integers become float64. Returns (n, d).
+    Narrower floats become float32, float32 and float64 stay, integers become float64.
+
+    Args:
+        name: of the argument, for the message.
+        features: (n, d), NumPy or torch, any real dtype, any device.
 
     Raises:
         ValueError: with name in it, unless features is a non-empty 2-D array of finite real numbers.
