@@ -1,6 +1,6 @@
 """Every public name has a docstring, which says what is raised and what shapes tensors have; read from the sources.
 
-Docstrings are in Google's format, which `make docs` makes tables of: an entry for each parameter of what is exported.
+Docstrings are in Google's format, which `make docs` makes lists of: an entry for each parameter of what is exported.
 """
 
 import ast
@@ -193,7 +193,7 @@ def test_every_parameter_has_an_entry():
 
 
 def test_what_is_raised_has_an_entry():
-    """No sentence on an error, which would be none of the table's rows."""
+    """No sentence on an error, which would not be listed."""
     prose = [
         one for one in PUBLIC if re.search(r"\bRaises\s+\w*(Error|Exception)\b", ast.get_docstring(one.node) or "")
     ]

@@ -69,7 +69,7 @@ class ChainNetwork(torch.nn.Module):
         """Logits of the chain's tokens, (batch, length, vocabulary of the chain).
 
         Args:
-            tokens: (batch, length).
+            tokens: (batch, length) int64.
             time: (batch,).
         """
         if self.mask is None:
