@@ -55,7 +55,10 @@ class GuiderOfCall:
         return guider
 
     def __call__(self, number: int, cond: torch.Tensor, uncond: torch.Tensor | None) -> torch.Tensor:
-        """D (samples, ...) for the tensor of this number in the output; cond, uncond: (samples, ...)."""
+        """D (samples, ...) for the tensor of this number in the output; cond, uncond: (samples, ...).
+
+        Raises ValueError where the guider takes images and these are none.
+        """
         guider = self._copy(number)
         given = (cond, uncond) if guider.num_conditions == 2 else (cond, None)
         if type(guider).__name__ == "FrequencyDecoupledGuidance" and cond.ndim != 4:

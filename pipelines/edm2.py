@@ -52,6 +52,8 @@ class EDM2Pipeline(DiffusionPipeline):
         conditional, smaller or less trained, for autoguidance.
     latent_scale, latent_bias: what training latents were made with, one number a channel: encoded * scale + bias. The
         defaults are those of EDM2 on ImageNet-512: `stabilityai/sd-vae-ft-mse`, fed with pixels in [0, 1].
+
+    Raises ValueError for scales that are not finite or 0.
     """
 
     model_cpu_offload_seq = "unet->guidance_unet->vae"
