@@ -19,6 +19,7 @@ BASE = [
     "pillow>=10.1.0",
     "huggingface_hub>=1.3.0",
     "pyyaml>=6.0.0",
+    "jinja2>=3.1.0",  # which torch takes as well
     "click>=8.4.0",
     "rich>=13.0.0",
     "filelock>=3.32.0",  # the oldest with a hook for the acquired lock; tested apart from the others
@@ -57,7 +58,7 @@ setup(
         "diffusers_ext.schedulers",
     ],
     package_dir={"diffusers_ext.pipelines": "pipelines", "diffusers_ext.schedulers": "schedulers"},
-    package_data={"diffusers_ext": ["assets/**/*", "demo/*.css"]},
+    package_data={"diffusers_ext": ["assets/**/*", "demo/*.css", "demo/*.jinja"]},
     install_requires=BASE,
     extras_require={
         "metrics": METRICS,

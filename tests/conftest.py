@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 
+import numpy as np
 import pytest
 
 # Some containers ask for no bytecode: each worker, and all that a test starts, would compile everything anew.
@@ -55,6 +56,15 @@ def pytest_collection_modifyitems(config, items):
         kept = set(first.values())
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures draw
+def pytest_runtest_setup():
+    """What draws without a generator draws the same numbers, whatever ran before in the worker."""
+    import torch  # after the environment is set
+
+    torch.manual_seed(0)
+    np.random.seed(0)
 
 
 # In CI, whose versions are pinned and all there, a test is skipped only where it does not apply: anything else, an old

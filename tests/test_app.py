@@ -272,6 +272,8 @@ def test_models_are_kept_and_forgotten(monkeypatch):
     loaded = []
 
     class Pipe:
+        progress_bar = None
+
         def set_progress_bar_config(self, disable):
             pass
 

@@ -1539,69 +1539,20 @@ STRANGERS = [
     if isinstance(value, type) and issubclass(value, Stranger) and value is not Stranger
 ]
 # Proposed from their source and right with every batch and interval; the others may be refused.
-UNDERSTOOD = [
-    "Plain",
-    "NamedTexts",
-    "CondFirst",
-    "Lerp",
-    "Addcmul",
-    "InPlace",
-    "Interleaved",
-    "Slices",
-    "Unbind",
-    "Negated",
-    "PlusOne",
-    "Cosine",
-    "WeightPerSample",
-    "TwoCalls",
-    "SkipsTheChunk",
-    "FlagAfterTheCall",
-    "StopsGuiding",
-    "OtherName",
-    "Experts",
-    "ExpertsIf",
-    "ByClosure",
-    "TimesAsNumbers",
-    "TwoPasses",
-    "Hires",
-    "Strength",
-    "Decorated",
-    "InferenceMode",
-    "WithGradients",
-    "ListOfRows",
-]
+UNDERSTOOD = {
+    "Plain", "NamedTexts", "CondFirst", "Lerp", "Addcmul", "InPlace", "Interleaved", "Slices", "Unbind", "Negated",
+    "PlusOne", "Cosine", "WeightPerSample", "TwoCalls", "SkipsTheChunk", "FlagAfterTheCall", "StopsGuiding",
+    "OtherName", "Experts", "ExpertsIf", "ByClosure", "TimesAsNumbers", "TwoPasses", "Hires", "Strength", "Decorated",
+    "InferenceMode", "WithGradients", "ListOfRows",
+}  # fmt: skip
 # Not right though their layout is given, for what they do besides.
-REFUSED_THOUGH_GIVEN = [
-    "Channels",
-    "SampleBySample",
-    "LateNegative",
-    "WeightPerSampleNegative",
-    "Momentum",
-    "MomentumLocal",
-    "SmoothedElsewhere",
-    "ReusedUncond",
-    "ReusedDifference",
-    "GuidesLater",
-    "ByForward",
-    "NoStep",
-    "NoStepOtherName",
-    "NoStepCalls",
-    "StepOfClass",
-    "OwnScheduler",
-    "CopiedScheduler",
-    "BothSchedulers",
-    "StepTwice",
-    "Resampling",
-    "ResamplingLast",
-    "HandHeun",
-    "EveryOtherTime",
-    "Reversed",
-    "NeverSet",
-    "PlainCoupledNet",
-    "PlainMeanNet",
-    "PlainNumberedNet",
-    "PlainWithinHalves",
-]
+REFUSED_THOUGH_GIVEN = {
+    "Channels", "SampleBySample", "LateNegative", "WeightPerSampleNegative", "Momentum", "MomentumLocal",
+    "SmoothedElsewhere", "ReusedUncond", "ReusedDifference", "GuidesLater", "ByForward", "NoStep", "NoStepOtherName",
+    "NoStepCalls", "StepOfClass", "OwnScheduler", "CopiedScheduler", "BothSchedulers", "StepTwice", "Resampling",
+    "ResamplingLast", "HandHeun", "EveryOtherTime", "Reversed", "NeverSet", "PlainCoupledNet", "PlainMeanNet",
+    "PlainNumberedNet", "PlainWithinHalves",
+}  # fmt: skip
 CALLS = [(2, (1, 2)), (1, (1, 2)), (2, (0, 0)), (3, (4, 4)), (3, (0, 3)), (1, (1, 4))]
 
 

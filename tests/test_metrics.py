@@ -528,4 +528,5 @@ def test_everything_public_is_listed():
         "neighbours",
         "search",
         "sequences",
+        "texts",
     }

@@ -129,17 +129,11 @@ def flow(**config) -> FlowMatchEulerDiscreteScheduler:
 
 def _unet(**changes) -> diffusers.UNet2DConditionModel:
     config = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": (4, 8),
-        "layers_per_block": 1,
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (4, 8), "layers_per_block": 1,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": 2,
-        "norm_num_groups": 2,
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 2, "norm_num_groups": 2,
         "cross_attention_dim": 8,
-    }
+    }  # fmt: skip
     return diffusers.UNet2DConditionModel(**{**config, **changes})
 
 
@@ -258,23 +252,12 @@ def stable_diffusion_controlnet_xs() -> Case:
 def stable_diffusion_xl_controlnet_union() -> Case:
     """Several kinds of control in one network, whose numbers are rows as well."""
     controlnet = diffusers.ControlNetUnionModel(
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        attention_head_dim=2,
-        norm_num_groups=2,
-        cross_attention_dim=16,
-        transformer_layers_per_block=1,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 8,
-        conditioning_embedding_out_channels=(4, 8),
-        num_trans_channel=4,
-        num_trans_head=1,
-        num_trans_layer=1,
-        num_proj_channel=4,
-    )
+        block_out_channels=(4, 8), layers_per_block=1, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        attention_head_dim=2, norm_num_groups=2, cross_attention_dim=16, transformer_layers_per_block=1,
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 8, conditioning_embedding_out_channels=(4, 8),
+        num_trans_channel=4, num_trans_head=1, num_trans_layer=1, num_proj_channel=4,
+    )  # fmt: skip
     components = tiny_sdxl().components
     pipe = diffusers.StableDiffusionXLControlNetUnionPipeline(
         **components, controlnet=controlnet, add_watermarker=False
@@ -286,12 +269,9 @@ def stable_diffusion_xl_controlnet_union() -> Case:
 @case
 def kolors() -> Case:
     unet = _unet(
-        encoder_hid_dim=8,
-        encoder_hid_dim_type="text_proj",
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 8,
-    )
+        encoder_hid_dim=8, encoder_hid_dim_type="text_proj", addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 8,
+    )  # fmt: skip
     components = {"vae": tiny_sdxl().vae, "text_encoder": None, "tokenizer": None}
     # diffusers.KolorsPipeline wants sentencepiece; in older versions this module as well
     module = pytest.importorskip("diffusers.pipelines.kolors.pipeline_kolors")
@@ -323,16 +303,11 @@ def stable_diffusion_instruct_pix2pix() -> Case:
 @case
 def animatediff() -> Case:
     unet = diffusers.UNetMotionModel(
-        sample_size=8,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
+        sample_size=8, block_out_channels=(4, 8), layers_per_block=1,
         down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
-        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
-        norm_num_groups=2,
-        num_attention_heads=2,
-        motion_num_attention_heads=2,
-        cross_attention_dim=8,
-    )
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"), norm_num_groups=2, num_attention_heads=2,
+        motion_num_attention_heads=2, cross_attention_dim=8,
+    )  # fmt: skip
     scheduler = DDIMScheduler(**LATENT_SCHEDULE, clip_sample=False)
     pipe = build("AnimateDiffPipeline", *TEXT, "motion_adapter", unet=unet, scheduler=scheduler)
     return Case(pipe, options(**prompts(8), num_frames=3, height=64, width=64), **UNET)
@@ -341,15 +316,10 @@ def animatediff() -> Case:
 @case
 def text_to_video() -> Case:
     unet = diffusers.UNet3DConditionModel(
-        sample_size=8,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        norm_num_groups=2,
-        attention_head_dim=2,
-        cross_attention_dim=8,
-    )
+        sample_size=8, block_out_channels=(4, 8), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        norm_num_groups=2, attention_head_dim=2, cross_attention_dim=8,
+    )  # fmt: skip
     scheduler = DDIMScheduler(**LATENT_SCHEDULE, clip_sample=False)
     pipe = build("TextToVideoSDPipeline", *TEXT, unet=unet, scheduler=scheduler)
     return Case(pipe, options(**prompts(8), num_frames=3, height=64, width=64), **UNET)
@@ -359,27 +329,18 @@ def text_to_video() -> Case:
 def stable_video_diffusion() -> Case:
     """A weight for each frame, between two scales."""
     unet = diffusers.UNetSpatioTemporalConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1,
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-        cross_attention_dim=8,
-        num_attention_heads=2,
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=12,
-    )
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), cross_attention_dim=8,
+        num_attention_heads=2, addition_time_embed_dim=4, projection_class_embeddings_input_dim=12,
+    )  # fmt: skip
     vae = diffusers.AutoencoderKLTemporalDecoder(
         block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4
     )
     scheduler = diffusers.EulerDiscreteScheduler(
-        prediction_type="v_prediction",
-        timestep_type="continuous",
-        use_karras_sigmas=True,
-        sigma_min=0.002,
-        sigma_max=700.0,
-        beta_schedule="scaled_linear",
-    )
+        prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True, sigma_min=0.002,
+        sigma_max=700.0, beta_schedule="scaled_linear",
+    )  # fmt: skip
     missing = ("image_encoder", "feature_extractor")
     pipe = build("StableVideoDiffusionPipeline", *missing, vae=vae, unet=unet, scheduler=scheduler)
     encoded = torch.cat([torch.zeros(BATCH, 1, 8), torch.randn(BATCH, 1, 8)])
@@ -396,16 +357,11 @@ def stable_video_diffusion() -> Case:
 @case
 def kandinsky_2_2() -> Case:
     unet = _unet(
-        out_channels=8,
-        cross_attention_dim=8,
-        encoder_hid_dim=8,
-        encoder_hid_dim_type="image_proj",
-        addition_embed_type="image",
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        out_channels=8, cross_attention_dim=8, encoder_hid_dim=8, encoder_hid_dim_type="image_proj",
+        addition_embed_type="image", down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        resnet_time_scale_shift="scale_shift",
-    )
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn", resnet_time_scale_shift="scale_shift",
+    )  # fmt: skip
     movq = diffusers.VQModel(block_out_channels=(4, 8), latent_channels=4, norm_num_groups=2, num_vq_embeddings=8)
     pipe = diffusers.KandinskyV22Pipeline(unet=unet, scheduler=DDPMScheduler(variance_type="learned_range"), movq=movq)
     given = {"image_embeds": embeds(8), "negative_image_embeds": embeds(8), "height": 16, "width": 16}
@@ -415,14 +371,9 @@ def kandinsky_2_2() -> Case:
 @case
 def kandinsky_3() -> Case:
     unet = diffusers.Kandinsky3UNet(
-        time_embedding_dim=4,
-        groups=2,
-        attention_head_dim=4,
-        layers_per_block=3,
-        block_out_channels=(32, 64),
-        cross_attention_dim=4,
-        encoder_hid_dim=8,
-    )
+        time_embedding_dim=4, groups=2, attention_head_dim=4, layers_per_block=3, block_out_channels=(32, 64),
+        cross_attention_dim=4, encoder_hid_dim=8,
+    )  # fmt: skip
     pipe = build("Kandinsky3Pipeline", "tokenizer", "text_encoder", "movq", unet=unet, scheduler=DDPMScheduler())
     given = {"attention_mask": masks()["prompt_attention_mask"], "negative_attention_mask": torch.ones(BATCH, TOKENS)}
     return Case(pipe, options(**prompts(8), **given, height=64, width=64), **UNET)
@@ -459,17 +410,10 @@ def stable_diffusion_xl_pag() -> Case:
 
 
 SD3_CONFIG = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": 1,
-    "attention_head_dim": 4,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 8,
-    "caption_projection_dim": 8,
-    "pooled_projection_dim": 8,
+    "sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 1, "attention_head_dim": 4,
+    "num_attention_heads": 2, "joint_attention_dim": 8, "caption_projection_dim": 8, "pooled_projection_dim": 8,
     "pos_embed_max_size": 8,
-}
+}  # fmt: skip
 
 
 @case
@@ -482,14 +426,9 @@ def stable_diffusion_3() -> Case:
 
 def _pixart(**config) -> diffusers.PixArtTransformer2DModel:
     return diffusers.PixArtTransformer2DModel(
-        sample_size=8,
-        num_layers=1,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        cross_attention_dim=8,
-        caption_channels=8,
-        **config,
-    )
+        sample_size=8, num_layers=1, attention_head_dim=4, num_attention_heads=2, cross_attention_dim=8,
+        caption_channels=8, **config,
+    )  # fmt: skip
 
 
 @case
@@ -509,15 +448,9 @@ def pixart_sigma() -> Case:
 @case
 def auraflow() -> Case:
     transformer = diffusers.AuraFlowTransformer2DModel(
-        sample_size=8,
-        num_mmdit_layers=1,
-        num_single_dit_layers=1,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        caption_projection_dim=8,
-        pos_embed_max_size=64,
-    )
+        sample_size=8, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=4, num_attention_heads=2,
+        joint_attention_dim=8, caption_projection_dim=8, pos_embed_max_size=64,
+    )  # fmt: skip
     pipe = build("AuraFlowPipeline", *TEXT, transformer=transformer, scheduler=flow())
     return Case(pipe, options(**prompts(8), **masks(), height=64, width=64))
 
@@ -525,17 +458,10 @@ def auraflow() -> Case:
 @case
 def sana() -> Case:
     transformer = diffusers.SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=8,
+        in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
+        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8,
         sample_size=8,
-    )
+    )  # fmt: skip
     pipe = build("SanaPipeline", *TEXT, transformer=transformer, scheduler=flow())
     given = {"negative_prompt": None, "use_resolution_binning": False, "height": 256, "width": 256}
     return Case(pipe, options(**prompts(8), **masks(), **given))
@@ -544,20 +470,10 @@ def sana() -> Case:
 @case
 def hunyuan_dit() -> Case:
     transformer = diffusers.HunyuanDiT2DModel(
-        sample_size=8,
-        in_channels=4,
-        patch_size=2,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        hidden_size=16,
-        cross_attention_dim=8,
-        cross_attention_dim_t5=8,
-        pooled_projection_dim=8,
-        text_len=TOKENS,
-        text_len_t5=TOKENS,
-        activation_fn="gelu-approximate",
-    )
+        sample_size=8, in_channels=4, patch_size=2, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        hidden_size=16, cross_attention_dim=8, cross_attention_dim_t5=8, pooled_projection_dim=8, text_len=TOKENS,
+        text_len_t5=TOKENS, activation_fn="gelu-approximate",
+    )  # fmt: skip
     missing = (*TEXT, "safety_checker", "feature_extractor", "text_encoder_2", "tokenizer_2")
     pipe = build("HunyuanDiTPipeline", *missing, transformer=transformer, scheduler=DDPMScheduler())
     second = {f"{name}_2": value for name, value in {**prompts(8), **masks()}.items()}
@@ -568,17 +484,9 @@ def hunyuan_dit() -> Case:
 @case
 def cogview3_plus() -> Case:
     transformer = diffusers.CogView3PlusTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        text_embed_dim=8,
-        time_embed_dim=8,
-        condition_dim=2,
-        pos_embed_max_size=8,
-        sample_size=8,
-    )
+        in_channels=4, out_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2, text_embed_dim=8,
+        time_embed_dim=8, condition_dim=2, pos_embed_max_size=8, sample_size=8,
+    )  # fmt: skip
     scheduler = diffusers.CogVideoXDDIMScheduler()
     pipe = build("CogView3PlusPipeline", *TEXT, transformer=transformer, scheduler=scheduler)
     return Case(pipe, options(**prompts(8), height=64, width=64))
@@ -587,14 +495,9 @@ def cogview3_plus() -> Case:
 @case
 def ltx_video() -> Case:
     transformer = diffusers.LTXVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=1,
-        caption_channels=8,
-    )
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        num_layers=1, caption_channels=8,
+    )  # fmt: skip
     pipe = build("LTXPipeline", *TEXT, transformer=transformer, scheduler=flow())
     return Case(pipe, options(**prompts(8), **masks(), height=64, width=64, num_frames=9))
 
@@ -602,15 +505,9 @@ def ltx_video() -> Case:
 @case
 def mochi() -> Case:
     transformer = diffusers.MochiTransformer3DModel(
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        pooled_projection_dim=8,
-        text_embed_dim=8,
-        time_embed_dim=4,
-        max_sequence_length=TOKENS,
-    )
+        in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, pooled_projection_dim=8,
+        text_embed_dim=8, time_embed_dim=4, max_sequence_length=TOKENS,
+    )  # fmt: skip
     pipe = build("MochiPipeline", *TEXT, transformer=transformer, scheduler=flow(invert_sigmas=True))
     return Case(pipe, options(**prompts(8), **masks(torch.bool), height=32, width=32, num_frames=7))
 
@@ -618,19 +515,10 @@ def mochi() -> Case:
 @case
 def cogvideox() -> Case:
     transformer = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=2,
-        text_embed_dim=8,
-        num_layers=1,
-        sample_width=8,
-        sample_height=8,
-        sample_frames=9,
-        max_text_seq_length=TOKENS,
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=2,
+        text_embed_dim=8, num_layers=1, sample_width=8, sample_height=8, sample_frames=9, max_text_seq_length=TOKENS,
         use_rotary_positional_embeddings=True,
-    )
+    )  # fmt: skip
     scheduler = diffusers.CogVideoXDDIMScheduler()
     pipe = build("CogVideoXPipeline", *TEXT, transformer=transformer, scheduler=scheduler)
     return Case(pipe, options(**prompts(8), height=64, width=64, num_frames=9, max_sequence_length=TOKENS))
@@ -639,20 +527,10 @@ def cogvideox() -> Case:
 @case
 def latte() -> Case:
     transformer = diffusers.LatteTransformer3DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=8,
-        patch_size=2,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=8,
-        video_length=2,
-        norm_type="ada_norm_single",
-        num_embeds_ada_norm=1000,
-        norm_elementwise_affine=False,
-    )
+        sample_size=8, in_channels=4, out_channels=8, patch_size=2, num_layers=1, num_attention_heads=2,
+        attention_head_dim=4, cross_attention_dim=8, caption_channels=8, video_length=2, norm_type="ada_norm_single",
+        num_embeds_ada_norm=1000, norm_elementwise_affine=False,
+    )  # fmt: skip
     pipe = build("LattePipeline", *TEXT, transformer=transformer, scheduler=DDIMScheduler(clip_sample=False))
     given = {"negative_prompt": None, "video_length": 2, "height": 64, "width": 64}
     return Case(pipe, options(**prompts(8), **given))
@@ -661,15 +539,9 @@ def latte() -> Case:
 @case
 def allegro() -> Case:
     transformer = diffusers.AllegroTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        num_layers=1,
-        cross_attention_dim=24,
-        caption_channels=8,
-        sample_height=8,
-        sample_width=8,
-        sample_frames=2,
-    )
+        num_attention_heads=2, attention_head_dim=12, num_layers=1, cross_attention_dim=24, caption_channels=8,
+        sample_height=8, sample_width=8, sample_frames=2,
+    )  # fmt: skip
     pipe = build("AllegroPipeline", *TEXT, transformer=transformer, scheduler=DDIMScheduler(clip_sample=False))
     given = {"negative_prompt": None, "num_frames": 8, "height": 64, "width": 64}
     return Case(pipe, options(**prompts(8), **masks(), **given))
@@ -678,14 +550,9 @@ def allegro() -> Case:
 @case
 def bria() -> Case:
     transformer = diffusers.BriaTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        axes_dims_rope=[0, 4, 4],
-    )
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, axes_dims_rope=[0, 4, 4],
+    )  # fmt: skip
     vae = diffusers.AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=2, shift_factor=0.0, **VAE_BLOCKS)
     pipe = build("BriaPipeline", *TEXT[1:], vae=vae, transformer=transformer, scheduler=flow())
     return Case(pipe, options(**prompts(8), height=64, width=64))
@@ -694,18 +561,9 @@ def bria() -> Case:
 @case
 def easyanimate() -> Case:
     transformer = diffusers.EasyAnimateTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        patch_size=2,
-        sample_width=8,
-        sample_height=8,
-        num_layers=1,
-        mmdit_layers=1,
-        time_embed_dim=2,
-        text_embed_dim=8,
-    )
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, patch_size=2, sample_width=8,
+        sample_height=8, num_layers=1, mmdit_layers=1, time_embed_dim=2, text_embed_dim=8,
+    )  # fmt: skip
     vae = diffusers.AutoencoderKLMagvit(latent_channels=4, block_out_channels=(8,) * 4, norm_num_groups=2)
     pipe = build("EasyAnimatePipeline", *TEXT[1:], vae=vae, transformer=transformer, scheduler=flow())
     return Case(pipe, options(**prompts(8), **masks(torch.bool), height=64, width=64, num_frames=5))
@@ -714,18 +572,10 @@ def easyanimate() -> Case:
 @case
 def sana_video() -> Case:
     transformer = diffusers.SanaVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=12,
-        cross_attention_dim=24,
-        caption_channels=8,
-        sample_size=8,
-        rope_max_seq_len=32,
-    )
+        in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=12,
+        num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=8,
+        sample_size=8, rope_max_seq_len=32,
+    )  # fmt: skip
     pipe = build("SanaVideoPipeline", *TEXT, transformer=transformer, scheduler=flow())
     given = {"negative_prompt": None, "use_resolution_binning": False, "height": 32, "width": 32, "frames": 5}
     return Case(pipe, options(**prompts(8), **masks(), **given))
@@ -734,20 +584,10 @@ def sana_video() -> Case:
 @case
 def hidream() -> Case:
     transformer = diffusers.HiDreamImageTransformer2DModel(
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_channels=[8, 8],
-        text_emb_dim=8,
-        axes_dims_rope=(4, 2, 2),
-        max_resolution=(8, 8),
-        llama_layers=(0, 0),
-        force_inference_output=True,
-    )
+        patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
+        num_attention_heads=2, caption_channels=[8, 8], text_emb_dim=8, axes_dims_rope=(4, 2, 2),
+        max_resolution=(8, 8), llama_layers=(0, 0), force_inference_output=True,
+    )  # fmt: skip
     missing = (*TEXT, *(f"{name}_{i}" for i in (2, 3, 4) for name in ("text_encoder", "tokenizer")))
     pipe = build("HiDreamImagePipeline", *missing, transformer=transformer, scheduler=flow())
     pipe.default_sample_size = 8  # else it would work at its own size whatever it is asked for
@@ -760,38 +600,20 @@ def hidream() -> Case:
 @case
 def stable_audio() -> Case:
     transformer = diffusers.StableAudioDiTModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        num_key_value_attention_heads=2,
-        cross_attention_dim=8,
-        time_proj_dim=4,
-        global_states_input_dim=16,
+        sample_size=8, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        num_key_value_attention_heads=2, cross_attention_dim=8, time_proj_dim=4, global_states_input_dim=16,
         cross_attention_input_dim=8,
-    )
+    )  # fmt: skip
     vae = diffusers.AutoencoderOobleck(
-        encoder_hidden_size=4,
-        decoder_channels=4,
-        decoder_input_channels=4,
-        downsampling_ratios=[2, 4],
-        channel_multiples=[1, 2],
-        audio_channels=2,
-        sampling_rate=16,
-    )
+        encoder_hidden_size=4, decoder_channels=4, decoder_input_channels=4, downsampling_ratios=[2, 4],
+        channel_multiples=[1, 2], audio_channels=2, sampling_rate=16,
+    )  # fmt: skip
     projection = StableAudioProjectionModel(text_encoder_dim=8, conditioning_dim=8, min_value=0, max_value=4)
     scheduler = diffusers.EDMDPMSolverMultistepScheduler()
     pipe = build(
-        "StableAudioPipeline",
-        "text_encoder",
-        "tokenizer",
-        vae=vae,
-        projection_model=projection,
-        transformer=transformer,
-        scheduler=scheduler,
-    )
+        "StableAudioPipeline", "text_encoder", "tokenizer", vae=vae, projection_model=projection,
+        transformer=transformer, scheduler=scheduler,
+    )  # fmt: skip
     given = {"attention_mask": torch.ones(BATCH, TOKENS), "negative_attention_mask": torch.ones(BATCH, TOKENS)}
     return Case(pipe, options(**prompts(8), **given, audio_end_in_s=2.0))
 
@@ -800,15 +622,9 @@ def stable_audio() -> Case:
 def ernie_image() -> Case:
     module_of("ErnieImagePipeline")
     transformer = diffusers.ErnieImageTransformer2DModel(
-        hidden_size=16,
-        num_attention_heads=2,
-        num_layers=1,
-        ffn_hidden_size=16,
-        in_channels=4,
-        out_channels=4,
-        text_in_dim=8,
-        rope_axes_dim=(4, 2, 2),
-    )
+        hidden_size=16, num_attention_heads=2, num_layers=1, ffn_hidden_size=16, in_channels=4, out_channels=4,
+        text_in_dim=8, rope_axes_dim=(4, 2, 2),
+    )  # fmt: skip
     pipe = build("ErnieImagePipeline", *TEXT, transformer=transformer, scheduler=flow())
     given = {name: [value[0], value[1, :4]] for name, value in prompts(8).items()}
     return Case(pipe, options(**given, height=64, width=64))
@@ -840,36 +656,19 @@ def ltx_2() -> Case:
     """Video and audio, split apart; without its other two kinds of guidance."""
     module_of("LTX2Pipeline", "audio_stg_scale")
     transformer = diffusers.LTX2VideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        audio_in_channels=4,
-        audio_out_channels=4,
-        audio_num_attention_heads=2,
-        audio_attention_head_dim=4,
-        audio_cross_attention_dim=8,
-        num_layers=2,
-        caption_channels=16,
-        perturbed_attn=True,
-    )
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4,
+        audio_cross_attention_dim=8, num_layers=2, caption_channels=16, perturbed_attn=True,
+    )  # fmt: skip
     statistics = {"latents_mean": torch.zeros(4), "latents_std": torch.ones(4)}
     video = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8, **statistics}
     vae = _Latents(**video, config=SimpleNamespace(scaling_factor=1.0))
     config = SimpleNamespace(mel_bins=4, latent_channels=4, sample_rate=16000, mel_hop_length=160)
     audio_vae = _Latents(mel_compression_ratio=4, temporal_compression_ratio=4, **statistics, config=config)
     pipe = build(
-        "LTX2Pipeline",
-        "text_encoder",
-        "tokenizer",
-        "vocoder",
-        vae=vae,
-        audio_vae=audio_vae,
-        connectors=_Connectors(),
-        transformer=transformer,
-        scheduler=flow(),
-    )
+        "LTX2Pipeline", "text_encoder", "tokenizer", "vocoder", vae=vae, audio_vae=audio_vae,
+        connectors=_Connectors(), transformer=transformer, scheduler=flow(),
+    )  # fmt: skip
     other = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
     given = {**prompts(8), **masks(), **other, "audio_guidance_scale": 3.0, "spatio_temporal_guidance_blocks": [1]}
     off = {"guidance_scale": 1.0, "audio_guidance_scale": 1.0}
@@ -879,17 +678,10 @@ def ltx_2() -> Case:
 @case
 def dream_lite_edit() -> Case:
     unet = module_of("DreamLitePipeline").DreamLiteUNetModel(
-        sample_size=8,
-        block_out_channels=(32, 32, 32),
-        layers_per_block=1,
-        cross_attention_dim=8,
-        norm_num_groups=2,
-        attention_head_dim=8,
-        addition_embed_type="time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=8,
-        transformer_layers_per_block=1,
-    )
+        sample_size=8, block_out_channels=(32, 32, 32), layers_per_block=1, cross_attention_dim=8, norm_num_groups=2,
+        attention_head_dim=8, addition_embed_type="time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=8, transformer_layers_per_block=1,
+    )  # fmt: skip
     vae = diffusers.AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=2, latent_channels=4, **VAE_BLOCKS)
     missing = ("tokenizer", "processor")
     text_encoder = _clip()["text_encoder"]
@@ -919,13 +711,9 @@ def stable_diffusion_3_controlnet() -> Case:
 @case
 def dit() -> Case:
     transformer = diffusers.DiTTransformer2DModel(
-        sample_size=8,
-        out_channels=8,
-        num_layers=1,
-        attention_head_dim=4,
-        num_attention_heads=2,
+        sample_size=8, out_channels=8, num_layers=1, attention_head_dim=4, num_attention_heads=2,
         num_embeds_ada_norm=1000,
-    )
+    )  # fmt: skip
     vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
     pipe = diffusers.DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler(clip_sample=False))
     return Case(pipe, {**options(class_labels=[3, 7]), "output_type": "np"}, order="cond, uncond")
@@ -934,29 +722,18 @@ def dit() -> Case:
 @case
 def lumina() -> Case:
     transformer = diffusers.LuminaNextDiT2DModel(
-        sample_size=8,
-        hidden_size=24,
-        num_layers=1,
-        num_attention_heads=3,
-        num_kv_heads=1,
-        multiple_of=8,
+        sample_size=8, hidden_size=24, num_layers=1, num_attention_heads=3, num_kv_heads=1, multiple_of=8,
         cross_attention_dim=8,
-    )
+    )  # fmt: skip
     pipe = build("LuminaPipeline", *TEXT, transformer=transformer, scheduler=flow())
     return Case(pipe, options(**prompts(8), **masks(), height=64, width=64), order="cond, uncond")
 
 
 def _cascade(**config) -> diffusers.StableCascadeUNet:
     return diffusers.StableCascadeUNet(
-        conditioning_dim=8,
-        timestep_ratio_embedding_dim=4,
-        block_out_channels=(8, 8),
-        num_attention_heads=(2, 2),
-        down_num_layers_per_block=(1, 1),
-        up_num_layers_per_block=(1, 1),
-        dropout=(0.0, 0.0),
-        **config,
-    )
+        conditioning_dim=8, timestep_ratio_embedding_dim=4, block_out_channels=(8, 8), num_attention_heads=(2, 2),
+        down_num_layers_per_block=(1, 1), up_num_layers_per_block=(1, 1), dropout=(0.0, 0.0), **config,
+    )  # fmt: skip
 
 
 def _clip() -> dict:
@@ -975,21 +752,13 @@ def ace_step() -> Case:
         **small, num_hidden_layers=1, in_channels=12, audio_acoustic_hidden_dim=4
     )
     encoder = module.AceStepConditionEncoder(
-        **small,
-        text_hidden_dim=8,
-        timbre_hidden_dim=4,
-        num_lyric_encoder_hidden_layers=1,
+        **small, text_hidden_dim=8, timbre_hidden_dim=4, num_lyric_encoder_hidden_layers=1,
         num_timbre_encoder_hidden_layers=1,
-    )
+    )  # fmt: skip
     vae = diffusers.AutoencoderOobleck(
-        encoder_hidden_size=4,
-        decoder_channels=4,
-        decoder_input_channels=4,
-        downsampling_ratios=[2, 4],
-        channel_multiples=[1, 2],
-        audio_channels=2,
-        sampling_rate=200,
-    )
+        encoder_hidden_size=4, decoder_channels=4, decoder_input_channels=4, downsampling_ratios=[2, 4],
+        channel_multiples=[1, 2], audio_channels=2, sampling_rate=200,
+    )  # fmt: skip
     scheduler = flow(num_train_timesteps=1, shift=1.0)
     pipe = build(
         "AceStepPipeline", *TEXT[1:], vae=vae, transformer=transformer, condition_encoder=encoder, scheduler=scheduler
@@ -1022,18 +791,10 @@ class _OmniGenInputs:
 def omnigen() -> Case:
     """Images in a list, and their places in a dict by number of the row."""
     transformer = diffusers.OmniGenTransformer2DModel(
-        hidden_size=16,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        intermediate_size=16,
-        num_layers=1,
-        pad_token_id=0,
-        vocab_size=20,
-        max_position_embeddings=1000,
-        original_max_position_embeddings=500,
-        time_step_dim=8,
-        rope_scaling={"long_factor": [1.0] * 4, "short_factor": [1.0] * 4},
-    )
+        hidden_size=16, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16, num_layers=1,
+        pad_token_id=0, vocab_size=20, max_position_embeddings=1000, original_max_position_embeddings=500,
+        time_step_dim=8, rope_scaling={"long_factor": [1.0] * 4, "short_factor": [1.0] * 4},
+    )  # fmt: skip
     vae = diffusers.AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=2, latent_channels=4, **VAE_BLOCKS)
     module_of("OmniGenPipeline").OmniGenMultiModalProcessor = _OmniGenInputs
     scheduler = flow(invert_sigmas=True)
@@ -1050,13 +811,9 @@ def omnigen() -> Case:
 @case
 def stable_cascade_prior() -> Case:
     prior = _cascade(
-        in_channels=4,
-        out_channels=4,
-        clip_image_in_channels=8,
-        clip_text_in_channels=8,
-        clip_text_pooled_in_channels=8,
-        switch_level=(False,),
-    )
+        in_channels=4, out_channels=4, clip_image_in_channels=8, clip_text_in_channels=8,
+        clip_text_pooled_in_channels=8, switch_level=(False,),
+    )  # fmt: skip
     scheduler = diffusers.DDPMWuerstchenScheduler()
     pipe = diffusers.StableCascadePriorPipeline(**_clip(), prior=prior, scheduler=scheduler)
     given = {**options(**WORDS, height=128, width=128), "output_type": "pt"}
@@ -1078,16 +835,9 @@ def wuerstchen_prior() -> Case:
 @case
 def z_image() -> Case:
     transformer = diffusers.ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=1,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=8,
-        axes_dims=[8, 4, 4],
-        axes_lens=[256, 32, 32],
-    )
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=8,
+        axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    )  # fmt: skip
     for token in (transformer.x_pad_token, transformer.cap_pad_token):
         token.data.zero_()  # for _fill; diffusers once left them uninitialised
     pipe = build("ZImagePipeline", *TEXT, transformer=transformer, scheduler=flow())
@@ -1101,14 +851,9 @@ def z_image_controlnet() -> Case:
     """Residuals in a dict by number of the layer."""
     built = z_image()
     controlnet = diffusers.ZImageControlNetModel(
-        control_layers_places=[0],
-        control_refiner_layers_places=[0],
-        control_in_dim=4,
-        dim=32,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-    )
+        control_layers_places=[0], control_refiner_layers_places=[0], control_in_dim=4, dim=32, n_refiner_layers=1,
+        n_heads=2, n_kv_heads=2,
+    )  # fmt: skip
     vae = diffusers.AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=2, shift_factor=0.0, **VAE_BLOCKS)
     pipe = diffusers.ZImageControlNetPipeline(**{**built.pipe.components, "vae": vae}, controlnet=controlnet)
     return Case(pipe, {**built.options, "control_image": _images(64)}, order=built.order, off=built.off)
@@ -1122,15 +867,9 @@ TWO = "cond; uncond"
 @case
 def flux() -> Case:
     transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        axes_dims_rope=(0, 4, 4),
-    )
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(0, 4, 4),
+    )  # fmt: skip
     missing = (*TEXT, "text_encoder_2", "tokenizer_2")
     pipe = build("FluxPipeline", *missing, transformer=transformer, scheduler=flow())
     given = {**prompts(8), **pooled(8), "height": 64, "width": 64, "true_cfg_scale": 4.0}
@@ -1140,33 +879,19 @@ def flux() -> Case:
 @case
 def chroma() -> Case:
     transformer = diffusers.ChromaTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        axes_dims_rope=(0, 4, 4),
-        approximator_num_channels=8,
-        approximator_hidden_dim=8,
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, axes_dims_rope=(0, 4, 4), approximator_num_channels=8, approximator_hidden_dim=8,
         approximator_layers=1,
-    )
+    )  # fmt: skip
     pipe = build("ChromaPipeline", *TEXT, transformer=transformer, scheduler=flow())
     return Case(pipe, options(**prompts(8), **masks(torch.bool), height=64, width=64), order=TWO)
 
 
 def _wan(cls=diffusers.WanTransformer3DModel, **config):
     return cls(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=8,
-        ffn_dim=8,
-        num_layers=1,
-        **config,
-    )
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=8,
+        ffn_dim=8, num_layers=1, **config,
+    )  # fmt: skip
 
 
 WAN_SCHEDULE = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -1200,14 +925,9 @@ def skyreels_v2() -> Case:
 @case
 def qwen_image() -> Case:
     transformer = diffusers.QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        axes_dims_rope=(0, 4, 4),
-    )
+        in_channels=16, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, axes_dims_rope=(0, 4, 4),
+    )  # fmt: skip
     pipe = build("QwenImagePipeline", *TEXT, transformer=transformer, scheduler=flow())
     given = {**prompts(8), **masks(name="prompt_embeds_mask"), "height": 64, "width": 64, "true_cfg_scale": 4.0}
     return Case(pipe, {**options(**given), "guidance_scale": None}, order=TWO, off={"true_cfg_scale": 1.0})
@@ -1216,17 +936,9 @@ def qwen_image() -> Case:
 @case
 def cogview4() -> Case:
     transformer = diffusers.CogView4Transformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        text_embed_dim=8,
-        time_embed_dim=8,
-        condition_dim=4,
-        sample_size=8,
-        rope_axes_dim=(64, 64),
-    )
+        in_channels=4, out_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2, text_embed_dim=8,
+        time_embed_dim=8, condition_dim=4, sample_size=8, rope_axes_dim=(64, 64),
+    )  # fmt: skip
     pipe = build("CogView4Pipeline", *TEXT, transformer=transformer, scheduler=flow())
     return Case(pipe, options(**prompts(8), height=64, width=64), order=TWO)
 
@@ -1234,18 +946,9 @@ def cogview4() -> Case:
 @case
 def lumina2() -> Case:
     transformer = diffusers.Lumina2Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        hidden_size=24,
-        num_layers=1,
-        num_refiner_layers=1,
-        num_attention_heads=3,
-        num_kv_heads=1,
-        multiple_of=2,
-        axes_dim_rope=(4, 2, 2),
-        axes_lens=(64, 64, 64),
-        cap_feat_dim=8,
-    )
+        sample_size=8, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1, num_attention_heads=3,
+        num_kv_heads=1, multiple_of=2, axes_dim_rope=(4, 2, 2), axes_lens=(64, 64, 64), cap_feat_dim=8,
+    )  # fmt: skip
     pipe = build("Lumina2Pipeline", *TEXT, transformer=transformer, scheduler=flow())
     return Case(pipe, options(**prompts(8), **masks(), height=64, width=64), order=TWO)
 
@@ -1253,18 +956,9 @@ def lumina2() -> Case:
 @case
 def hunyuan_video() -> Case:
     transformer = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        patch_size=1,
-        text_embed_dim=8,
-        pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 2),
-    )
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, patch_size=1, text_embed_dim=8, pooled_projection_dim=8, rope_axes_dim=(2, 4, 2),
+    )  # fmt: skip
     missing = (*TEXT, "text_encoder_2", "tokenizer_2")
     pipe = build("HunyuanVideoPipeline", *missing, transformer=transformer, scheduler=flow())
     given = {**prompts(8), **pooled(8), **masks(), "true_cfg_scale": 4.0, "guidance_scale": 1.0}
@@ -1275,15 +969,9 @@ def hunyuan_video() -> Case:
 @case
 def ovis_image() -> Case:
     transformer = diffusers.OvisImageTransformer2DModel(
-        in_channels=16,
-        out_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        axes_dims_rope=(0, 4, 4),
-    )
+        in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=8, axes_dims_rope=(0, 4, 4),
+    )  # fmt: skip
     pipe = build("OvisImagePipeline", *TEXT, transformer=transformer, scheduler=flow())
     return Case(pipe, options(**prompts(8), negative_prompt=None, height=64, width=64), order=TWO)
 
@@ -1307,17 +995,9 @@ def flux_controlnet() -> Case:
 @case
 def hunyuan_image() -> Case:
     transformer = diffusers.HunyuanImageTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        text_embed_dim=8,
-        text_embed_2_dim=8,
-        rope_axes_dim=(4, 4),
-    )
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, text_embed_dim=8, text_embed_2_dim=8, rope_axes_dim=(4, 4),
+    )  # fmt: skip
     guider = diffusers.ClassifierFreeGuidance(guidance_scale=4.0)
     missing = (*TEXT, "text_encoder_2", "tokenizer_2")
     pipe = build(
@@ -1332,17 +1012,9 @@ def hunyuan_image() -> Case:
 @case
 def kandinsky_5() -> Case:
     transformer = diffusers.Kandinsky5Transformer3DModel(
-        in_visual_dim=4,
-        in_text_dim=8,
-        in_text_dim2=8,
-        time_dim=8,
-        out_visual_dim=4,
-        model_dim=16,
-        ff_dim=16,
-        num_text_blocks=1,
-        num_visual_blocks=1,
-        axes_dims=(2, 2, 4),
-    )
+        in_visual_dim=4, in_text_dim=8, in_text_dim2=8, time_dim=8, out_visual_dim=4, model_dim=16, ff_dim=16,
+        num_text_blocks=1, num_visual_blocks=1, axes_dims=(2, 2, 4),
+    )  # fmt: skip
     missing = (*TEXT, "text_encoder_2", "tokenizer_2")
     pipe = build("Kandinsky5T2VPipeline", *missing, transformer=transformer, scheduler=flow())
     given = {f"{sign}prompt_embeds_qwen": embeds(TOKENS, 8) for sign in ("", "negative_")}
@@ -1366,15 +1038,9 @@ def ideogram_4() -> Case:
     """Two networks; the output of the conditional one has the text in front."""
     module_of("Ideogram4Pipeline")
     config = {
-        "in_channels": 16,
-        "num_layers": 1,
-        "attention_head_dim": 8,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "adaln_dim": 8,
-        "llm_features_dim": 8,
-        "mrope_section": (2, 1, 1),
-    }
+        "in_channels": 16, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
+        "intermediate_size": 16, "adaln_dim": 8, "llm_features_dim": 8, "mrope_section": (2, 1, 1),
+    }  # fmt: skip
     networks = ("transformer", "unconditional_transformer")
     transformers = {name: diffusers.Ideogram4Transformer2DModel(**config) for name in networks}
     pipe = build("Ideogram4Pipeline", *TEXT, **transformers, scheduler=flow())
@@ -1394,24 +1060,14 @@ def qwen_image_2_1(**given) -> Case:
     """The first call with each prompt fills a cache of its keys and values, which the others read."""
     module_of("QwenImage21Pipeline")
     transformer = diffusers.QwenImage21Transformer2DModel(
-        in_channels=16,
-        out_channels=16,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        context_in_dim=8,
-        mlp_ratio=2,
-        axes_dims_rope=(4, 2, 2),
-    )
+        in_channels=16, out_channels=16, num_layers=1, attention_head_dim=8, num_attention_heads=2, context_in_dim=8,
+        mlp_ratio=2, axes_dims_rope=(4, 2, 2),
+    )  # fmt: skip
     vae = _Latents(config=SimpleNamespace(z_dim=16))
     pipe = build(
-        "QwenImage21Pipeline",
-        "text_encoder",
-        vae=vae,
-        processor=_Processor(),
-        transformer=transformer,
+        "QwenImage21Pipeline", "text_encoder", vae=vae, processor=_Processor(), transformer=transformer,
         scheduler=flow(),
-    )
+    )  # fmt: skip
     encoded = {None: embeds(TOKENS, 8), "dark": embeds(TOKENS - 2, 8)}
 
     def encode(prompt, **_):

@@ -133,17 +133,10 @@ def ltx_video() -> ModularCase:
 @case
 def flux_2_klein() -> ModularCase:
     transformer = model(
-        "Flux2Transformer2DModel",
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        timestep_guidance_channels=8,
-        axes_dims_rope=(4, 4, 4, 4),
+        "Flux2Transformer2DModel", in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=8, timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
-    )
+    )  # fmt: skip
     module = "flux2.modular_blocks_flux2_klein_base"
     pipe = modular(module, "Flux2KleinBaseCoreDenoiseStep", transformer=transformer, scheduler=flow())
     return ModularCase(pipe, options(**prompts(8)))
@@ -152,17 +145,10 @@ def flux_2_klein() -> ModularCase:
 @case
 def flux_3() -> ModularCase:
     transformer = model(
-        "Flux3Transformer2DModel",
-        in_channels=16,
-        cond_in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        timestep_channels=8,
+        "Flux3Transformer2DModel", in_channels=16, cond_in_channels=16, num_layers=1, num_single_layers=1,
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=8, timestep_channels=8,
         axes_dims_rope=(4, 4, 4, 4),
-    )
+    )  # fmt: skip
     module, scheduler = "flux3.modular_blocks_flux3", flow(shift=6.93)
     pipe = modular(module, "Flux3CoreDenoiseStep", transformer=transformer, scheduler=scheduler)
     return ModularCase(pipe, options(**prompts(8)))
@@ -171,23 +157,11 @@ def flux_3() -> ModularCase:
 @case
 def krea_2() -> ModularCase:
     transformer = model(
-        "Krea2Transformer2DModel",
-        in_channels=16,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=16,
-        timestep_embed_dim=8,
-        text_hidden_dim=16,
-        num_text_layers=2,
-        text_num_attention_heads=2,
-        text_num_key_value_heads=1,
-        text_intermediate_size=16,
-        num_layerwise_text_blocks=1,
-        num_refiner_text_blocks=1,
-        axes_dims_rope=(0, 4, 4),
-    )
+        "Krea2Transformer2DModel", in_channels=16, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=16, timestep_embed_dim=8, text_hidden_dim=16, num_text_layers=2,
+        text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=16,
+        num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(0, 4, 4),
+    )  # fmt: skip
     pipe = modular("krea2.modular_blocks_krea2", "Krea2CoreDenoiseStep", transformer=transformer, scheduler=flow())
     given = {"prompt_embeds": embeds(TOKENS, 2, 16), "negative_prompt_embeds": embeds(TOKENS, 2, 16)}
     return ModularCase(pipe, options(**given, **masks(torch.bool, "prompt_embeds_mask")))
@@ -196,16 +170,9 @@ def krea_2() -> ModularCase:
 @case
 def ernie_image() -> ModularCase:
     transformer = model(
-        "ErnieImageTransformer2DModel",
-        hidden_size=16,
-        num_attention_heads=2,
-        num_layers=1,
-        ffn_hidden_size=16,
-        in_channels=16,
-        out_channels=16,
-        text_in_dim=8,
-        rope_axes_dim=(4, 2, 2),
-    )
+        "ErnieImageTransformer2DModel", hidden_size=16, num_attention_heads=2, num_layers=1, ffn_hidden_size=16,
+        in_channels=16, out_channels=16, text_in_dim=8, rope_axes_dim=(4, 2, 2),
+    )  # fmt: skip
     module = "ernie_image.modular_blocks_ernie_image"
     pipe = modular(module, "ErnieImageCoreDenoiseStep", transformer=transformer, scheduler=flow())
     return ModularCase(pipe, options(**{name: list(value) for name, value in prompts(8).items()}))
@@ -228,16 +195,9 @@ def anima() -> ModularCase:
         concat_padding_mask=False,  # for which diffusers wants torchvision
     )
     conditioner = model(
-        "AnimaTextConditioner",
-        source_dim=8,
-        target_dim=8,
-        model_dim=8,
-        num_layers=1,
-        num_attention_heads=2,
-        mlp_ratio=1,
-        target_vocab_size=32,
-        min_sequence_length=8,
-    )
+        "AnimaTextConditioner", source_dim=8, target_dim=8, model_dim=8, num_layers=1, num_attention_heads=2,
+        mlp_ratio=1, target_vocab_size=32, min_sequence_length=8,
+    )  # fmt: skip
     components = {"transformer": transformer, "text_conditioner": conditioner, "scheduler": flow()}
     pipe = modular("anima.modular_blocks_anima", "AnimaCoreDenoiseStep", **components)
     given = {}
@@ -276,15 +236,9 @@ def hunyuan_video_1_5() -> ModularCase:
 def qwen_image_2_1() -> ModularCase:
     """It keeps what it computed from each prompt from step to step."""
     transformer = model(
-        "QwenImage21Transformer2DModel",
-        in_channels=16,
-        out_channels=16,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        context_in_dim=8,
-        axes_dims_rope=(0, 4, 4),
-    )
+        "QwenImage21Transformer2DModel", in_channels=16, out_channels=16, num_layers=1, attention_head_dim=8,
+        num_attention_heads=2, context_in_dim=8, axes_dims_rope=(0, 4, 4),
+    )  # fmt: skip
     module = "qwenimage21.modular_blocks_qwenimage21"
     pipe = modular(module, "QwenImage21CoreDenoiseStep", transformer=transformer, scheduler=flow())
     no_image = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
@@ -294,17 +248,9 @@ def qwen_image_2_1() -> ModularCase:
 
 def _helios() -> torch.nn.Module:
     return model(
-        "HeliosTransformer3DModel",
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=8,
-        ffn_dim=8,
-        num_layers=1,
-        rope_dim=(4, 4, 4),
-    )
+        "HeliosTransformer3DModel", num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+        text_dim=8, freq_dim=8, ffn_dim=8, num_layers=1, rope_dim=(4, 4, 4),
+    )  # fmt: skip
 
 
 @case
@@ -331,30 +277,15 @@ def ltx_2() -> ModularCase:
     if not hasattr(diffusers, "LTX2Guidance"):
         missing("LTX2Guidance")
     transformer = model(
-        "LTX2VideoTransformer3DModel",
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        audio_in_channels=4,
-        audio_out_channels=4,
-        audio_num_attention_heads=2,
-        audio_attention_head_dim=4,
-        audio_cross_attention_dim=8,
-        num_layers=1,
-        caption_channels=16,
+        "LTX2VideoTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
+        cross_attention_dim=16, audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2,
+        audio_attention_head_dim=4, audio_cross_attention_dim=8, num_layers=1, caption_channels=16,
         perturbed_attn=True,
-    )
+    )  # fmt: skip
     vae = model(
-        "AutoencoderKLLTX2Audio",
-        base_channels=4,
-        ch_mult=(1,),
-        num_res_blocks=1,
-        resolution=32,
-        latent_channels=2,
+        "AutoencoderKLLTX2Audio", base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2,
         mel_bins=8,
-    )
+    )  # fmt: skip
     module, components = "ltx2.modular_blocks_ltx2", {"transformer": transformer, "audio_vae": vae}
     pipe = modular(module, "LTX2CoreDenoiseStep", **components, scheduler=flow())
     weights = {"stg_scale": 1.0, "modality_scale": 3.0, "spatio_temporal_guidance_blocks": [0]}
@@ -374,16 +305,9 @@ def ltx_2() -> ModularCase:
 def minimax_music_3() -> ModularCase:
     """Windows of the song, one after the other."""
     transformer = model(
-        "MiniMaxMusic3Transformer1DModel",
-        in_channels=4,
-        condition_dim=8,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        ff_inner_dim=8,
-        rotary_dim=4,
-        fourier_embedding_dim=8,
-    )
+        "MiniMaxMusic3Transformer1DModel", in_channels=4, condition_dim=8, num_layers=1, num_attention_heads=2,
+        attention_head_dim=8, ff_inner_dim=8, rotary_dim=4, fourier_embedding_dim=8,
+    )  # fmt: skip
     encoder = model("MiniMaxMusic3ConditionEncoder", condition_hidden_dim=8, num_condition_layers=2, out_dim=8)
     module = "minimax_music3.modular_blocks_minimax_music3"
     components = {"transformer": transformer, "condition_encoder": encoder, "scheduler": flow()}

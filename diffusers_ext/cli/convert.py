@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .convert_discrete import convert_countdown_command, convert_sedd_command, convert_tauldr_command, report
+from .convert_discrete import convert_countdown_command, convert_sedd_command, convert_tauldr_command, write_by
 from .options import DTYPE
 
 
@@ -25,11 +25,7 @@ for command in (convert_countdown_command, convert_sedd_command, convert_tauldr_
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 @click.option("--preset", default=None, help="Flags of a published checkpoint; an unknown name lists them.")
 @DTYPE
-@click.option(
-    "--check-steps", type=click.IntRange(min=0), default=3, show_default=True,
-    help="Steps to sample with the checkpoint's own tensors and with the result; 0 checks nothing.",
-)  # fmt: skip
-def convert_guided_diffusion_command(checkpoint, output, flags, preset, dtype, check_steps):
+def convert_guided_diffusion_command(checkpoint, output, flags, preset, dtype):
     """Write CHECKPOINT, a guided-diffusion .pt file, to the new folder OUTPUT.
 
     FLAGS are those of the original command line, as they stand there: --image_size 64 --num_channels 192 ... What the
@@ -39,16 +35,9 @@ def convert_guided_diffusion_command(checkpoint, output, flags, preset, dtype, c
 
     from ..checkpoints import convert_guided_diffusion
     from ..checkpoints.guided_diffusion import parse_flags
-    from ..runs.files import write_once
 
-    weights = getattr(torch, dtype)
-    flags = parse_flags(flags)
-    (pipeline, error), finished = write_once(
-        output, lambda folder: convert_guided_diffusion(checkpoint, folder, preset, weights, check_steps, **flags)
-    )
-    if error is not None:
-        click.echo(f"largest difference to the checkpoint over {check_steps} steps in float32: {error:.1e}")
-    report(output, finished, f"{type(pipeline).__name__} with {type(pipeline.unet).__name__}")
+    weights, flags = getattr(torch, dtype), parse_flags(flags)
+    write_by(output, lambda folder: convert_guided_diffusion(checkpoint, folder, preset, weights, **flags), "unet")
 
 
 @convert.command("edm2")
@@ -62,21 +51,11 @@ def convert_guided_diffusion_command(checkpoint, output, flags, preset, dtype, c
     "--vae", default=None, metavar="MODEL",
     help="Folder or Hub id of the decoder, such as stabilityai/sd-vae-ft-mse; without it the folder gives latents.",
 )  # fmt: skip
-@click.option(
-    "--check-steps", type=click.IntRange(min=0), default=3, show_default=True,
-    help="Steps to sample with the files' own tensors and with the result; 0 checks nothing.",
-)  # fmt: skip
-def convert_edm2_command(checkpoint, output, uncond, vae, check_steps):
+def convert_edm2_command(checkpoint, output, uncond, vae):
     """Write CHECKPOINT, a network pickle of EDM2, to the new folder OUTPUT.
 
     Nothing in the pickle is executed. The weights keep their dtype, float16 in published files.
     """
     from ..checkpoints import convert_edm2
-    from ..runs.files import write_once
 
-    (pipeline, error), finished = write_once(
-        output, lambda folder: convert_edm2(checkpoint, folder, uncond, vae, check_steps)
-    )
-    if error is not None:
-        click.echo(f"largest difference to the checkpoint after {check_steps} steps: {error:.1e}")
-    report(output, finished, f"{type(pipeline).__name__} in {str(pipeline.unet.dtype).removeprefix('torch.')}")
+    write_by(output, lambda folder: convert_edm2(checkpoint, folder, uncond, vae), "unet")

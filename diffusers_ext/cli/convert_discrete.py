@@ -20,7 +20,7 @@ def convert_sedd_command(source, output, tokenizer, revision, dtype):
     """Write SOURCE, a SEDD folder or Hub id such as louaaron/sedd-small, to the new folder OUTPUT."""
     from ..checkpoints import convert_sedd
 
-    _convert(output, lambda folder: convert_sedd(source, folder, tokenizer, _torch_dtype(dtype), revision))
+    write_by(output, lambda folder: convert_sedd(source, folder, tokenizer, _torch_dtype(dtype), revision))
 
 
 @click.command("countdown")
@@ -33,7 +33,7 @@ def convert_countdown_command(checkpoint, output, length, num_heads, dtype):
     """Write CHECKPOINT, a CountDown network of Jump Your Steps, to the new folder OUTPUT."""
     from ..checkpoints import convert_countdown
 
-    _convert(output, lambda folder: convert_countdown(checkpoint, folder, length, num_heads, _torch_dtype(dtype)))
+    write_by(output, lambda folder: convert_countdown(checkpoint, folder, length, num_heads, _torch_dtype(dtype)))
 
 
 @click.command("tauldr")
@@ -54,7 +54,7 @@ def convert_tauldr_command(checkpoint, config, output, weights, real_time, dtype
     def write(folder: Path):
         return convert_tauldr(checkpoint, config, folder, weights, not real_time, _torch_dtype(dtype))
 
-    _convert(output, write)
+    write_by(output, write)
 
 
 def _torch_dtype(name: str):
@@ -63,14 +63,14 @@ def _torch_dtype(name: str):
     return getattr(torch, name)
 
 
-def _convert(output: Path, write: Callable) -> None:
+def write_by(output: Path, write: Callable, network: str = "model") -> None:
+    """Write the folder by a converter, and say what it is or that it was there already. network: a component."""
     from ..runs.files import write_once
 
     (pipeline, error), finished = write_once(output, write)
-    click.echo(f"largest difference of outputs to the checkpoint in float32: {error:.1e}")
-    report(output, finished, f"{type(pipeline).__name__} with {type(pipeline.model).__name__}")
-
-
-def report(output: Path, finished: bool, what: str) -> None:
-    """Say what was written, or that it was there already."""
+    click.echo(f"largest difference of outputs to the checkpoint: {error:.1e}")
+    converted = getattr(pipeline, network)
+    what = (
+        f"{type(pipeline).__name__} with {type(converted).__name__} in {str(converted.dtype).removeprefix('torch.')}"
+    )
     click.echo(f"{output} was finished before: {what}, nothing to do" if finished else f"wrote {what} to {output}")

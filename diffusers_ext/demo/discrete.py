@@ -1,4 +1,4 @@
-"""Discrete diffusion: CountDown sequences with their errors, and chorales as a piano roll and a MIDI file."""
+"""Discrete diffusion: CountDown sequences with their errors, chorales as a piano roll and a MIDI file, and texts."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -34,14 +34,18 @@ class DiscreteSettings:
     num_countdowns: int = 16
     chorale_steps: int = 32
     num_chorales: int = 4
+    text_model: str = "shakespeare-sedd"
+    text_steps: tuple[int, ...] = (8, 64)
     seed: int = 0
 
 
-FULL = DiscreteSettings(countdown_steps=(8, 64), num_countdowns=32, chorale_steps=64, num_chorales=8)
+FULL = DiscreteSettings(
+    countdown_steps=(8, 64), num_countdowns=32, chorale_steps=64, num_chorales=8, text_steps=(8, 16, 32, 64)
+)
 
 
 def run_discrete(output: Path, device: str, console: Console, settings: DiscreteSettings | None = None) -> dict:
-    """Sample, measure and print; write countdown.png, chorales.png and chorales.mid into the folder.
+    """Sample, measure and print; write countdown.png, chorales.png, chorales.mid and texts.txt into the folder.
 
     Returns the settings, a row of numbers for each number of steps on CountDown, the table in words, the seconds that
     a chorale took, the files, and where the panels lie in the pictures.
@@ -52,9 +56,10 @@ def run_discrete(output: Path, device: str, console: Console, settings: Discrete
     print_table(console, table)
     seconds, chorales = draw_chorales(output, device, settings)
     console.print(f"chorales: {settings.num_chorales} of {settings.chorale_steps} steps, {seconds:.2f} s each")
+    write_texts(output / "texts.txt", device, settings, console)
     result = {"settings": asdict(settings), "rows": rows, "table": table, "seconds_per_chorale": seconds}
     pictures = {"countdown.png": countdowns, "chorales.png": chorales}
-    return {**result, "files": ["countdown.png", "chorales.png", "chorales.mid"], "pictures": pictures}
+    return {**result, "files": ["countdown.png", "chorales.png", "chorales.mid", "texts.txt"], "pictures": pictures}
 
 
 def draw_countdowns(path: Path, device: str, settings: DiscreteSettings) -> tuple[list[dict], dict[str, Box]]:
@@ -88,6 +93,21 @@ def draw_chorales(output: Path, device: str, settings: DiscreteSettings) -> tupl
     spaced = np.pad(chorales, ((0, 0), (0, PAUSE), (0, 0)), constant_values=REST)
     write_midi(output / "chorales.mid", spaced.reshape(-1, chorales.shape[-1]))
     return seconds, places_stacked(panels)
+
+
+def write_texts(path: Path, device: str, settings: DiscreteSettings, console: Console) -> None:
+    """A text at each number of steps, even ones and those of the table, from the same seed."""
+    pipe = load_pipeline(settings.text_model).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    texts = []
+    for steps in settings.text_steps:
+        for name, spacing in (("even", "uniform"), ("by the table", "table")):
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=spacing)
+            generator = torch.Generator().manual_seed(settings.seed)
+            text = pipe(num_inference_steps=steps, generator=generator, output_type="text").text[0]
+            texts.append(f"== {steps} steps, {name}\n{text.strip()}\n")
+    path.write_text("\n".join(texts), encoding="utf-8")
+    console.print("\n".join(texts), markup=False, highlight=False)
 
 
 def sample_tokens(pipe, count: int, seed: int, steps: int) -> tuple[torch.Tensor, float]:

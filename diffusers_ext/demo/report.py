@@ -2,42 +2,22 @@
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from html import escape
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
+from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from ..evaluation.charts import Line, legend, line_chart, tick_chart
-from ..evaluation.pictures import Box
 from .boost_and_skip import COLUMNS
 
+TEMPLATE = Path(__file__).parent / "report.html.jinja"
 STYLE = Path(__file__).parent / "report.css"
-# Nothing is fetched, whatever the page says: pictures are in it, and so is the style.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 MEDIA_TYPES = {".mid": "audio/midi"}  # of files that are no pictures
-HEAD = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Four research methods for diffusers</title>
-<style>
-{style}</style>
-</head>
-"""
-ABOUT = (
-    "Each method below was run on this machine, on small models that ship with the package, beside the stock sampler"
-    " with the same seeds."
-)
-SHORT = (
-    "This is the short demo: few samples and few steps, so that the numbers are rough, as the standard errors in the"
-    " tables say; <code>diffusers-ext demo --full</code> takes more."
-)
 
 BOOST_CODE = """from diffusers_ext.shipped import load_pipeline
 
@@ -72,30 +52,30 @@ repaired = flow(digits, class_labels=list(range(10)), num_inference_steps=10).im
 
 @dataclass(frozen=True)
 class Method:
-    """A chapter of the report: sections of the demo, what it is in two sentences, how to do it, its charts."""
+    """A chapter of the report: sections of the demo, what it is in two sentences, how to do it, lines and charts."""
 
     title: str
     sections: tuple[str, ...]
     summary: str
     paper: str
     code: str
-    charts: Callable[[dict[str, dict]], str]
+    charts: Callable[[dict], tuple[list[str], list[str]]]
 
 
-def boost_charts(results: dict[str, dict]) -> str:
+def boost_charts(result: dict) -> tuple[list[str], list[str]]:
     """A chart of each metric over gamma."""
-    rows, charts = results["boost_and_skip"]["rows"], []
+    rows, charts = result["boost_and_skip"]["rows"], []
     for name, title in COLUMNS.items():
         points = [(row["gamma"], row[name]) for row in rows if row.get(name) is not None]
         if points and name != "seconds_per_image":
             percent = name in ("recognised", "inside")
             charts.append(line_chart([Line(title, points)], title, "gamma (1: stock sampler)", percent=percent))
-    return _charts(charts)
+    return [], charts
 
 
-def interval_charts(results: dict[str, dict]) -> str:
+def interval_charts(result: dict) -> tuple[list[str], list[str]]:
     """Distance and recall over the guidance weight, for both ways of guiding."""
-    rows = sorted(results["guidance_interval"]["rows"], key=lambda row: row["guidance_scale"])
+    rows = sorted(result["guidance_interval"]["rows"], key=lambda row: row["guidance_scale"])
     kinds = {"guidance in every step": False, "in the interval": True}
     charts = []
     for name, title in (("frechet", "Fréchet distance"), ("recall", "recall")):
@@ -104,32 +84,30 @@ def interval_charts(results: dict[str, dict]) -> str:
             chosen = [row for row in rows if row["guidance_scale"] == 1 or row["limited"] == limited]
             lines.append(Line(kind, [(row["guidance_scale"], row[name]) for row in chosen]))
         charts.append(line_chart(lines, title, "guidance weight (1: none)"))
-    return legend(list(kinds)) + _charts(charts)
+    return list(kinds), charts
 
 
-def discrete_charts(results: dict[str, dict]) -> str:
+def discrete_charts(result: dict) -> tuple[list[str], list[str]]:
     """The tables over time, and the errors over the evaluations of the network; nothing before they are made."""
-    if "jump_your_steps" not in results:
-        return ""
-    result = results["jump_your_steps"]
-    names, rows = list(result["tables"]), result["rows"]
+    if "jump_your_steps" not in result:
+        return [], []
+    tables, rows = (result["jump_your_steps"][name] for name in ("tables", "rows"))
+    names = list(tables)
     most = rows[-1]["steps"]
     lines = [
         Line(name, [(row["steps"] + 1, row[name][0]) for row in rows], [row[name][1] for row in rows])
         for name in names
         if all(row[name][0] > 0 for row in rows)
     ]
-    charts = [
-        tick_chart({name: result["tables"][name][str(most)] for name in names}, f"Tables of {most} steps", "time")
-    ]
+    charts = [tick_chart({name: tables[name][str(most)] for name in names}, f"Tables of {most} steps", "time")]
     if lines:
         charts.append(line_chart(lines, "Error of transitions", "network evaluations", log=True, percent=True))
-    return legend(names) + _charts(charts)
+    return names, charts
 
 
-def flow_charts(results: dict[str, dict]) -> str:
+def flow_charts(result: dict) -> tuple[list[str], list[str]]:
     """Metrics before and after the repair over the guidance scale."""
-    rows, kinds = results["flow_postprocessing"]["rows"], {"before": False, "after the repair": True}
+    rows, kinds = result["flow_postprocessing"]["rows"], {"before": False, "after the repair": True}
     titles = {"frechet": "Fréchet distance", "recognised": "recognised", "recall": "recall"}
     charts = []
     for name, title in titles.items():
@@ -138,7 +116,7 @@ def flow_charts(results: dict[str, dict]) -> str:
             for kind, repaired in kinds.items()
         ]
         charts.append(line_chart(lines, title, "guidance scale (1: none)", percent=name == "recognised"))
-    return legend(list(kinds)) + _charts(charts)
+    return list(kinds), charts
 
 
 METHODS = {
@@ -200,99 +178,37 @@ def write_report(folder: Path) -> Path:
 
 def report_html(result: dict, folder: Path) -> str:
     """The page. result: as demo.json holds it. folder: where the files of the sections are."""
-    head = HEAD.format(policy=POLICY, style=STYLE.read_text(encoding="utf-8"))
-    chapters = "\n".join(_chapter(anchor, method, result, folder) for anchor, method in METHODS.items())
-    return f"{head}<body>\n{_header(result)}\n<main>\n{chapters}\n</main>\n{_footer(result)}\n</body>\n</html>\n"
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(spaced=lambda name: name.replace("_", " "), words=_words)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        result=result, methods=METHODS, policy=POLICY, style=STYLE.read_text(encoding="utf-8"), legend=legend,
+        pictures=partial(_pictures, folder), downloads=partial(_downloads, folder),
+    )  # fmt: skip
 
 
-def _header(result: dict) -> str:
-    links = "".join(f'<li><a href="#{anchor}">{escape(method.title)}</a></li>' for anchor, method in METHODS.items())
-    short = "" if result["full"] else f"<p><strong>{SHORT}</strong></p>"
-    title = "<h1>Four research methods for diffusers</h1>"
-    return f"<header>{title}<p>{ABOUT}</p>{short}<nav><ul>{links}</ul></nav></header>"
-
-
-def _footer(result: dict) -> str:
-    seconds = sum(part["seconds_in_all"] for part in result.values() if isinstance(part, dict))
-    threads = result["torch_threads"]
-    made = (
-        f"diffusers_ext {result['version']} on {result['device']}, {threads} torch thread{'s' * (threads != 1)};"
-        f" {seconds:.0f} seconds in all. The numbers themselves are in demo.json."
-    )
-    return f'<footer class="soft"><p>{escape(made)}</p></footer>'
-
-
-def _chapter(anchor: str, method: Method, result: dict, folder: Path) -> str:
-    results = {name: result[name] for name in method.sections if name in result}
-    link = f'<a href="https://arxiv.org/abs/{method.paper}">arXiv {method.paper}</a>'
-    parts = [f"<h2>{escape(method.title)}</h2>", f"<p>{escape(method.summary)} {link}.</p>"]
-    parts += [_pictures(part, folder) for part in results.values()]
-    if method.sections[0] in results:
-        parts.append(method.charts(results))
-    parts += [_table(part["table"]) for part in results.values()]
-    parts.append(f"<h3>In code</h3><pre><code>{escape(method.code)}</code></pre>")
-    for name, part in results.items():
-        title = "Settings and time" + (f", {_spaced(name)}" if len(method.sections) > 1 else "")
-        parts.append(f"<h3>{title}</h3>{_settings(part, folder)}")
-    for name in method.sections:
-        if name not in results:
-            parts.append(f'<p class="note">Not run yet: {_spaced(name)}.</p>')
-    return f'<section id="{anchor}">' + "\n".join(parts) + "</section>"
-
-
-def _pictures(part: dict, folder: Path) -> str:
-    """The panels of a section's pictures, each an image of its own under its title."""
-    figures = []
+def _pictures(folder: Path, part: dict) -> Iterator[tuple[bool, list[tuple[str, int, int, str]]]]:
+    """For each picture of a section whether its panels are wide, and of each the title, width, height and data URI."""
     for name, boxes in part.get("pictures", {}).items():
         wide = all(box[2] - box[0] > 2 * (box[3] - box[1]) for box in boxes.values())
         with Image.open(folder / name) as picture:
-            panels = "".join(_figure(title, picture, box) for title, box in boxes.items())
-        figures.append(f'<div class="pictures{" wide" if wide else ""}">{panels}</div>')
-    return "".join(figures)
+            yield wide, [_panel(title, picture.crop(tuple(box))) for title, box in boxes.items()]
 
 
-def _figure(title: str, picture: Image.Image, box: Box) -> str:
-    panel, file = picture.crop(tuple(box)), BytesIO()
+def _panel(title: str, panel: Image.Image) -> tuple[str, int, int, str]:
+    file = BytesIO()
     panel.save(file, "PNG", optimize=True)
-    image = (
-        f'<img class="ink" alt="{escape(title)}" width="{panel.width}" height="{panel.height}"'
-        f' src="{_data_uri(file.getvalue(), "image/png")}">'
-    )
-    return f"<figure><figcaption>{escape(title)}</figcaption>{image}</figure>"
+    return title, *panel.size, _data_uri(file.getvalue(), "image/png")
+
+
+def _downloads(folder: Path, part: dict) -> Iterator[tuple[str, str]]:
+    """The name and the data URI of each file of a section that is no picture, to be kept."""
+    for name in part["files"]:
+        if Path(name).suffix != ".png":
+            yield name, _data_uri((folder / name).read_bytes(), MEDIA_TYPES[Path(name).suffix])
 
 
 def _data_uri(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
-
-
-def _charts(charts: list[str]) -> str:
-    return f'<div class="charts">{"".join(charts)}</div>'
-
-
-def _table(table: dict) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table["columns"])
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table["rows"])
-    whole = (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
-    return f'<h3>{escape(table["title"])}</h3>{whole}<p class="note">{escape(table["legend"])}</p>'
-
-
-def _settings(part: dict, folder: Path) -> str:
-    """The settings and the seconds of a section, and its files that are no pictures, to be kept."""
-    words = {_spaced(name): _words(value) for name, value in part["settings"].items()}
-    words["seconds in all"] = f"{part['seconds_in_all']:.0f}"
-    items = "".join(f"<li>{escape(name)} <b>{escape(value)}</b></li>" for name, value in words.items())
-    links = ""
-    for name in part["files"]:
-        if Path(name).suffix != ".png":
-            uri = _data_uri((folder / name).read_bytes(), MEDIA_TYPES[Path(name).suffix])
-            links += f'<p class="note"><a download="{escape(name)}" href="{uri}">{escape(name)}</a></p>'
-    return f'<ul class="settings">{items}</ul>{links}'
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _words(value) -> str:

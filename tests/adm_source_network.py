@@ -1,7 +1,7 @@
-"""Does a converted guided-diffusion network do what the checkpoint says? Both are sampled with the same noise.
+"""An oracle for guided-diffusion networks: a checkpoint's own tensors, evaluated under their own names.
 
-`SourceNetwork` evaluates the checkpoint's own tensors under their own names, by the equations of the paper's appendix
-and without diffusers' blocks, so that a tensor in the wrong place, a wrong order of heads or a wrong resampling shows.
+By the equations of the paper's appendix and without diffusers' blocks, so that a tensor in the wrong place, a wrong
+order of heads or a wrong resampling shows.
 """
 
 import math
@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
 from torch.nn import functional as F
 
-from .guided_diffusion import ADMLayout
+from diffusers_ext.checkpoints.guided_diffusion import ADMLayout
 
 
 def timestep_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
@@ -118,34 +117,3 @@ class SourceNetwork:
         weights = torch.einsum("bhct,bhcs->bhts", q, k) / math.sqrt(channels // heads)
         out = torch.einsum("bhts,bhcs->bhct", weights.softmax(dim=-1), v).reshape(batch, channels, -1)
         return x + F.conv1d(out, *self.tensors(f"{name}.proj_out")).view(batch, channels, height, width)
-
-
-@torch.no_grad()
-def conversion_error(source: SourceNetwork, unet: UNet2DModel, scheduler: DDPMScheduler, steps: int = 3) -> float:
-    """Largest difference of x_t, over `steps` ancestral steps from the same noise, between checkpoint and conversion.
-
-    One sample of the smallest size, 4 pixels at the lowest level, in [-1, 1] scale; classes and noise are random. The
-    schedule starts at 9/10 of the process, where the start says something about the network; a single step
-    ends at the last timestep.
-    """
-    generator = torch.Generator().manual_seed(0)
-    size = 4 * 2 ** (len(source.layout.widths) - 1)
-    # A step from the middle of the process to clean images would magnify round-off: its learned variance lies between
-    # 0 and beta, in the logarithm.
-    timesteps = torch.linspace(0.9 * (scheduler.config.num_train_timesteps - 1), 0, max(steps, 2)).round()
-    ours = theirs = torch.randn(1, 3, size, size, generator=generator)
-    low_res = torch.rand(1, source.layout.in_channels - 3, size, size, generator=generator) * 2 - 1
-    classes = source.layout.num_classes
-    labels = None if classes is None else torch.randint(classes, (1,), generator=generator)
-    worst = torch.zeros(())
-    scheduler = DDPMScheduler.from_config(scheduler.config)
-    scheduler.set_timesteps(timesteps=timesteps.long().unique().flip(0).tolist())
-    for t in scheduler.timesteps[:steps]:
-        step = torch.Generator().manual_seed(int(t))
-        output = unet(torch.cat([ours, low_res], dim=1), t, class_labels=labels).sample
-        ours = scheduler.step(output, t, ours, generator=step).prev_sample
-        step = torch.Generator().manual_seed(int(t))
-        output = source(torch.cat([theirs, low_res], dim=1), t[None], labels)
-        theirs = scheduler.step(output, t, theirs, generator=step).prev_sample
-        worst = torch.maximum(worst, (ours - theirs).abs().max())  # NaN where there is one, unlike max()
-    return worst.item()

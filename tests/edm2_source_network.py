@@ -1,22 +1,18 @@
-"""Does a converted EDM2 pipeline do what the checkpoints say? Both are sampled with the same noise.
+"""An oracle for EDM2 networks: a checkpoint's own tensors, evaluated under their own names.
 
-`EDM2SourceNetwork` evaluates a checkpoint's own tensors under their own names, by the equations of appendix B of
-arXiv 2312.02696 and without the layers of `EDM2UNet2DModel`, so that a tensor in the wrong place, a wrong order of
-heads or a wrong balance shows.
+By the equations of appendix B of arXiv 2312.02696 and without the layers of `EDM2UNet2DModel`, so that a tensor in the
+wrong place, a wrong order of heads or a wrong balance shows.
 """
 
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..models import EDM2UNet2DModel
-from ..pipelines import EDM2Pipeline
-from ..schedulers import EDMHeunScheduler
+from diffusers_ext import EDM2UNet2DModel
 
 _DEFAULTS = {name: p.default for name, p in inspect.signature(EDM2UNet2DModel.__init__).parameters.items()}
 
@@ -126,30 +122,3 @@ def _size(block: str) -> int:
 def _balanced(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     """Sum of two independent signals of magnitude 1, again of magnitude 1 (equation 88)."""
     return ((1 - t) * a + t * b) / math.sqrt((1 - t) ** 2 + t**2)
-
-
-@torch.no_grad()
-def sampling_error(pipeline: EDM2Pipeline, sources: Sequence[EDM2SourceNetwork], steps: int = 3) -> float:
-    """Largest difference of the latents that the pipeline and its sources sample from the same noise.
-
-    sources: of the network, and of the guidance network if there is one, which then guides by 2. One sample of the
-    smallest size, 4 pixels at the lowest level; class and noise are random. The noise levels fall evenly in the
-    logarithm, from 80 to 0.5: Heun's rule divides by the next level, so that a large fall would magnify round-off.
-    """
-    config, generator = pipeline.unet.config, torch.Generator().manual_seed(0)
-    size = 4 * 2 ** (len(config.channel_mult) - 1)
-    noise = torch.randn(1, config.img_channels, size, size, generator=generator)
-    label = torch.randint(config.label_dim, (1,), generator=generator) if config.label_dim else None
-    pipeline.set_progress_bar_config(disable=True)
-    levels = np.geomspace(80, 0.5, steps).tolist()
-    call = {"sigmas": levels, "guidance_scale": float(len(sources)), "latents": noise}
-    ours = pipeline(label, **call, output_type="latent").images
-
-    scheduler = EDMHeunScheduler.from_config(pipeline.scheduler.config)
-    scheduler.set_timesteps(sigmas=levels)
-    theirs = noise.double() * scheduler.init_noise_sigma
-    for sigma in scheduler.timesteps:
-        outputs = [source(theirs.float(), sigma.item(), label).double() for source in sources]
-        denoised = outputs[-1] + len(sources) * (outputs[0] - outputs[-1])
-        theirs = scheduler.step(denoised, sigma, theirs).prev_sample
-    return (ours - theirs).abs().max().item()
