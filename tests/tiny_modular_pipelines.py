@@ -200,6 +200,8 @@ def anima() -> ModularCase:
     )  # fmt: skip
     components = {"transformer": transformer, "text_conditioner": conditioner, "scheduler": flow()}
     pipe = modular("anima.modular_blocks_anima", "AnimaCoreDenoiseStep", **components)
+    if not hasattr(pipe, "vae_scale_factor"):
+        pytest.skip(f"Anima of diffusers {diffusers.__version__} does not run without a VAE")
     given = {}
     for sign in ("", "negative_"):
         given[f"{sign}qwen_prompt_embeds"] = embeds(TOKENS, 8)
