@@ -197,6 +197,8 @@ def test_discrete_section_measures_and_writes_music(tmp_path, sequence_models, c
     assert midi[:4] == b"MThd" and midi.count(b"MTrk") == 5
     printed = capsys.readouterr().out
     assert "20 sequences a row" in printed and "chorales: 3 of 32 steps" in printed
+    texts = (tmp_path / "out/texts.txt").read_text()
+    assert texts in printed and texts.count("== ") == 4 and "== 64 steps, by the table" in texts
 
 
 def test_jump_your_steps_section_makes_and_measures_tables(tmp_path, sequence_models, capsys):
