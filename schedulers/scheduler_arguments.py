@@ -27,7 +27,10 @@ def checked_arguments(function=None, *, but: str = ""):
     Python's; True and False are none; an int fits into 64 bits and a float into a float, NaN and infinity included.
     Where lists are allowed, so are tuples, ranges, arrays and tensors of such elements. Defaults pass, and so do
     arguments without an annotation.
-    but: names of arguments that the function checks by itself.
+
+    Args:
+        function: whose arguments are checked.
+        but: names of arguments that the function checks by itself.
     """
     if function is None:
         return functools.partial(checked_arguments, but=but)

@@ -215,6 +215,7 @@ RUNS: dict[str, tuple[Callable, dict]] = {
             "mnist-flow": {"latents": torch.zeros(2, 1, 28, 28), **LABELS},
             "countdown-sedd": TOKENS,
             "jsb-sedd": TOKENS,
+            "shakespeare-sedd": TOKENS,
         }.items()
     },
     "stable diffusion, boosted": (
