@@ -24,6 +24,7 @@ from diffusers_ext.demo.discrete import DiscreteSettings, run_discrete
 from diffusers_ext.demo.flow_postprocessing import FlowPostprocessingSettings, run_flow_postprocessing
 from diffusers_ext.demo.guidance_interval import GuidanceIntervalSettings, run_guidance_interval
 from diffusers_ext.demo.jump_your_steps import JumpYourStepsSettings, run_jump_your_steps
+from diffusers_ext.demo.report import MEDIA_TYPES
 from diffusers_ext.demo.tables import distance_of_real_images, errors_row
 from diffusers_ext.discrete.music import NUM_TOKENS
 from diffusers_ext.evaluation import evaluate_digits
@@ -197,6 +198,7 @@ def test_discrete_section_measures_and_writes_music(tmp_path, sequence_models, c
     assert midi[:4] == b"MThd" and midi.count(b"MTrk") == 5
     printed = capsys.readouterr().out
     assert "20 sequences a row" in printed and "chorales: 3 of 32 steps" in printed
+    assert {Path(name).suffix for name in result["files"]} <= {".png", *MEDIA_TYPES}  # which the report can hold
     texts = (tmp_path / "out/texts.txt").read_text()
     assert texts in printed and texts.count("== ") == 4 and "== 64 steps, by the table" in texts
 

@@ -17,7 +17,7 @@ from .boost_and_skip import COLUMNS
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 STYLE = Path(__file__).parent / "report.css"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-MEDIA_TYPES = {".mid": "audio/midi"}  # of files that are no pictures
+MEDIA_TYPES = {".mid": "audio/midi", ".txt": "text/plain;charset=utf-8"}  # of files that are no pictures
 
 BOOST_CODE = """from diffusers_ext.shipped import load_pipeline
 
