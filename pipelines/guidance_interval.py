@@ -261,7 +261,7 @@ def remove_guidance_interval(pipe: DiffusionPipeline) -> None:
         pipe.__class__ = type(pipe).__mro__[1]
 
 
-@checked_arguments
+@checked_arguments(but="guider")
 def apply_guider(
     pipe: DiffusionPipeline,
     guider: BaseGuidance,

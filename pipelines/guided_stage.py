@@ -381,10 +381,7 @@ class Stage(Proof):
         """Raise if the network reuses what it computed in the step before (FirstBlockCache, FasterCache, ...)."""
         if id(module) in self.checked:
             return
-        registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
-        hooks = [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
-        stateful = sorted({type(hook).__name__ for hook in hooks if getattr(hook, "_is_stateful", False)})
-        if stateful:
+        if stateful := stateful_hooks(module):
             raise ValueError(
                 f"{type(module).__name__} reuses computations of the step before ({', '.join(stateful)}), which a step"
                 " without unconditional rows does not have; call disable_cache() on it, or remove the interval with"
@@ -546,6 +543,13 @@ class Stage(Proof):
         if not role and (self.unproved or not self.listed):
             output = map_tensors(torch.clone, output)  # which the pipeline may change in place
             self.records.append(Record(kind, rows, output, problem, everything))
+
+
+def stateful_hooks(module: torch.nn.Module) -> list[str]:
+    """Names of diffusers' hooks that keep something between the calls of a network, as `enable_cache` puts them in."""
+    registries = (part.__dict__.get("_diffusers_hook") for part in module.modules())
+    hooks = [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
+    return sorted({type(hook).__name__ for hook in hooks if getattr(hook, "_is_stateful", False)})
 
 
 def schedulers_of(pipe: DiffusionPipeline) -> list[Any]:

@@ -244,22 +244,26 @@ def text(model, samples, language_model, **options):
 def words(model, folder, samples, **options):
     """Share of words that occur in FOLDER/train.txt, and the divergence of 5-grams from FOLDER/valid.txt.
 
-    FOLDER: as recipes/shakespeare.py writes it. For scale, `train_divergence` is that of as many stretches of
-    train.txt of as many characters.
+    FOLDER: as recipes/shakespeare.py writes it. For scale, `chance_` has both for tokens drawn by their frequency,
+    and `train_divergence` is that of as many stretches of train.txt.
     """
     train, valid = ((folder / name).read_text() for name in ("train.txt", "valid.txt"))
-    tokenizer = load_pipeline(model).tokenizer
+    tokenizer, pool = load_pipeline(model).tokenizer, read_training_tokens(folder / "tokens.npz").flatten()
 
     def measure(path: Path) -> dict[str, float]:
-        texts = tokenizer.batch_decode(read_tokens(path))
+        tokens = read_tokens(path)
+        texts = tokenizer.batch_decode(tokens)
+        drawn = torch.randint(len(pool), tokens.shape, generator=torch.Generator().manual_seed(0))
+        chance = tokenizer.batch_decode(pool[drawn])
         size = sum(map(len, texts)) // len(texts)
         starts = np.linspace(0, len(train) - size, len(texts)).astype(int)
         real = [train[start : start + size] for start in starts]
         held_out = [valid[start : start + size] for start in range(0, len(valid) - size, size)]
-        row = summary("real_words", torch.tensor(real_word_share(texts, train)))
         return {
-            **row,
+            **summary("real_words", torch.tensor(real_word_share(texts, train))),
+            **summary("chance_real_words", torch.tensor(real_word_share(chance, train))),
             "divergence": ngram_divergence(texts, held_out),
+            "chance_divergence": ngram_divergence(chance, held_out),
             "train_divergence": ngram_divergence(real, held_out),
         }
 

@@ -10,7 +10,6 @@ import re
 import sys
 import tempfile
 
-import numpy as np
 import pytest
 
 # Some containers ask for no bytecode: each worker, and all that a test starts, would compile everything anew.
@@ -61,7 +60,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(tryfirst=True)  # before fixtures draw
 def pytest_runtest_setup():
     """What draws without a generator draws the same numbers, whatever ran before in the worker."""
-    import torch  # after the environment is set
+    import numpy as np  # both after the environment is set
+    import torch
 
     torch.manual_seed(0)
     np.random.seed(0)

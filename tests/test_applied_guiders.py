@@ -179,7 +179,7 @@ class TestUnlisted:
 
 class TestRefused:
     def test_no_guider(self):
-        with pytest.raises(ValueError, match=r"guider must be (a diffusers guider|of the class BaseGuidance)"):
+        with pytest.raises(ValueError, match="guider must be a diffusers guider"):
             apply_guider(CASES["flux"]().pipe, 5.0)
 
     @pytest.mark.parametrize(

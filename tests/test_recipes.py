@@ -306,6 +306,7 @@ def test_works_become_tokens_a_model_and_its_measure(num_tokens, tmp_path):
     measured = ("--samples", 3, "--steps", 2, "--output", tmp_path / "out", "--device", "cpu")
     run(recipe("measure_discrete"), "words", tmp_path / "model", tmp_path / "data", *measured)
     row = json.loads((tmp_path / "out/results.json").read_text())["2"]
+    assert 0 < row["train_divergence"] <= row["chance_divergence"] + 1e-9
     assert 0 < row["train_divergence"] <= row["divergence"] + 1e-9 and row["divergence"] <= np.log(2) + 1e-9
 
 

@@ -18,6 +18,7 @@ from old_runs import FIXTURES, sampled, saved_digits, tables, trained, tuned
 
 from diffusers_ext.jump_your_steps import search
 from diffusers_ext.runs import kept, lock
+from diffusers_ext.runs.bar import steps_left
 from diffusers_ext.runs.checkpoints import Checkpoints
 from diffusers_ext.runs.files import check_folder, staged_folder, write_once
 from diffusers_ext.runs.kept import Kept, differences
@@ -359,3 +360,11 @@ def test_a_search_for_tables_goes_on(before, method, monkeypatch):
     monkeypatch.setattr(search, "drawing_versions", lambda: {**settings["versions"], "torch": "1.0"})
     with pytest.raises(ValueError, match=r"other settings: versions.torch: '.*' before, '1.0' now"):
         tables(path, method)
+
+
+def test_a_training_tells_its_steps_where_there_is_no_terminal(capsys):
+    assert list(steps_left(2, 60, True, lambda: 0.5)) == [*range(2, 60)]
+    said = capsys.readouterr().out
+    assert "training, loss 0.5000, 60 of 60 steps" in said and said.count(" of 60 steps") == 20
+    list(steps_left(0, 60, False, lambda: 0.5))
+    assert capsys.readouterr().out == ""

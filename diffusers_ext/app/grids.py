@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ..comparing import compare
+from ..comparing.settings import interval_of
 from .models import Models
 
 MOST_CELLS = 100
@@ -41,7 +42,7 @@ class Axes:
             ValueError: naming the axis, for what is no value of it and for too many cells.
         """
         kinds: dict[str, Callable] = {
-            "class_labels": int, "seeds": int, "guidance_scales": float, "guidance_intervals": _interval,
+            "class_labels": int, "seeds": int, "guidance_scales": float, "guidance_intervals": interval_of,
             "guiders": str, "gammas": float, "skip_steps": int,
         }  # fmt: skip
         given = {name: _values(name, getattr(self, name), kind) for name, kind in kinds.items()}
@@ -61,15 +62,6 @@ def _values(name: str, text: str, kind: Callable) -> list:
         return [kind(part.strip()) for part in text.split(",")] if text.strip() else []
     except ValueError as error:
         raise ValueError(f"{name.replace('_', ' ')}: values between commas, got {text!r} ({error})") from error
-
-
-def _interval(text: str) -> tuple[float, float] | None:
-    if text == "none":
-        return None
-    low, colon, high = text.partition(":")
-    if not colon:
-        raise ValueError(f"{text!r} is neither none nor LO:HI")
-    return float(low), float(high)
 
 
 def compare_grid(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from math import isfinite
+from math import ceil, isfinite
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from ..runs.lock import lock
 from ..sampling.draw import check_sizes
 from ..sampling.labels import cycled_labels
 from ..sampling.methods import applied, boosted_scheduler
-from .shares import Judge, MeasuredBoost, Shares, at_least, setting_of
+from .shares import Judge, MeasuredBoost, Shares, Z, at_least, setting_of
 
 LEVELS = (3.0, 6.0, 12.0)  # noise over signal; below, a sampler is too near the image, above, it forgets the boost
 FINENESS = 32  # gammas that are told apart, in equal ratios from 1 to the largest
@@ -194,10 +194,10 @@ def _check_target(recognised: float, count: int, max_gamma: float, levels: list[
     if not levels or not all(isfinite(level) and level > 0 for level in levels):
         raise ValueError(f"skip_to_sigma must be finite numbers > 0, at least one, got {levels}")
     if at_least(1.0, count) < recognised:
-        needed = next(n for n in range(count, 10**9) if at_least(1.0, n) >= recognised) if recognised < 0.999 else None
+        needed = ceil(Z**2 * recognised / (1 - recognised))  # at_least(1, n) = n / (n + z^2)
         raise ValueError(
             f"recognised={recognised:g} cannot be shown with {count} samples, even if all of them are valid"
-            f" (at least {at_least(1.0, count):.3f}); take {needed or 'many more'}, better some times as many"
+            f" (at least {at_least(1.0, count):.3f}); take {needed}, better some times as many"
         )
 
 

@@ -16,23 +16,14 @@ class Intervals(click.ParamType):
 
     def convert(self, value, param, ctx):
         """A list of pairs and None; fails as click does for anything else."""
-        from ..pipelines.interval import Interval
+        from ..comparing.settings import interval_of
 
         if isinstance(value, list):
             return value
-        found = []
-        for part in value.split(","):
-            try:
-                bounds = None if part.strip() == "none" else tuple(float(bound) for bound in part.split(":"))
-                if bounds is not None:
-                    sigma_lo, sigma_hi = bounds
-                    Interval(sigma_lo, sigma_hi)
-            except ValueError as error:
-                self.fail(
-                    f'{part!r} is neither "none" nor LO:HI with 0 <= LO < HI, such as 0.28:5.42 ({error})', param, ctx
-                )
-            found.append(bounds)
-        return found
+        try:
+            return [interval_of(part) for part in value.split(",")]
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def axis_of(name: str) -> Callable:

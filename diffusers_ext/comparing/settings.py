@@ -79,6 +79,24 @@ class Grid:
         ]
 
 
+def interval_of(text: str) -> tuple[float, float] | None:
+    """A guidance interval as it is written, "none" for every step, or LO:HI.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if text.strip() == "none":
+        return None
+    try:
+        sigma_lo, sigma_hi = map(float, text.split(":"))
+        Interval(sigma_lo, sigma_hi)
+    except ValueError as error:
+        raise ValueError(
+            f'{text!r} is neither "none" nor LO:HI with 0 <= LO < HI, such as 0.28:5.42 ({error})'
+        ) from error
+    return sigma_lo, sigma_hi
+
+
 def label_of(name: str, value: Any) -> str:
     """A value of an axis in words, for a reader of the picture."""
     if name == "prompt":

@@ -14,8 +14,9 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
+from ..pipelines.guided_stage import stateful_hooks
 from ..pipelines.rows import map_tensors, tensors_in
-from .network_state import has_stateful_hooks, state_of
+from .network_state import state_of
 from .rows import networks_of, rows_of
 
 STATES = 4  # of a network that are told apart
@@ -65,7 +66,7 @@ class OutputMemory:
 
     def _key(self, network: torch.nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         """What an output depends on; None where that is not known."""
-        if has_stateful_hooks(network):
+        if stateful_hooks(network):
             return None
         parts: list[bytes] = []
         try:

@@ -35,16 +35,6 @@ class _Same:
         return id(self.value)
 
 
-def has_stateful_hooks(network: torch.nn.Module) -> bool:
-    """Whether diffusers' hooks keep something between the calls of a network, as `enable_cache` and others do."""
-    return any(
-        getattr(hook, "_is_stateful", False)
-        for module in network.modules()
-        if (registry := module.__dict__.get("_diffusers_hook")) is not None
-        for hook in registry.hooks.values()
-    )
-
-
 def state_of(network: torch.nn.Module) -> list:
     """Equal for two moments between which no weight, buffer, attribute, hook or attention processor has changed.
 
