@@ -250,6 +250,7 @@ def test_a_network_with_a_cache_of_diffusers_is_never_remembered():
 def test_the_memory_is_bounded_and_forgets_what_was_used_longest_ago():
     network, ran = Network(), []
     inputs = [torch.full((4, 256), float(i)) for i in range(3)]  # 4 KiB, and the output as much
+    inputs.append(torch.ones(4, 2560))
 
     def ask(i):
         before = len(ran)
@@ -259,6 +260,7 @@ def test_the_memory_is_bounded_and_forgets_what_was_used_longest_ago():
 
     memory = OutputMemory(24 << 10)  # two of them, and the beginnings of a third
     assert [ask(i) for i in (0, 1, 0, 2, 0, 1, 2)] == [True, True, False, True, False, True, True]
+    assert [ask(i) for i in (3, 3, 2)] == [True, True, False]  # what is too large puts nothing out
     assert 16 << 10 <= memory.size <= 24 << 10
     memory = OutputMemory(1 << 10)  # too small for any
     assert [ask(i) for i in (0, 0)] == [True, True] and memory.size == 0

@@ -289,7 +289,11 @@ def test_works_become_tokens_a_model_and_its_measure(num_tokens, tmp_path):
     options = ("--num-tokens", num_tokens, "--num-pieces", 66 + (num_tokens - 66) // 2, "--length", 8)
     output = run(recipe("shakespeare"), tmp_path / "works.tar.gz", tmp_path / "data", *options)
     train, valid = ((tmp_path / "data" / name).read_text() for name in ("train.txt", "valid.txt"))
-    assert train.startswith("O that 'this' too, too\n\nsolid flesh and O that") and "Man" not in train
+    assert (
+        train.startswith("O that 'this' too, too\n\nsolid flesh and O that")
+        and "Man" not in train
+        and "Thou" not in train
+    )
     assert valid.startswith("Thou thou") and valid.endswith("father lies.\n\n")
     with np.load(tmp_path / "data/tokens.npz") as data:
         tokens, held_out = data["tokens"], data["valid"]
@@ -308,6 +312,15 @@ def test_works_become_tokens_a_model_and_its_measure(num_tokens, tmp_path):
     row = json.loads((tmp_path / "out/results.json").read_text())["2"]
     assert 0 < row["train_divergence"] <= row["chance_divergence"] + 1e-9
     assert 0 < row["train_divergence"] <= row["divergence"] + 1e-9 and row["divergence"] <= np.log(2) + 1e-9
+
+
+def test_pieces_of_rare_words_are_no_whole_words():
+    tokenizer = recipe("shakespeare").make_tokenizer("is that" + " that" * 50 + " thatch" * 5, 66 + 9, 66 + 8)
+    vocabulary = tokenizer.get_vocab()
+    assert sorted(vocabulary.values()) == [*range(len(vocabulary))] and max(vocabulary, key=vocabulary.get) == " that"
+    whole, thatch = tokenizer(" that").input_ids, tokenizer(" thatch").input_ids
+    assert whole == [vocabulary[" that"]] and len(thatch) > 1 and whole[0] not in thatch
+    assert tokenizer.decode(thatch) == " thatch"
 
 
 @pytest.fixture
