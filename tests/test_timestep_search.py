@@ -395,7 +395,7 @@ def test_tables_for_any_number_of_steps():
     assert len(tables.info[8]["model"]["sha256"]) == 64 and tables.info[8]["versions"]["torch"]
 
 
-@pytest.mark.parametrize(("most", "intervals"), [(4, 64), (20, 80)])
+@pytest.mark.parametrize(("most", "intervals"), [(4, 128), (40, 160)])
 def test_the_grid_grows_with_the_steps(most, intervals):
     info = countdown_tables(num_inference_steps=[2, most], grid_size=None, num_samples=2).info[2]
     assert info["grid_size"] == intervals and info["network_evaluations"] <= 2 * (intervals + 1)

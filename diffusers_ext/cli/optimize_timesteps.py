@@ -48,7 +48,7 @@ from .options import DEVICE, MODEL, SEED, TRUST_REMOTE_CODE, Finite
     help="Of them, those that do not choose the tables and say what they cost; by default a quarter.",
 )  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--grid-size", type=click.IntRange(min=2), default=None, help="By default 4 for each of the most steps.")
+@click.option("--grid-size", type=click.IntRange(min=2), default=None, help="By default 4 a step, at least 128.")
 @click.option(
     "--num-positions", type=click.IntRange(min=1), default=None,
     help="Of each sequence, drawn at random; by default as many as fit into 1 GiB.",

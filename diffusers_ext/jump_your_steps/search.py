@@ -25,7 +25,7 @@ from .tables import TimestepTables, chain_of, times_of_counts
 
 METHODS = ("exact", "hierarchical", "golden")
 GRID_SIZES = {"exact": 256, "hierarchical": 256, "golden": 1024}
-INTERVALS_A_STEP, FEWEST_INTERVALS = 4, 64  # of exact's grid of times: docs/jump_your_steps.md has what fewer cost
+INTERVALS_A_STEP, FEWEST_INTERVALS = 4, 128  # of exact's grid of times: docs/jump_your_steps.md has what fewer cost
 
 
 @checked_arguments
@@ -90,8 +90,8 @@ def optimize_timesteps(
         num_report_samples: how many of these, the last, are kept from the choice; by default a quarter.
         batch_size: sequences that pass the network together.
         grid_size: intervals of the grid, so many evaluations of the network; by default for exact 4 for each of the
-            most steps and at least 64, for hierarchical 256, for golden 1024. The grid of gillespie are the numbers of
-            tokens, by default 256 of them or all where the length is no larger, and always all for golden.
+            most steps and at least 128, for hierarchical 256, for golden 1024. The grid of gillespie are the numbers
+            of tokens, by default 256 of them or all where the length is no larger, and always all for golden.
         num_positions: of exact and hierarchical, how many positions of a sequence enter, see `RateStatistics`.
         given: where tokens are given, (length,) or (count, length) bool, see `KLUB`.
         mask_token_id: the mask of a BlockRefinementScheduler's network, which that scheduler does not know.
