@@ -248,7 +248,7 @@ def test_a_grid_is_that_of_compare(models):
     assert sheet.table.count("images/") == 0 and "0.75" in sheet.table
     for wrong, message in (
         ({"seeds": "0;1"}, "seeds: values between commas, got '0;1'"),
-        ({"guidance_intervals": "0.7"}, "guidance intervals: .*neither none nor LO:HI"),
+        ({"guidance_intervals": "0.7"}, "guidance intervals: .*'0.7' is neither \"none\" nor LO:HI"),
         ({"class_labels": "10"}, "class_label: class labels must be in"),
         ({"seeds": ",".join(map(str, range(101)))}, "101 images, at most 100"),
         ({"prompt": "cat"}, "prompt"),

@@ -91,9 +91,7 @@ def interval_of(text: str) -> tuple[float, float] | None:
         sigma_lo, sigma_hi = map(float, text.split(":"))
         Interval(sigma_lo, sigma_hi)
     except ValueError as error:
-        raise ValueError(
-            f'{text!r} is neither "none" nor LO:HI with 0 <= LO < HI, such as 0.28:5.42 ({error})'
-        ) from error
+        raise ValueError(f'{text!r} is neither "none" nor LO:HI with 0 <= LO < HI, such as 0.28:5.42') from error
     return sigma_lo, sigma_hi
 
 
