@@ -25,7 +25,7 @@ from rich.table import Table
 from diffusers_ext import choose_boost
 from diffusers_ext.boost import BoostChoice, MeasuredBoost
 from diffusers_ext.boost.shares import at_least
-from diffusers_ext.metrics import average_knn_distance
+from diffusers_ext.metrics import nearest_neighbours
 from diffusers_ext.runs.files import replacing, write_json
 from diffusers_ext.runs.lists import NUMBERS, ListsCommand
 from diffusers_ext.runs.rows import ResultRows
@@ -96,7 +96,7 @@ def main(output, recognised, samples, steps, levels, paper_samples, dtype):
     def rarity(images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             features = classifier(images * 2 - 1).features
-        return torch.tensor([average_knn_distance(one[None], reference.features, NEIGHBOURS) for one in features])
+        return torch.from_numpy(nearest_neighbours(features, reference.features, NEIGHBOURS)[0].mean(axis=1))
 
     console = Console()
     with Progress(console=console) as progress:

@@ -12,14 +12,8 @@ from rich.table import Table
 
 from ..checkpoints.safe_pickle import as_numbers, safe_load
 from ..checkpoints.tensor_files import refusing
-from ..metrics import (
-    average_knn_distance,
-    feature_statistics,
-    frechet_distance,
-    local_outlier_factor,
-    precision_recall,
-    rarity_score,
-)
+from ..metrics import feature_statistics, frechet_distance, nearest_neighbours, precision_recall, rarity_score
+from ..metrics.lof import outlier_factors
 from ..pipelines.call_arguments import checked_arguments
 from ..shipped import load_shipped_classifier
 from .cache import cache_path, load_features, save_features
@@ -124,7 +118,10 @@ def evaluate_images(
     distance = any(name in FRECHET for name in metrics)
     without_lof = asked is None and not given and "lof" not in metrics
     return {
-        "metrics": _numbers(sample_features, real_features, real if given else None, metrics, k),
+        "metrics": _numbers(
+            sample_features, real_features, real if given else None, metrics, k,
+            _scores(sample_features, real_features, metrics, k),
+        ),  # fmt: skip
         "k": k,
         "features": {
             "name": extractor.name,
@@ -194,26 +191,23 @@ def evaluate_digits(
     outputs = [classifier(batch.float() * 2 - 1) for batch in images.split(500)]
     features = torch.cat([output.features for output in outputs])
     recognised = torch.cat([output.logits for output in outputs]).argmax(1) == labels
-    numbers = _digit_numbers(features, recognised, reference, metrics)
+    scores = _scores(features, reference.features, metrics, NEIGHBOURS)
+    numbers = _digit_numbers(features, recognised, reference, metrics, scores)
     if with_errors:
-        numbers |= _errors(features, recognised, labels, reference, metrics)
+        numbers |= _errors(features, recognised, labels, reference, metrics, scores)
     return numbers
 
 
-def _digit_numbers(features, recognised, reference, metrics: Sequence[str]) -> dict[str, float | None]:
-    """See `evaluate_digits`. features (count, dim), recognised (count,): of the samples. reference: of training."""
+def _digit_numbers(features, recognised, reference, metrics: Sequence[str], scores) -> dict[str, float | None]:
+    """See `evaluate_digits`. features (count, dim), recognised (count,), scores: of the samples. reference: real."""
     numbers: dict[str, float | None] = {"recognised": recognised.cpu().double().mean().item()}
     if "knn_distance" in metrics:
-        alone, k = features[recognised], NEIGHBOURS["knn_distance"]
-        numbers["knn_distance_recognised"] = average_knn_distance(alone, reference.features, k) if len(alone) else None
-    statistics = (reference.mean, reference.covariance)
-    for name in metrics:
-        real = reference.features[: len(features)] if name == "precision_recall" else reference.features
-        numbers.update(_numbers(features, real, statistics, [name], NEIGHBOURS))
-    return numbers
+        numbers["knn_distance_recognised"] = _mean(scores["knn_distance"][recognised.cpu().numpy()])
+    statistics, real = (reference.mean, reference.covariance), reference.features[: len(features)]
+    return numbers | _numbers(features, real, statistics, metrics, NEIGHBOURS, scores)
 
 
-def _errors(features, recognised, labels, reference, metrics: Sequence[str]) -> dict[str, float | None]:
+def _errors(features, recognised, labels, reference, metrics: Sequence[str], scores) -> dict[str, float | None]:
     r"""Standard errors by the jackknife, B = `BLOCKS` blocks left out one at a time (Efron and Stein, 1981).
 
     .. math:: \mathrm{se}^2 = \frac{B - 1}{B} \sum_b (\theta_{(b)} - \bar\theta)^2
@@ -230,8 +224,9 @@ def _errors(features, recognised, labels, reference, metrics: Sequence[str]) -> 
     dealt[order] = torch.arange(len(order)) % BLOCKS
     without = []
     for block in range(BLOCKS):
-        rest = (dealt != block).to(features.device)
-        without.append(_digit_numbers(features[rest], recognised[rest], reference, metrics))
+        rest = dealt != block
+        kept, left = rest.to(features.device), {name: values[rest.numpy()] for name, values in scores.items()}
+        without.append(_digit_numbers(features[kept], recognised[kept], reference, metrics, left))
     errors: dict[str, float | None] = {}
     for name in without[0]:
         values = [numbers[name] for numbers in without]
@@ -254,10 +249,25 @@ def _check_digits(images: torch.Tensor, labels: torch.Tensor) -> None:
         raise ValueError(f"labels must be integers in [0, 9], a tensor of one an image, got {labels!r:.200}")
 
 
-def _numbers(features, reference, statistics, metrics: Sequence[str], k: Mapping[str, int]) -> dict[str, float | None]:
+def _scores(features, reference, metrics: Sequence[str], k: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Of the metrics asked for that are means over the samples, each sample's share, (n,); see `_numbers`."""
+    scores = {}
+    if "knn_distance" in metrics:
+        scores["knn_distance"] = nearest_neighbours(features, reference, k["knn_distance"])[0].mean(axis=1)
+    if "lof" in metrics:
+        scores["lof"] = outlier_factors(features, reference, k["lof"])
+    if "rarity" in metrics:
+        scores["rarity"] = rarity_score(features, reference, k["rarity"]).scores
+    return scores
+
+
+def _numbers(
+    features, reference, statistics, metrics: Sequence[str], k: Mapping[str, int], scores: Mapping[str, np.ndarray]
+) -> dict[str, float | None]:
     """The metrics asked for of features (n, dim) against reference features (m, dim).
 
-    statistics: mean and covariance for the Fréchet distance; None takes those of the reference features.
+    statistics: mean and covariance for the Fréchet distance; None takes those of the reference features. scores: what
+    `_scores` returned of these samples.
     """
     numbers: dict[str, float | None] = {}
     for name in metrics:
@@ -274,14 +284,17 @@ def _numbers(features, reference, statistics, metrics: Sequence[str], k: Mapping
             numbers[name] = frechet_distance(ours.mean, ours.covariance, *statistics)
         elif name == "precision_recall":
             numbers.update(precision_recall(features, reference, k[name])._asdict())
-        elif name == "knn_distance":
-            numbers[name] = average_knn_distance(features, reference, k[name])
-        elif name == "lof":
-            numbers[name] = local_outlier_factor(features, reference, k[name])
         elif name == "rarity":
-            rarity = rarity_score(features, reference, k[name])
-            numbers.update(rarity=rarity.mean if rarity.inside else None, inside=rarity.inside)
+            inside = ~np.isnan(scores[name])
+            numbers.update(rarity=_mean(scores[name][inside]), inside=_mean(inside))
+        else:
+            numbers[name] = _mean(scores[name])
     return numbers
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """None of no values."""
+    return float(values.mean()) if len(values) else None
 
 
 def _available() -> list[str]:

@@ -30,6 +30,11 @@ def local_outlier_factor(features, reference, k: int = 20) -> float:
         ValueError: for wrong features or k.
         ImportError: without scikit-learn.
     """
+    return float(outlier_factors(features, reference, k).mean())
+
+
+def outlier_factors(features, reference, k: int) -> np.ndarray:
+    """The factor of each sample, (n,); see `local_outlier_factor`."""
     try:
         from sklearn.neighbors import LocalOutlierFactor
     except ImportError as error:
@@ -40,4 +45,4 @@ def local_outlier_factor(features, reference, k: int = 20) -> float:
     # algorithm="auto": a k-d tree up to 15 dimensions, blockwise brute force above; neither holds all distances.
     model = LocalOutlierFactor(n_neighbors=int(k), novelty=True, algorithm="auto").fit(reference - centre)
     chunks = (features[start : start + ROWS] - centre for start in range(0, len(features), ROWS))
-    return float(-np.concatenate([model.score_samples(chunk) for chunk in chunks]).mean())
+    return -np.concatenate([model.score_samples(chunk) for chunk in chunks])
