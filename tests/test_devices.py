@@ -299,7 +299,7 @@ def test_a_pipeline_on_a_device(name, as_on_a_mac, monkeypatch):
 def test_dopri5_on_a_device():
     pytest.importorskip("torchdiffeq")
     pipe = RUNS["flow"][0]()
-    run = functools.partial(pipe, IMAGES, solver="dopri5", output_type="pt")
+    run = functools.partial(pipe, IMAGES, solver="dopri5", rtol=1e-4, atol=1e-4, output_type="pt")
     expected = run().images
     pipe.to("dx")
     torch.testing.assert_close(run().images.cpu(), expected, rtol=1e-5, atol=1e-5)

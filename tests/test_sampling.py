@@ -120,7 +120,7 @@ def test_two_processes_write_what_one_writes(tmp_path, digits):
 @pytest.mark.slow
 def test_a_kill_loses_no_finished_batch(tmp_path, digits):
     """Two processes are killed; one process goes on, and the files are those of an uninterrupted one."""
-    killed, whole, steps = tmp_path / "killed", tmp_path / "whole", 12
+    killed, whole, steps = tmp_path / "killed", tmp_path / "whole", 6
     options = ("--num-samples", 24, "--batch-size", 2, "--num-inference-steps", steps, "--random-labels")
     command = ("sample", "mnist-unet", "--output", killed, "--device", "cpu", *options)
     workers = start_two("from diffusers_ext.cli import main; main()", *command, folder=tmp_path)

@@ -1,11 +1,9 @@
 """The suite's own rules: what conftest.py selects, and which skips CI accepts."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from fresh_process import start_fresh
 
 TESTS = """
 import pytest
@@ -34,14 +32,19 @@ def test_expected():
 @pytest.fixture
 def closing_line(tmp_path, monkeypatch):
     (tmp_path / "test_some.py").write_text(TESTS)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    code = """
+import os, sys
+for name in [name for name in os.environ if name.startswith("PYTEST")]:
+    del os.environ[name]
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
 
     def run(*options: str, ci: str = "") -> str:
-        command = [sys.executable, "-m", "pytest", "-p", "conftest", "-c", os.devnull, "--rootdir", str(tmp_path)]
-        command += ["-p", "no:cacheprovider", "-W", "ignore", *options, str(tmp_path / "test_some.py")]
-        done = subprocess.run(command, env={**environment, "CI": ci}, capture_output=True, text=True, timeout=120)
-        return done.stdout.strip().splitlines()[-1].strip("= ").split(" in ")[0]
+        words = ["-p", "conftest", "-c", os.devnull, "--rootdir", tmp_path, "-p", "no:cacheprovider", "-W", "ignore"]
+        said = tmp_path / "said.log"
+        start_fresh(code, *words, *options, tmp_path / "test_some.py", said=said, CI=ci).join()
+        return said.read_text().strip().splitlines()[-1].strip("= ").split(" in ")[0]
 
     return run
 
