@@ -116,12 +116,10 @@ def evaluate_images(
     real_features, real_facts = (None, {"path": str(reference)}) if given else run("reference", real)
     sample_features, facts = run("generated", samples)
     distance = any(name in FRECHET for name in metrics)
+    scores = _scores(sample_features, real_features, metrics, k)
     without_lof = asked is None and not given and "lof" not in metrics
     return {
-        "metrics": _numbers(
-            sample_features, real_features, real if given else None, metrics, k,
-            _scores(sample_features, real_features, metrics, k),
-        ),  # fmt: skip
+        "metrics": _numbers(sample_features, real_features, real if given else None, metrics, k, scores),
         "k": k,
         "features": {
             "name": extractor.name,
