@@ -75,11 +75,11 @@ def test_wrong_labels_and_noise_show(digits):
 
 def test_standard_errors_are_those_of_sampling():
     generator = torch.Generator().manual_seed(0)
-    images, labels = torch.rand(300, 1, 28, 28, generator=generator), torch.zeros(300, dtype=torch.long)
-    images *= torch.rand(300, 1, 1, 1, generator=generator)
+    images, labels = torch.rand(100, 1, 28, 28, generator=generator), torch.zeros(100, dtype=torch.long)
+    images *= torch.rand(100, 1, 1, 1, generator=generator)
     numbers = evaluate_digits(images, labels, ["knn_distance"], with_errors=True)
     each = torch.tensor([evaluate_digits(x[None], labels[:1], ["knn_distance"])["knn_distance"] for x in images])
-    assert 0.5 < numbers["knn_distance_error"] / (each.std() / 300**0.5).item() < 2  # of ten blocks: 9 degrees
+    assert 0.5 < numbers["knn_distance_error"] / (each.std() / 100**0.5).item() < 2  # of ten blocks: 9 degrees
     assert numbers["knn_distance"] == evaluate_digits(images, labels, ["knn_distance"])["knn_distance"]
     alike = evaluate_digits(images[:1].repeat(30, 1, 1, 1), labels[:30], ["knn_distance"], with_errors=True)
     assert alike["knn_distance_error"] == pytest.approx(0, abs=1e-6)

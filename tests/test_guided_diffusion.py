@@ -127,7 +127,7 @@ STRUCTURES = {
 def difference(source: SourceNetwork, unet: UNet2DModel) -> float:
     """Largest difference of outputs, at early, middle and late timesteps of random input."""
     layout, generator = source.layout, torch.Generator().manual_seed(0)
-    size, timesteps = 4 * 2 ** (len(layout.widths) - 1), torch.tensor([0, 10, 999])
+    size, timesteps = 2 * 2 ** (len(layout.widths) - 1), torch.tensor([0, 10, 999])
     x = torch.randn(3, layout.in_channels, size, size, generator=generator)
     labels = None if layout.num_classes is None else torch.randint(layout.num_classes, (3,), generator=generator)
     return (unet(x, timesteps, class_labels=labels).sample - source(x, timesteps, labels)).abs().max().item()
