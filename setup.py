@@ -21,7 +21,7 @@ BASE = [
     "pyyaml>=6.0.0",
     "jinja2>=3.1.0",  # which torch takes as well
     "click>=8.4.0",
-    "rich>=13.0.0",
+    "rich>=14.3.0",  # a bar that is disabled prints nothing
     "filelock>=3.32.0",  # the oldest with a hook for the acquired lock; tested apart from the others
 ]
 METRICS = ["scikit-learn>=1.5.0", "faiss-cpu>=1.9.0.post1"]

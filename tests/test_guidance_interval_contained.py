@@ -32,9 +32,8 @@ def sample(pipe, **options) -> torch.Tensor:
 
 
 def beside(pipe):
-    """A stock pipeline with the same networks; tokenizers pad as the thread before has asked, so each has its own."""
-    own = {name: copy.deepcopy(getattr(pipe, name)) for name in ("scheduler", "tokenizer", "tokenizer_2")}
-    other = STOCK(**{**pipe.components, **own}, add_watermarker=False)
+    """A stock pipeline with the same networks."""
+    other = STOCK(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}, add_watermarker=False)
     other.set_progress_bar_config(disable=True)
     return other
 
@@ -95,15 +94,19 @@ class TestCopies:
 
 class TestBesides:
     def test_threads_that_share_networks(self, limited):
+        """Encoders not among them: those of transformers 5.0 disturb each other in threads, in stock pipelines too."""
         pipe, expected, plain = limited
         second, stock = beside(pipe), beside(pipe)
         apply_guidance_interval(second, guided_steps=(0, 0))
         wanted = {0: expected, 1: sample(second), 2: plain}
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        with torch.no_grad():
+            encoded = dict(zip(names, pipe.encode_prompt(WORDS["prompt"]), strict=True))
         found = {number: [] for number in wanted}
 
         def draw(number, one):
             for _ in range(3):
-                found[number].append(sample(one))
+                found[number].append(sample(one, prompt=None, **encoded))
 
         threads = [threading.Thread(target=draw, args=pair) for pair in enumerate((pipe, second, stock))]
         for thread in threads:
