@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fresh_process import ended, start_two
+from fresh_process import start_two
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
@@ -22,7 +22,11 @@ def run_on_two(notes: Path, *arguments, launcher: tuple[str, ...] = ()) -> str:
         said = done.stdout
     else:
         processes = start_two("cli_on_processes.py", notes, *arguments, folder=notes)
-        said = "".join(ended(process, notes / f"{rank}.log") for rank, process in enumerate(processes))
+        for process in processes:
+            process.join()
+        logs = [(notes / f"{rank}.log").read_text(encoding="utf-8") for rank in range(len(processes))]
+        assert not any(process.exitcode for process in processes), "\n".join(logs)
+        said = "".join(logs)
     found = [(notes / rank).read_text() for rank in "01"]
     assert found == ["2 on cpu"] * 2, found
     return said

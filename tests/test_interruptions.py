@@ -11,13 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fresh_process import ended, start_fresh
-from old_runs import tables, trained
+from old_runs import sampled, saved_digits, tables, trained
 from test_sampling import tiny_ddpm
 
+from diffusers_ext.flow import training_run
 from diffusers_ext.guidance import tuning
 from diffusers_ext.guidance.search import DistanceTable, GuidedSteps
 from diffusers_ext.runs.lock import lock
+from diffusers_ext.runs.processes import Processes
 from diffusers_ext.runs.rows import ResultRows
+from diffusers_ext.sampling import folder as sampling_folder
 
 
 def full_disk(monkeypatch, name: str, after: int = 0):
@@ -109,6 +112,26 @@ def test_kills_at_random_moments_change_no_byte(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "sampling", "pictures", "training", "exact", "golden", "tuning", "export", "flow",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "work"), [(sampling_folder, lambda folder: sampled(saved_digits(), folder)), (training_run, trained)]
+)
+def test_one_process_judges_a_folder_for_all(module, work, tmp_path, monkeypatch):
+    """Another, a little later, may find there what the first has begun."""
+    agreed, check, agreeing, judged = Processes.agreed, module.check_folder, [], []
+
+    def noting(self, task):
+        agreeing.append(task)
+        try:
+            return agreed(self, task)
+        finally:
+            agreeing.pop()
+
+    monkeypatch.setattr(Processes, "agreed", noting)
+    monkeypatch.setattr(module, "check_folder", lambda *given: judged.append(bool(agreeing)) or check(*given))
+    work(tmp_path)
+    assert judged == [True]
 
 
 def tuned(folder):

@@ -58,7 +58,9 @@ class TrainingRun:
     """The state of a training run in memory and in its folder, which it holds, as a context, while it goes on."""
 
     def __init__(self, accelerator: Accelerator, output: str | Path | None, settings: dict, steps: int):
-        self.accelerator, self.folder = accelerator, None if output is None else check_output(output)
+        self.accelerator, self.processes = accelerator, Processes(accelerator)
+        # Judged by one process, since another may find what the first has begun there.
+        self.folder = None if output is None else self.processes.agreed(lambda: check_output(output))
         self.settings, self.steps = settings, steps
         self.checkpoints = None if output is None else Checkpoints(accelerator, self.folder)
         self.history: list[dict] = []
@@ -67,11 +69,10 @@ class TrainingRun:
 
     def __enter__(self) -> "TrainingRun":
         if self.folder is not None:
-            processes = Processes(self.accelerator)
             self.folder.mkdir(parents=True, exist_ok=True)
             with ExitStack() as held:
-                held.enter_context(lock(self.folder, processes))
-                processes.agreed(self._open)
+                held.enter_context(lock(self.folder, self.processes))
+                self.processes.agreed(self._open)
                 self._held = held.pop_all()
         return self
 

@@ -139,7 +139,8 @@ def sample_to_folder(
         "cpu_threads": threads,
         **describe_pipeline(pipe),
     }
-    folder, labels = check_folder(folder, MANIFEST), inputs.get("class_labels")
+    # Judged by one process, since another may find what the first has begun there.
+    folder, labels = processes.agreed(lambda: check_folder(folder, MANIFEST)), inputs.get("class_labels")
     with _made(folder, processes), lock(folder, processes):
         run = _Run(
             folder,
