@@ -356,7 +356,7 @@ class TestTable:
         space = {}
         exec("def __call__(self, *args, guidance_scale=4.0, **kwargs):\n    return None", space)
         monkeypatch.setattr(diffusers.StableDiffusionPipeline, "__call__", space["__call__"])
-        with pytest.raises(ValueError, match=r"the source of StableDiffusionPipeline.__call__ (cannot be read|is not the code)"):
+        with pytest.raises(ValueError, match=r"the source of .*__call__ (cannot be read|is not the code)"):
             case.pipe(**case.options)
 
     def test_a_subclass_is_proved(self):
