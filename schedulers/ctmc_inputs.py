@@ -46,6 +46,12 @@ def recorded_noise(kernel, noise, x0: torch.Tensor):
     return tuple(n.to(x0.device) for n in noise) if pair else noise.to(x0.device)
 
 
+def check_recorded(noise: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for recorded noise of another shape."""
+    if noise is not None and tuple(noise.shape) != tuple(shape):
+        raise ValueError(f"noise must have the shape {tuple(shape)}, got {tuple(noise.shape)}")
+
+
 def check_number(count: int, batch: int) -> None:
     """Raise ValueError unless times are one or one a sample."""
     if count not in (1, batch):

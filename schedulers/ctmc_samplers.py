@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 
 from .ctmc_draws import Generators, clocks, clocks_a_token, clocks_for_tokens, draw_tokens, replay_tokens
+from .ctmc_inputs import check_recorded
 from .ctmc_kernels import rest_stays, stays_or_jumps
 from .ctmc_reverse import ReverseChain
 from .timestep_edges import StepEdges
@@ -374,9 +375,3 @@ def rows_at_once(sample: torch.Tensor, vocab_size: int) -> int:
 def of_rows(generator: Generators, rows: slice) -> Generators:
     """The generators of some samples."""
     return generator[rows] if isinstance(generator, list) else generator
-
-
-def check_recorded(noise: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raise ValueError for recorded noise of another shape."""
-    if noise is not None and tuple(noise.shape) != tuple(shape):
-        raise ValueError(f"noise must have the shape {tuple(shape)}, got {tuple(noise.shape)}")

@@ -1,41 +1,28 @@
 """Sampling of discrete diffusion models in continuous time: SEDD, tauLDR, their samplers and timestep tables."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
 
 from .ctmc_config import check_config, check_source
-from .ctmc_draws import Generators, column
+from .ctmc_corrector import Corrector
+from .ctmc_counts import CountedSteps
+from .ctmc_draws import Generators
 from .ctmc_forward import ForwardChain
-from .ctmc_inputs import Times, batch_times, check_number, check_step_inputs, check_tokens, counts_of, spans
+from .ctmc_inputs import Times, batch_times, check_step_inputs, spans
 from .ctmc_kernels import AbsorbingKernel, ReversibleKernel, UniformKernel, build_kernel
 from .ctmc_noise_schedules import NoiseSchedule, build_noise_schedule
+from .ctmc_output import CTMCSchedulerOutput, step_output
 from .ctmc_reverse import ReverseChain
-from .ctmc_samplers import CHUNK, SAMPLERS, Sampler, build_sampler, check_recorded, chunks, denoise, groups, movable
+from .ctmc_samplers import CHUNK, SAMPLERS, Sampler, build_sampler, chunks, denoise, groups, movable
 from .scheduler_arguments import checked_arguments, is_of_kind, short
 from .timestep_edges import StepEdges, times_of
 from .timestep_tables import check_edges, check_tables, interpolated_edges, tables_for
 
 
-@dataclass
-class CTMCSchedulerOutput(BaseOutput):
-    """What a step of a `CTMCScheduler` returns.
-
-    Attributes:
-        prev_sample: (batch, length) int64, the tokens at the next, smaller time.
-        prev_timestep: (batch,), that time, 0 for clean tokens.
-    """
-
-    prev_sample: torch.Tensor
-    prev_timestep: torch.Tensor | None = None  # accelerate rebuilds outputs from one dict, taken as first field
-
-
-class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
+class CTMCScheduler(ForwardChain, CountedSteps, Corrector, SchedulerMixin, ConfigMixin):
     r"""Reverse of a continuous-time Markov chain on tokens (Campbell et al. 2205.14987; Lou et al. 2310.16834).
 
     Forward, every token jumps by itself with rates sigma(t) Q; in reverse, from token x to y, with
@@ -325,7 +312,7 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
             index = self._schedule().index(timestep)
             if index + 1 == len(self._steps.points):
                 denoised = self.denoise(model_output, timestep, sample, generator, noise=noise)
-                return self._output(denoised, [0.0] * len(sample), return_dict)
+                return step_output(denoised, [0.0] * len(sample), return_dict)
             timestep, next_timestep = self._steps.points[index : index + 2]
             stage = index % self.sampler.evaluations_per_step
         elif self.sampler.evaluations_per_step > 1:
@@ -335,83 +322,7 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
             )
         times = spans(self._times(timestep, len(sample)), times_of(next_timestep), self.sampler.least)
         moved = self.sampler.stages[stage](model_output, sample, times, generator, noise)
-        return self._output(moved, [then for _, then in times], return_dict)
-
-    def _decode(self, model_output, timestep, sample, counts, generator, noise, return_dict: bool):
-        """A gillespie step; times on a device are not read."""
-        if noise is not None:
-            check_recorded(noise[0], sample.shape)
-        start = self._start(timestep, sample)
-        tokens, elapsed, finished = self.sampler.step(model_output, sample, start, counts, generator, noise)
-        least = self.config.min_timestep
-        return self._output(tokens, (start - elapsed).clamp(min=least).masked_fill(finished, least), return_dict)
-
-    def _start(self, timestep: Times, sample: torch.Tensor) -> torch.Tensor:
-        """The times of a batch, (batch,) float32 on its device."""
-        on_device = isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"
-        if on_device and (self._steps is None or self._steps.known(timestep) is None):
-            check_number(timestep.numel(), len(sample))
-            return timestep.to(sample.device, torch.float32).reshape(-1).expand(len(sample))
-        return column(self._times(timestep, len(sample)), sample.device)
-
-    @staticmethod
-    def _output(sample: torch.Tensor, time, return_dict: bool) -> CTMCSchedulerOutput | tuple:
-        """time: a list of one a sample on the host, or (batch,) on the sample's device."""
-        time = time if isinstance(time, torch.Tensor) else column(time, sample.device)
-        return CTMCSchedulerOutput(prev_sample=sample, prev_timestep=time) if return_dict else (sample, time)
-
-    @checked_arguments
-    def step_correct(
-        self,
-        model_output: torch.Tensor,
-        timestep: Times,
-        sample: torch.Tensor,
-        step_size: float,
-        generator: Generators = None,
-        *,
-        noise: torch.Tensor | None = None,
-        return_dict: bool = True,
-    ) -> CTMCSchedulerOutput | tuple:
-        r"""One corrector step at a fixed time: a leap with the rates R_t + \hat R_t, which leave p_t as it is.
-
-        R_t(x, y) = sigma(t) Q[x, y] are the forward rates out of the current token (2205.14987, section 4.3).
-
-        Args:
-            model_output: (batch, length, vocab) at `sample` and `timestep`.
-            timestep: of the sample, one or (batch,).
-            sample: (batch, length) int64.
-            step_size: the time that the leap takes; it is a multiple, `corrector_step_size_multiplier`, of the length
-                of the step before, in tauLDR.
-            generator: as in `step`.
-            noise: as in `step`.
-            return_dict: as in `step`.
-
-        Raises:
-            ValueError: for other shapes, with gillespie, and for a step_size that is not finite and > 0.
-        """
-        check_step_inputs(self.config.vocab_size, model_output, sample, generator)
-        if self.sampler.counts_tokens:
-            raise ValueError("sampler='gillespie' counts decoded tokens and a corrector masks them again; use 'euler'")
-        if not (math.isfinite(step_size) and step_size > 0):
-            raise ValueError(f"step_size must be a finite number > 0, got {step_size!r}")
-        times = self._times(timestep, len(sample))
-        leaps = [(time, time - step_size) for time in times]
-        corrected = self.sampler.correct(model_output, sample, leaps, generator, noise)
-        return self._output(corrected, times, return_dict)
-
-    def corrections(self, index: int) -> list[tuple[float, float]]:
-        """(time, step size) of the corrector steps that follow an evaluation, none but at the end of a step.
-
-        Args:
-            index: of the evaluation, its entry of `timesteps`.
-        """
-        step, stage = divmod(index, self.sampler.evaluations_per_step)
-        edges = self._schedule().edges[step : step + 2]
-        at_end = stage + 1 == self.sampler.evaluations_per_step and len(edges) == 2
-        if not at_end or edges[0] > self.config.corrector_entry_time:
-            return []
-        size = self.config.corrector_step_size_multiplier * (edges[0] - edges[1])
-        return [(edges[1], size)] * self.config.num_corrector_steps
+        return step_output(moved, [then for _, then in times], return_dict)
 
     @checked_arguments
     def denoise(
@@ -440,40 +351,6 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
         if not self.reverse.denoising_draws:
             return model_output.argmax(dim=-1)
         return denoise(self.reverse, model_output, sample, times, generator, noise)
-
-    @checked_arguments
-    def num_decode(self, sample: torch.Tensor, step_index: int) -> list[int]:
-        """How many masks of each sample step `step_index` of the schedule decodes with gillespie.
-
-        At an edge t of the schedule ceil(length (t - t_min) / (1 - t_min)) tokens are still masked, t_min the smaller
-        of `min_timestep` and the last edge: a table of token counts k_0 = 0 < k_1 < ... < k_n = length is the table of
-        times 1 - k_i / length, the last one `min_timestep`. What is left at a last edge above that, one more step
-        decodes. Where other tokens were given at first, the same share of the masks stays.
-
-        Args:
-            sample: (batch, length).
-            step_index: the step, counted from 0.
-        """
-        check_tokens(sample)
-        return self.num_decode_on_device(sample, step_index).tolist()
-
-    def num_decode_on_device(self, sample: torch.Tensor, step_index: int) -> torch.Tensor:
-        """What `num_decode` gives, (batch,) int64 on the sample's device, without reading it.
-
-        Args:
-            sample: as of `num_decode`.
-            step_index: as of `num_decode`.
-        """
-        return self.sampler.num_decode(sample, self._schedule(), step_index, self.config.min_timestep)
-
-    def _counts(self, timestep, sample, num_decode) -> int | torch.Tensor:
-        """How many masks a gillespie step decodes: one number, or (batch,) on the device."""
-        if num_decode is not None:
-            return counts_of(num_decode, sample.device, len(sample))
-        index = self._schedule().index(timestep)
-        if index == self._steps.evaluations:
-            raise ValueError(f"timestep={timestep} is the last edge, where gillespie has decoded everything")
-        return self.num_decode_on_device(sample, index)
 
     def _times(self, timestep: Times, batch: int) -> list[float]:
         return batch_times(self._steps.times(timestep) if self._steps else times_of(timestep), batch)

@@ -58,6 +58,8 @@ def check_tables(tables, info) -> None:
     for steps, edges in (tables or {}).items():
         check_edges(edges, f"timestep_tables[{steps!r}]", steps=str(steps))
     for steps, entry in (info or {}).items():
+        if not (str(steps).isdecimal() and str(int(str(steps))) == str(steps)):
+            raise ValueError(f"timestep_table_info must be named by numbers of steps, got {steps!r}")
         kinds = isinstance(entry, dict) and isinstance(entry.get("chain", {}), dict)
         if not kinds or not isinstance(entry.get("sampler", ""), str):
             raise ValueError(
@@ -76,9 +78,9 @@ def tables_for(config: Mapping, counts_tokens: bool, chain) -> dict[int, list[fl
     Raises:
         ValueError: for a table of another chain, and for one of shares where times are needed.
     """
-    info, tables = config.get("timestep_table_info") or {}, {}
+    info, tables = {str(n): entry for n, entry in (config.get("timestep_table_info") or {}).items()}, {}
     for name, edges in (config["timestep_tables"] or {}).items():
-        entry = info.get(name, {})
+        entry = info.get(str(name), {})
         check_chain(entry.get("chain", {}), config, "scheduler")
         made_for = entry.get("sampler")
         if config["noise_schedule"] != "loglinear" and made_for and (made_for == "gillespie") != counts_tokens:

@@ -201,7 +201,9 @@ def test_discrete_section_measures_and_writes_music(tmp_path, sequence_models, c
     assert "20 sequences a row" in printed and "chorales: 3 of 32 steps" in printed
     assert {Path(name).suffix for name in result["files"]} <= {".png", *MEDIA_TYPES}  # which the report can hold
     texts = (tmp_path / "out/texts.txt").read_text()
-    assert texts in printed and texts.count("== ") == 4 and "== 64 steps, by the table" in texts
+    assert texts in printed and texts.count("== ") == 5 and "== 64 steps, by the table" in texts
+    between = texts.split("== 64 steps, by the table, between 'O Romeo,' and ' to die.'\n")[1].strip()
+    assert between.startswith("O Romeo,") and between.endswith(" to die.")
 
 
 def test_jump_your_steps_section_makes_and_measures_tables(tmp_path, sequence_models, capsys):

@@ -837,6 +837,8 @@ def test_a_step_needs_less_than_one_more_vocabulary_sized_tensor(sampler):
         ({"timestep_tables": {"2": [0.9, 0.5, 0.1]}}, "must begin at 1"),
         ({"timestep_tables": 3}, "timestep_tables must be a dictionary"),
         ({"timestep_table_info": []}, "timestep_table_info must be a dictionary"),
+        ({"timestep_table_info": {"02": {}}}, "must be named by numbers of steps, got '02'"),
+        ({"timestep_table_info": {"²": {}}}, "must be named by numbers of steps, got '²'"),
         ({"timestep_table_info": {"2": None}}, r"timestep_table_info\['2'\] must be a dictionary"),
         ({"timestep_table_info": {"2": {"chain": 1}}}, r"timestep_table_info\['2'\] must be a dictionary"),
         ({"timestep_table_info": {"2": {"sampler": 1}}}, r"timestep_table_info\['2'\] must be a dictionary"),

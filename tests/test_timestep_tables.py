@@ -73,6 +73,13 @@ def test_tables_of_another_chain_in_a_config():
         changed.set_timesteps(4)
     changed.set_timesteps(timesteps=[1.0, 0.5])
     CTMCScheduler.from_config(changed.config, timestep_spacing="uniform").set_timesteps(4)
+    other = {"chain": {"vocab_size": SCHEDULER.config.vocab_size + 1}}
+    for named, known in ((2, "2"), ("2", 2), (2, 2)):  # JSON makes strings of numbers
+        mixed = CTMCScheduler.from_config(
+            SCHEDULER.config, timestep_tables={named: [1.0, 0.5, 0.1]}, timestep_table_info={known: other}
+        )
+        with pytest.raises(ValueError, match="made for vocab_size="):
+            mixed.set_timesteps(2)
 
 
 def masks_left(scheduler: CTMCScheduler, length: int) -> list[int]:

@@ -18,6 +18,7 @@ from .tables import print_table, words_table
 SHOWN = 16  # CountDown sequences in each panel of the picture
 SHOWN_CHORALES = 4
 PAUSE = 8  # sixteenths between chorales in the MIDI file
+BEGINNING, END = "O Romeo,", " to die."  # given tokens, between which a text is drawn
 LEGEND = (
     "strict: share of all transitions that are wrong, red in the picture, ± its standard error; original: as the"
     " paper's code counts, which looks at about every second one. s: seconds a sequence."
@@ -96,18 +97,24 @@ def draw_chorales(output: Path, device: str, settings: DiscreteSettings) -> tupl
 
 
 def write_texts(path: Path, device: str, settings: DiscreteSettings, console: Console) -> None:
-    """A text at each number of steps, even ones and those of the table, from the same seed."""
+    """A text at each number of steps, even ones and those of the table, and one between given ends; of one seed."""
     pipe = load_pipeline(settings.text_model).to(device)
     pipe.set_progress_bar_config(disable=True)
     texts = []
     for steps in settings.text_steps:
         for name, spacing in (("even", "uniform"), ("by the table", "table")):
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=spacing)
-            generator = torch.Generator().manual_seed(settings.seed)
-            text = pipe(num_inference_steps=steps, generator=generator, output_type="text").text[0]
-            texts.append(f"== {steps} steps, {name}\n{text.strip()}\n")
+            texts.append(f"== {steps} steps, {name}\n{draw_text(pipe, settings.seed, steps)}\n")
+    between = draw_text(pipe, settings.seed, steps, prompt=BEGINNING, suffix=END)
+    texts.append(f"== {steps} steps, {name}, between {BEGINNING!r} and {END!r}\n{between}\n")
     path.write_text("\n".join(texts), encoding="utf-8")
     console.print("\n".join(texts), markup=False, highlight=False)
+
+
+def draw_text(pipe, seed: int, steps: int, **given) -> str:
+    """One text; given: a prompt and a suffix."""
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(num_inference_steps=steps, generator=generator, output_type="text", **given).text[0].strip()
 
 
 def sample_tokens(pipe, count: int, seed: int, steps: int) -> tuple[torch.Tensor, float]:
