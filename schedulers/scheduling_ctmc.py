@@ -1,7 +1,7 @@
 """Sampling of discrete diffusion models in continuous time: SEDD, tauLDR, their samplers and timestep tables."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -132,7 +132,9 @@ class CTMCScheduler(ForwardChain, SchedulerMixin, ConfigMixin):
         self.timesteps: torch.Tensor | None = None
 
     @classmethod
-    def from_config(cls, config, return_unused_kwargs: bool = False, **kwargs):
+    def from_config(
+        cls, config: Mapping, return_unused_kwargs: bool = False, **kwargs
+    ) -> "CTMCScheduler | tuple[CTMCScheduler, dict]":
         """As of every scheduler.
 
         Args:

@@ -45,7 +45,7 @@ class Drawn:
     label: int | str | None = None
     text: TextToImage = NONE
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.count <= LARGEST:
             raise ValueError(f"number of samples must be 1 to {LARGEST}, got {self.count}")
 

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ..comparing import GUIDERS
 from ..hub.damage import read_json, reason
@@ -27,6 +29,9 @@ from .grids import Axes, compare_grid
 from .models import Models
 from .text_to_image import DTYPES, OWN, SCHEDULERS, TextToImage
 from .watching import Watch, watched
+
+if TYPE_CHECKING:
+    import gradio
 
 ADDRESS = "127.0.0.1"
 # classes of the shipped models that the tabs can run
@@ -57,7 +62,7 @@ STYLE = """
 """
 
 
-def import_gradio():
+def import_gradio() -> ModuleType:
     """gradio, told to send nothing home.
 
     Raises:
@@ -71,7 +76,7 @@ def import_gradio():
     return gradio
 
 
-def build_app(models: Models):
+def build_app(models: Models) -> "gradio.Blocks":
     """The interface as gradio Blocks; `serve` shows it.
 
     Raises:
@@ -107,7 +112,7 @@ def _blocks(gr) -> type:
     return Blocks
 
 
-def serve(models: Models, port: int, block: bool = True, allowed_hosts: Iterable[str] = ()):
+def serve(models: Models, port: int, block: bool = True, allowed_hosts: Iterable[str] = ()) -> "gradio.Blocks":
     """Serve the app on this machine alone, without a link to share; returns it. block: until Ctrl+C.
 
     allowed_hosts: names by which requests may ask for it beside this machine's, for a proxy.

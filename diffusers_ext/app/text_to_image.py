@@ -44,7 +44,7 @@ class TextToImage:
     scheduler: str = ""
     dtype: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("height", "width"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be > 0 pixels, or 0 for the model's own, got {getattr(self, name)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from rich.console import Console
 
 from ..discrete.music import REST, piano_roll, tokens_to_pitches, write_midi
@@ -110,7 +111,7 @@ def write_texts(path: Path, device: str, settings: DiscreteSettings, console: Co
     console.print("\n".join(texts), markup=False, highlight=False)
 
 
-def sample_tokens(pipe, count: int, seed: int, steps: int) -> tuple[torch.Tensor, float]:
+def sample_tokens(pipe: DiffusionPipeline, count: int, seed: int, steps: int) -> tuple[torch.Tensor, float]:
     """Tokens (count, length) on the CPU, and seconds a sequence."""
     pipe.set_progress_bar_config(disable=True)
     started = time.perf_counter()

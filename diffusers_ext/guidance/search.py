@@ -70,6 +70,7 @@ class DistanceTable:
         self.rows: dict[str, int] = content.get("network_rows", {})
 
     def __call__(self, candidate: GuidedSteps) -> float:
+        """The distance of a candidate, computed unless it is known."""
         if candidate.key not in self.values:
             self.add(candidate, float(self.compute(candidate)))
         return self.values[candidate.key]
