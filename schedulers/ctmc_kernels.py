@@ -60,7 +60,7 @@ class AbsorbingKernel:
         return torch.rand(length, generator=generator)
 
     def noise_shapes(self, shape: tuple[int, ...]) -> list:
-        """Of recorded noise that `perturb` takes for tokens (batch, length)."""
+        """The shapes of recorded noise that `perturb` takes for tokens (batch, length)."""
         return [shape]
 
     def perturb(
@@ -120,7 +120,7 @@ class AbsorbingKernel:
         return rest_stays(self.jumps_into(score, x, math.expm1(delta)), x)
 
     def clean_weights(self, score: torch.Tensor, x: torch.Tensor, sigma_bar: float) -> torch.Tensor:
-        """Of the token that a mask hides, at any time: the score, 0 for the mask. In place."""
+        """Weights of the token that a mask hides, at any time: the score, 0 for the mask. In place."""
         score[:, self.mask] = 0
         return score
 
@@ -177,7 +177,7 @@ class UniformKernel:
         return uniforms, torch.randint(self.vocab_size, (length,), generator=generator)
 
     def noise_shapes(self, shape: tuple[int, ...]) -> list:
-        """Of recorded noise that `perturb` takes for tokens (batch, length)."""
+        """The shapes of recorded noise that `perturb` takes for tokens (batch, length)."""
         return [[shape, shape], (*shape, self.vocab_size)]
 
     def perturb(
@@ -254,7 +254,7 @@ class UniformKernel:
         return self._times_transition_into(score.mul_(math.exp(delta)).add_(shared).clamp_(min=0), x, delta)
 
     def clean_weights(self, score: torch.Tensor, x: torch.Tensor, sigma_bar: float) -> torch.Tensor:
-        """Of x_0: all of the noise is removed by one tweedie step. score: 1 at the current token. In place."""
+        """Weights of x_0: all of the noise is removed by one tweedie step. score: 1 at the current token. In place."""
         return self.tweedie_weights(score, x, sigma_bar)
 
     def posterior_weights(
@@ -357,7 +357,7 @@ class ReversibleKernel:
         return torch.rand(length, self.vocab_size, generator=generator)
 
     def noise_shapes(self, shape: tuple[int, ...]) -> list:
-        """Of recorded noise that `perturb` takes for tokens (batch, length)."""
+        """The shapes of recorded noise that `perturb` takes for tokens (batch, length)."""
         return [(*shape, self.vocab_size)]
 
     def perturb(

@@ -260,7 +260,7 @@ class GillespieSampler:
         return torch.where(chosen, drawn, sample), elapsed, (chosen == masked).all(dim=1)
 
     def _weights(self, output: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the tokens (n, vocab - 1), and the logarithm of what they are to be multiplied with, (n, 1)."""
+        """Weights of the tokens (n, vocab - 1), and the logarithm of what they are to be multiplied with, (n, 1)."""
         # their ratios and the law of the token do not depend on the time
         output, excess = self.chain.bounded(output.float())
         return self.chain.clean_weights(output, x, 1.0)[:, : self.chain.kernel.num_real_tokens], excess

@@ -36,7 +36,7 @@ class Axes:
     skip_steps: str = ""
 
     def arguments(self) -> dict:
-        """Of `compare`.
+        """The arguments of `compare`.
 
         Raises:
             ValueError: naming the axis, for what is no value of it and for too many cells.

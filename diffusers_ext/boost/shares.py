@@ -133,7 +133,7 @@ class Shares:
         return MeasuredBoost(gamma, skip_to_sigma, recognised, error, at_least(recognised, len(share)), rarity)
 
     def _rarity(self, values: torch.Tensor, is_stock: bool) -> float:
-        """Of the samples' features (count, dim), or the mean of what the user's function gave."""
+        """The rarity by the samples' features (count, dim), or the mean of what the user's function gave."""
         if self.rarity is not None:
             return values.double().mean().item()
         k = min(NEIGHBOURS, self.count - 1)

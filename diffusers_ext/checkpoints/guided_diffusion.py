@@ -152,7 +152,7 @@ class ADMLayout:
         return tuple(width / self.num_channels for width in self.widths)
 
     def first_input_block(self, level: int) -> int:
-        """Of each resolution, the number of its first input block."""
+        """The number of the first input block of a resolution, which is counted from 0, the highest."""
         return 1 + level * (self.num_res_blocks + 1)
 
 

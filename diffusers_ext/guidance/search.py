@@ -190,7 +190,7 @@ def sigma_bounds(sigmas: list[float], candidate: GuidedSteps) -> tuple[float, fl
     move it; 0 and infinity at the ends.
 
     Args:
-        sigmas: of each step's start, decreasing, and 0 after the last one.
+        sigmas: the noise level at each step's start, decreasing, and 0 after the last one.
         candidate: its weight and steps.
 
     Raises:

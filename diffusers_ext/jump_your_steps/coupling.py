@@ -56,7 +56,7 @@ class NoisyData:
 
     @property
     def length(self) -> int:
-        """Of each sequence, in tokens."""
+        """The number of tokens of each sequence."""
         return self.data.shape[1]
 
     def at(

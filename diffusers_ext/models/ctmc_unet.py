@@ -227,7 +227,7 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
         return UNet2DOutput(sample=logits) if return_dict else (logits,)
 
     def _mean_and_log_scale(self, x: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the logistic law of each pixel and channel, of the shape of x; float32 for any dtype of the model."""
+        """Mean and log scale of each pixel's logistic law, of the shape of x; float32 for any dtype of the model."""
         features = get_timestep_embedding(timestep * self.config.time_scale_factor, self.config.time_embed_dim)
         temb = self.time_mlp(features.to(x.dtype))
         h = self.conv_in(x)
