@@ -11,6 +11,7 @@ import copy
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.guiders import BaseGuidance
 
 CLOSEST = 0.05  # |w - 1| below which u' loses too many digits
@@ -107,7 +108,7 @@ def second_answer(wanted: torch.Tensor, cond: torch.Tensor, weight: float) -> to
     return answer.to(cond.dtype)
 
 
-def weight_of_call(pipe, name: str, arguments: dict[str, Any], plus_one: bool) -> float:
+def weight_of_call(pipe: DiffusionPipeline, name: str, arguments: dict[str, Any], plus_one: bool) -> float:
     """w of u + w (c - u) in a call, which is the argument `name` of it, or that of a pipeline's own guider.
 
     Args:

@@ -6,7 +6,9 @@ import inspect
 import os
 import types
 import typing
+from collections.abc import Callable
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ SEQUENCES = (list, collections.abc.Sequence, collections.abc.Iterable)
 LARGEST = 2**63 - 1
 
 
-def checked_arguments(function=None, *, but: str = ""):
+def checked_arguments(function: Callable | None = None, *, but: str = "") -> Callable:
     """The function, that raises ValueError for arguments of another kind than its annotations say.
 
     The error has the argument's name, what is allowed and the value. Numbers of NumPy are numbers, and arrive as
@@ -51,12 +53,12 @@ def checked_arguments(function=None, *, but: str = ""):
     return wrapper
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """A number of NumPy as Python's, which torch and JSON take; anything else as it is."""
     return value.item() if isinstance(value, np.generic) else value
 
 
-def is_of_kind(value, kind) -> bool:
+def is_of_kind(value: Any, kind: Any) -> bool:
     """Whether a value is what an annotation says; True for annotations that say nothing about kinds."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -130,13 +132,13 @@ def _elements(value) -> list | None:
     return list(value) if isinstance(value, collections.abc.Sequence) and not isinstance(value, str | bytes) else None
 
 
-def check_generators(generator, batch: int) -> None:
+def check_generators(generator: torch.Generator | list[torch.Generator] | None, batch: int) -> None:
     """Raise ValueError for a list of generators that are not one a sample."""
     if isinstance(generator, list | tuple) and len(generator) != batch:
         raise ValueError(f"generator is a list of {len(generator)}, the batch has {batch} samples; give one a sample")
 
 
-def named(kind, plural: bool = False) -> str:
+def named(kind: Any, plural: bool = False) -> str:
     """An annotation in words."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -155,7 +157,7 @@ def named(kind, plural: bool = False) -> str:
     return name.split(maxsplit=1)[1] + "s" if plural and name.startswith(("a ", "an ")) else name
 
 
-def short(value) -> str:
+def short(value: Any) -> str:
     """A value for a message, no longer than a line."""
     if isinstance(value, torch.Tensor | np.ndarray):
         kind = "a tensor" if isinstance(value, torch.Tensor) else "an array"

@@ -292,7 +292,7 @@ class DiscreteDiffusionPipeline(DiffusionPipeline):
         return as_output(sample.view(len(sample), *self._model_config("shape")).float() / (levels - 1), output_type)
 
 
-def check_start(scheduler) -> None:
+def check_start(scheduler: SchedulerMixin) -> None:
     """Raise ValueError where the edges as set do not begin at 1, where all is noise."""
     if (start := float(scheduler.edges[0])) != 1:
         raise ValueError(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,9 @@ MOST_EVALUATIONS = 5000  # of dopri5; flows that were trained take 50 to 500
 TIME_SCALE = 1000  # flow time 1 in the units of a diffusion network's timestep embedding
 
 
-def velocity(model, sample: torch.Tensor, t: torch.Tensor | float, class_labels: torch.Tensor | None = None):
+def velocity(
+    model: Callable, sample: torch.Tensor, t: torch.Tensor | float, class_labels: torch.Tensor | None = None
+) -> torch.Tensor:
     """v(x_t, c, t) of a network that is called like a `UNet2DModel`, at the timestep 1000 t.
 
     Args:
@@ -102,7 +105,9 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
         self.register_to_config(space=space)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
+    ) -> "FlowPostprocessingPipeline":
         """As `DiffusionPipeline.from_pretrained`, the base in the dtype and variant asked for as well.
 
         Args:
@@ -123,7 +128,7 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
         return pipe
 
     @classmethod
-    def load_config(cls, *args, **kwargs):
+    def load_config(cls, *args, **kwargs) -> Any:
         """As of diffusers, without the base, which `from_pretrained` has loaded: diffusers searches it in vain.
 
         Args:
@@ -398,7 +403,7 @@ class FlowPostprocessingPipeline(DiffusionPipeline):
 
     # diffusers reaches components that are modules, but not those of a nested pipeline
 
-    def to(self, *args, **kwargs):
+    def to(self, *args, **kwargs) -> "FlowPostprocessingPipeline":
         """As `DiffusionPipeline.to`, the base included.
 
         Args:

@@ -55,7 +55,7 @@ class Plan:
     prefix: str = ""
     readable: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.networks = {name: module for name, module in self.networks.items() if name not in UNGUIDED_NETWORKS}
         self.code = stock_class(self.pipe).__call__
 
@@ -123,7 +123,15 @@ def denoisers_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
 class Run:
     """One call of a limited pipeline."""
 
-    def __init__(self, guidance: Any, call: Callable, pipe: DiffusionPipeline, args, kwargs, as_given=False):
+    def __init__(
+        self,
+        guidance: Any,
+        call: Callable,
+        pipe: DiffusionPipeline,
+        args: tuple,
+        kwargs: dict[str, Any],
+        as_given: bool = False,
+    ):
         self.interval, self.name = guidance.interval, type(pipe).__name__
         self.guider = None if guidance.guider is None else GuiderOfCall(guidance.guider)
         self.report = guidance.report = GuidanceReport()
@@ -142,7 +150,7 @@ class Run:
         self.targets: list[Any] = []
         self.active: Stage | None = stages[0] if len(stages) == 1 else None
 
-    def __enter__(self):
+    def __enter__(self) -> "Run":
         if (outer := RUN.get()) is not None:
             # An interval given as an argument, or of a pipeline inside the pipeline, counts instead.
             outer.superseded = True
@@ -153,7 +161,7 @@ class Run:
         self.token = RUN.set(self)
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error) -> None:
         RUN.reset(self.token)
         for target in self.targets:
             release(target)

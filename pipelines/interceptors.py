@@ -94,10 +94,10 @@ def into_scheduler(scheduler: Any) -> Callable[[], None]:
 class _SameType(type):
     """The type of a class that is equal to its parent, since a pipeline may compare the type of its scheduler."""
 
-    def __eq__(cls, other):
+    def __eq__(cls, other: object) -> bool:
         return other is cls or other is cls.__mro__[1]
 
-    def __hash__(cls):
+    def __hash__(cls) -> int:
         return hash(cls.__mro__[1])
 
 

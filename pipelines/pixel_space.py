@@ -2,6 +2,7 @@
 
 import copy
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +28,12 @@ PIL_MODES = (
 )  # 8 bits, 0 to 255
 
 
-def is_integer(value) -> bool:
+def is_integer(value: Any) -> bool:
     """Whether it is an integer of Python or NumPy, and no truth value."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def check_count(name: str, count) -> None:
+def check_count(name: str, count: Any) -> None:
     """Check a number of things.
 
     Args:
@@ -150,7 +151,7 @@ def check_callback(pipeline: DiffusionPipeline, callback_tensors: list[str]) -> 
         raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; allowed are {known}")
 
 
-def checked_generator(generator, batch_size: int):
+def checked_generator(generator: Any, batch_size: int) -> torch.Generator | list[torch.Generator] | None:
     """One generator or None as it is, several as a list of one a sample.
 
     Raises:
@@ -171,11 +172,13 @@ def checked_generator(generator, batch_size: int):
     return list(generator)
 
 
-def checked_labels(class_labels, num_classes: int | None, null_class: int | None = None) -> list[int] | None:
+def checked_labels(
+    class_labels: int | list[int] | torch.Tensor | None, num_classes: int | None, null_class: int | None = None
+) -> list[int] | None:
     """The labels as a list of one or of many integers; None where none are given and none are needed.
 
     Args:
-        class_labels: as of a pipeline's call.
+        class_labels: as of a pipeline's call, one or (batch,).
         num_classes: of the model, None for an unconditional one.
         null_class: of the pipeline; None without one.
 
@@ -214,7 +217,7 @@ def label_tensor(labels: list[int] | torch.Tensor, batch_size: int, device: torc
     return labels.expand(batch_size, *labels.shape[1:])
 
 
-def number_of_images(batch_size: int | None, labels, latents: torch.Tensor | None) -> int:
+def number_of_images(batch_size: int | None, labels: list | torch.Tensor | None, latents: torch.Tensor | None) -> int:
     """The batch size, or as many as there are labels (n,) or latents (n, ...), or 1."""
     if batch_size is not None:
         return batch_size
@@ -224,7 +227,13 @@ def number_of_images(batch_size: int | None, labels, latents: torch.Tensor | Non
 
 
 def initial_noise(
-    latents: torch.Tensor | None, batch_size: int, channels: int, size, generator, device: torch.device, dtype
+    latents: torch.Tensor | None,
+    batch_size: int,
+    channels: int,
+    size: int | tuple[int, int] | None,
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Noise of unit variance (batch_size, channels, height, width): the latents as they are, or drawn.
 
@@ -271,7 +280,7 @@ def with_precise_alphas(scheduler: SchedulerMixin) -> SchedulerMixin:
     return scheduler
 
 
-def image_tensor(name: str, image, channels: int) -> torch.Tensor:
+def image_tensor(name: str, image: Any, channels: int) -> torch.Tensor:
     """Images as float32 (batch, channels, height, width) in [0, 1] on their device.
 
     Args:
@@ -338,14 +347,14 @@ def _pixels(name: str, picture, channels: int) -> np.ndarray:
     return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 1 if channels == 1 else 3, axis=2)
 
 
-def to_images(sample: torch.Tensor, output_type: str):
+def to_images(sample: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
     """A sample (batch, channels, height, width) with values around [-1, 1] as the pipeline's output type."""
     if output_type == "latent":
         return sample
     return as_output((sample / 2 + 0.5).clamp(0, 1), output_type)
 
 
-def as_output(images: torch.Tensor, output_type: str):
+def as_output(images: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list:
     """Images (batch, channels, height, width) in [0, 1] as "pt", "np" or "pil"."""
     if output_type == "pt":
         return images

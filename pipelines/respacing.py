@@ -3,6 +3,10 @@
 import inspect
 from itertools import pairwise
 from numbers import Integral
+from typing import TypeVar
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .call_arguments import checked_arguments
 
@@ -62,7 +66,15 @@ def _sections(counts: list[int], total: int) -> list[int]:
     return kept[::-1]
 
 
-def set_timesteps(scheduler, num_inference_steps: int | str, timesteps: list[int] | None, device) -> None:
+Steps = TypeVar("Steps", list[int], torch.Tensor)
+
+
+def set_timesteps(
+    scheduler: SchedulerMixin,
+    num_inference_steps: int | str,
+    timesteps: list[int] | None,
+    device: str | torch.device | None,
+) -> None:
     """Set a scheduler's schedule by its length, by a respacing, or timestep by timestep, which comes first.
 
     A scheduler that skips steps drops them from a schedule of its own and from a respacing; a list runs as given.
@@ -89,7 +101,7 @@ def set_timesteps(scheduler, num_inference_steps: int | str, timesteps: list[int
         )
 
 
-def is_boost_and_skip(scheduler) -> bool:
+def is_boost_and_skip(scheduler: SchedulerMixin) -> bool:
     """Whether the scheduler itself boosts and skips, which its class shows by taking `gamma` and `skip_steps`.
 
     Not read from the config: a stock scheduler made from ours keeps the two as ignored entries there.
@@ -97,7 +109,7 @@ def is_boost_and_skip(scheduler) -> bool:
     return {"gamma", "skip_steps"} <= set(inspect.signature(type(scheduler).__init__).parameters)
 
 
-def kept_steps(steps, skip_steps: int):
+def kept_steps(steps: Steps, skip_steps: int) -> Steps:
     """The steps without the first ones.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Callable
 from numbers import Number
 from typing import Any, NamedTuple
 
@@ -148,7 +149,7 @@ def caches_of_rows(name: str, value: Any) -> list[str]:
     return [] if clear else [name]
 
 
-def map_tensors(function, value: Any) -> Any:
+def map_tensors(function: Callable, value: Any) -> Any:
     """The same structure with `function` of each tensor."""
     if isinstance(value, torch.Tensor):
         return function(value)

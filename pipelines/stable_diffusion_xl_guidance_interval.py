@@ -6,10 +6,13 @@ Kynkäänniemi et al., NeurIPS 2024, arXiv 2404.07724: guidance weight 16 in (0.
 
 import functools
 import inspect
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 # diffusers copies only the files that this one itself imports
@@ -111,7 +114,7 @@ class StableDiffusionXLGuidanceIntervalPipeline(StableDiffusionXLPipeline):
         """What the interval did in the last call that had one."""
         return getattr(self, "_guidance_report", None)
 
-    def progress_bar(self, iterable=None, total: int | None = None):
+    def progress_bar(self, iterable: Iterable | None = None, total: int | None = None) -> Any:
         """As of `DiffusionPipeline`, over the steps that the scheduler left, which may be fewer than asked for.
 
         Args:
@@ -122,7 +125,9 @@ class StableDiffusionXLGuidanceIntervalPipeline(StableDiffusionXLPipeline):
         return super().progress_bar(iterable, steps if total is None else min(total, steps))
 
     @_with_interval(StableDiffusionXLPipeline.__call__)
-    def __call__(self, *args, guidance_interval: tuple[float, float] | None = None, **kwargs):
+    def __call__(
+        self, *args, guidance_interval: tuple[float, float] | None = None, **kwargs
+    ) -> StableDiffusionXLPipelineOutput | tuple:
         """As of `StableDiffusionXLPipeline`, guided where sigma_lo < sigma <= sigma_hi of guidance_interval.
 
         Args:

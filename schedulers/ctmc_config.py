@@ -1,12 +1,14 @@
 """What the configuration of CTMCScheduler may hold."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+
+from diffusers.configuration_utils import FrozenDict
 
 from .scheduler_arguments import is_of_kind, short
 
 
-def check_config(config, samplers: tuple[str, ...]) -> None:
+def check_config(config: FrozenDict, samplers: tuple[str, ...]) -> None:
     """Raise ValueError for values that are not allowed and for combinations without a meaning.
 
     samplers: the names that there are.
@@ -51,7 +53,7 @@ def check_config(config, samplers: tuple[str, ...]) -> None:
         raise ValueError(refusal)
 
 
-def check_source(config, changes: dict, known: Collection[str]) -> None:
+def check_source(config: Mapping, changes: dict, known: Collection[str]) -> None:
     """Raise ValueError for the config of another scheduler, which says nothing of a kernel and a vocabulary.
 
     changes: what is given beside it. known: names of the settings of this scheduler.

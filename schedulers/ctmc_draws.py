@@ -65,7 +65,9 @@ def clocks(shape: tuple[int, ...], generator: Generators, device: torch.device) 
     return uniforms(shape, generator, device).neg_().log1p_().neg_()
 
 
-def clocks_for_tokens(shape: tuple[int, ...], vocab_size: int, generator: Generators, device) -> torch.Tensor:
+def clocks_for_tokens(
+    shape: tuple[int, ...], vocab_size: int, generator: Generators, device: torch.device
+) -> torch.Tensor:
     """Clocks for `draw_tokens` at each position, (*shape, number of them)."""
     return clocks((*shape, clocks_a_token(vocab_size)), generator, device)
 

@@ -1,5 +1,7 @@
 """What the methods of CTMCScheduler take: checks of tokens, outputs and times, with what is allowed."""
 
+from typing import Any
+
 import torch
 
 from .ctmc_draws import Generators, check_generators
@@ -15,7 +17,9 @@ def check_tokens(tokens: torch.Tensor) -> None:
         )
 
 
-def check_step_inputs(vocab_size: int, model_output, sample: torch.Tensor, generator: Generators = None) -> None:
+def check_step_inputs(
+    vocab_size: int, model_output: torch.Tensor, sample: torch.Tensor, generator: Generators = None
+) -> None:
     """Raise ValueError for other tokens, an output of another shape, and a list of generators of another length."""
     if isinstance(generator, list):
         check_generators(generator, len(sample))
@@ -27,8 +31,10 @@ def check_step_inputs(vocab_size: int, model_output, sample: torch.Tensor, gener
         )
 
 
-def recorded_noise(kernel, noise, x0: torch.Tensor):
-    """Recorded noise of `add_noise`, a tensor or a pair, on the device of the tokens.
+def recorded_noise(
+    kernel: Any, noise: torch.Tensor | tuple[torch.Tensor, torch.Tensor], x0: torch.Tensor
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Recorded noise of `add_noise`, a tensor or a pair, on the device of the tokens. kernel: of `build_kernel`.
 
     Raises:
         ValueError: for other shapes, and for what is no uniform in [0, 1) and no token.
@@ -84,7 +90,7 @@ def spans(starts: list[float], ends: list[float], least: float) -> list[tuple[fl
     return list(zip(starts, ends, strict=True))
 
 
-def counts_of(num_decode, device: torch.device, batch: int) -> int | torch.Tensor:
+def counts_of(num_decode: int | list[int] | torch.Tensor, device: torch.device, batch: int) -> int | torch.Tensor:
     """How many masks a gillespie step decodes: one number, or (batch,) on the device.
 
     Raises:

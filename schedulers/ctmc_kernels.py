@@ -15,10 +15,13 @@ or p(x_0 | x_t), from which
 import math
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 
-from .ctmc_draws import clocks, clocks_for_tokens, column, draw_tokens, integers, replay_tokens
+from .ctmc_draws import Generators, clocks, clocks_for_tokens, column, draw_tokens, integers, replay_tokens
 
 KEPT_BYTES = 2**28  # of matrices that a kernel keeps on a device
+
+Noise = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None  # recorded, of `perturb`
 
 
 class AbsorbingKernel:
@@ -31,21 +34,25 @@ class AbsorbingKernel:
         self.mask = vocab_size - 1
 
     def base_rate(self) -> torch.Tensor:
+        """The rates Q (vocab, vocab), float64, at unit speed; each row sums to 0."""
         rate = -torch.eye(self.vocab_size, dtype=torch.float64)
         rate[:, self.mask] += 1
         return rate
 
     def transition(self, sigma: float) -> torch.Tensor:
+        """P (vocab, vocab), float64: of each token to each other one over a total noise."""
         stay = torch.eye(self.vocab_size, dtype=torch.float64) * math.exp(-sigma)
         stay[:, self.mask] += -math.expm1(-sigma)
         return stay
 
     def prior(self) -> torch.Tensor:
+        """The law (vocab,), float64, of a token at time 1."""
         law = torch.zeros(self.vocab_size, dtype=torch.float64)
         law[self.mask] = 1
         return law
 
-    def sample_prior(self, shape, generator, device) -> torch.Tensor:
+    def sample_prior(self, shape: tuple[int, ...], generator: Generators, device: torch.device) -> torch.Tensor:
+        """Tokens at time 1, int64, of a shape (batch, length)."""
         return torch.full(shape, self.mask, device=device)
 
     def draw_noise(self, length: int, generator: torch.Generator) -> torch.Tensor:
@@ -53,10 +60,16 @@ class AbsorbingKernel:
         return torch.rand(length, generator=generator)
 
     def noise_shapes(self, shape: tuple[int, ...]) -> list:
-        """Of recorded noise that `perturb` takes for tokens (batch, length)."""
+        """The shapes of recorded noise that `perturb` takes for tokens (batch, length)."""
         return [shape]
 
-    def perturb(self, x0, sigma: list[float], noise, generator) -> torch.Tensor:
+    def perturb(
+        self,
+        x0: torch.Tensor,
+        sigma: list[float],
+        noise: Noise,
+        generator: Generators,
+    ) -> torch.Tensor:
         """A draw of x_t for x0 (batch, length). sigma: one a sample. noise: recorded uniforms (batch, length) or None.
 
         Masked is where they are below 1 - exp(-sigma); drawn, where a clock rings before sigma, which has the same
@@ -64,7 +77,9 @@ class AbsorbingKernel:
         """
         return x0.masked_fill(_moved(x0, sigma, noise, generator), self.mask)
 
-    def perturb_by_count(self, x0, uniforms: torch.Tensor, num_decoded: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def perturb_by_count(
+        self, x0: torch.Tensor, uniforms: torch.Tensor, num_decoded: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """x_t with `num_decoded` tokens a sample unmasked, those with the largest uniforms; the largest of the others.
 
         Masked at a share u of moved tokens are those with uniforms below u, so that is the share at which it happens.
@@ -96,20 +111,22 @@ class AbsorbingKernel:
         """
         return math.expm1(now) * math.log(math.expm1(-start) / math.expm1(-end))
 
-    def score(self, p0, x, sigma_bar: float, floor: float) -> torch.Tensor:
+    def score(self, p0: torch.Tensor, x: torch.Tensor, sigma_bar: float, floor: float) -> torch.Tensor:
         """p(x_0 = y | x) / expm1(sigma_bar) at masked positions; in place."""
         return p0.div_(math.expm1(sigma_bar))
 
-    def tweedie_weights(self, score, x, delta: float) -> torch.Tensor:
+    def tweedie_weights(self, score: torch.Tensor, x: torch.Tensor, delta: float) -> torch.Tensor:
         """Staggered score times P_delta[y, x], which is the score times expm1(delta), and the rest of 1 stays."""
         return rest_stays(self.jumps_into(score, x, math.expm1(delta)), x)
 
-    def clean_weights(self, score, x, sigma_bar: float) -> torch.Tensor:
-        """Of the token that a mask hides, at any time: the score, 0 for the mask. In place."""
+    def clean_weights(self, score: torch.Tensor, x: torch.Tensor, sigma_bar: float) -> torch.Tensor:
+        """Weights of the token that a mask hides, at any time: the score, 0 for the mask. In place."""
         score[:, self.mask] = 0
         return score
 
-    def score_entropy(self, log_score, noisy, original, sigma_bar: torch.Tensor) -> torch.Tensor:
+    def score_entropy(
+        self, log_score: torch.Tensor, noisy: torch.Tensor, original: torch.Tensor, sigma_bar: torch.Tensor
+    ) -> torch.Tensor:
         """See `losses.score_entropy`.
 
         Only x_0 can have become the mask: r is 1 / expm1(sigma_bar) there and 0 elsewhere.
@@ -120,7 +137,10 @@ class AbsorbingKernel:
         entropy = total - ratio * score + ratio * (ratio.log() - 1)
         return torch.where(noisy == self.mask, entropy, 0.0)
 
-    def posterior_weights(self, p0, x, sigma_bar: float, next_sigma_bar: float, floor: float) -> torch.Tensor:
+    def posterior_weights(
+        self, p0: torch.Tensor, x: torch.Tensor, sigma_bar: float, next_sigma_bar: float, floor: float
+    ) -> torch.Tensor:
+        """Weights (n, vocab) of the tokens at the smaller total noise, under the law p0 of x_0."""
         return self.tweedie_weights(self.score(p0, x, sigma_bar, floor), x, sigma_bar - next_sigma_bar)
 
 
@@ -133,18 +153,22 @@ class UniformKernel:
         self.vocab_size = self.num_real_tokens = vocab_size
 
     def base_rate(self) -> torch.Tensor:
+        """The rates Q (vocab, vocab), float64, at unit speed; each row sums to 0."""
         size = self.vocab_size
         return torch.full((size, size), 1 / size, dtype=torch.float64) - torch.eye(size, dtype=torch.float64)
 
     def transition(self, sigma: float) -> torch.Tensor:
+        """P (vocab, vocab), float64: of each token to each other one over a total noise."""
         size = self.vocab_size
         moved = torch.full((size, size), -math.expm1(-sigma) / size, dtype=torch.float64)
         return moved + torch.eye(size, dtype=torch.float64) * math.exp(-sigma)
 
     def prior(self) -> torch.Tensor:
+        """The law (vocab,), float64, of a token at time 1."""
         return torch.full((self.vocab_size,), 1 / self.vocab_size, dtype=torch.float64)
 
-    def sample_prior(self, shape, generator, device) -> torch.Tensor:
+    def sample_prior(self, shape: tuple[int, ...], generator: Generators, device: torch.device) -> torch.Tensor:
+        """Tokens at time 1, int64, of a shape (batch, length)."""
         return integers(self.vocab_size, shape, generator, device)
 
     def draw_noise(self, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,10 +177,16 @@ class UniformKernel:
         return uniforms, torch.randint(self.vocab_size, (length,), generator=generator)
 
     def noise_shapes(self, shape: tuple[int, ...]) -> list:
-        """Of recorded noise that `perturb` takes for tokens (batch, length)."""
+        """The shapes of recorded noise that `perturb` takes for tokens (batch, length)."""
         return [[shape, shape], (*shape, self.vocab_size)]
 
-    def perturb(self, x0, sigma: list[float], noise, generator) -> torch.Tensor:
+    def perturb(
+        self,
+        x0: torch.Tensor,
+        sigma: list[float],
+        noise: Noise,
+        generator: Generators,
+    ) -> torch.Tensor:
         """A draw of x_t for x0 (batch, length). sigma: one a sample; moved is what would be masked, see above.
 
         noise: None, or recorded: a pair (uniforms, target tokens) (batch, length), or uniforms (batch, length, vocab)
@@ -207,7 +237,8 @@ class UniformKernel:
         """What `jumps_into` of a score is multiplied with, from noise `start` down to `end`; the score is held."""
         return start - end
 
-    def score(self, p0, x, sigma_bar: float, floor: float) -> torch.Tensor:
+    def score(self, p0: torch.Tensor, x: torch.Tensor, sigma_bar: float, floor: float) -> torch.Tensor:
+        """The expected ratios p_t(y) / p_t(x) (n, vocab) under the law p0 of x_0."""
         return self._expected_ratio(p0, x, sigma_bar, sigma_bar, floor)
 
     def _times_transition_into(self, weights, x, delta: float) -> torch.Tensor:
@@ -217,20 +248,25 @@ class UniformKernel:
         here = weights.gather(1, x) * (away + math.exp(-delta))
         return weights.mul_(away).scatter_(1, x, here)
 
-    def tweedie_weights(self, score, x, delta: float) -> torch.Tensor:
+    def tweedie_weights(self, score: torch.Tensor, x: torch.Tensor, delta: float) -> torch.Tensor:
         """Staggered score times P_delta[y, x] (SEDD, theorem 4.2). score: 1 at the current token. In place."""
         shared = score.sum(1, keepdim=True) * (-math.expm1(delta) / self.vocab_size)
         return self._times_transition_into(score.mul_(math.exp(delta)).add_(shared).clamp_(min=0), x, delta)
 
-    def clean_weights(self, score, x, sigma_bar: float) -> torch.Tensor:
-        """Of x_0: all of the noise is removed by one tweedie step. score: 1 at the current token. In place."""
+    def clean_weights(self, score: torch.Tensor, x: torch.Tensor, sigma_bar: float) -> torch.Tensor:
+        """Weights of x_0: all of the noise is removed by one tweedie step. score: 1 at the current token. In place."""
         return self.tweedie_weights(score, x, sigma_bar)
 
-    def posterior_weights(self, p0, x, sigma_bar: float, next_sigma_bar: float, floor: float) -> torch.Tensor:
+    def posterior_weights(
+        self, p0: torch.Tensor, x: torch.Tensor, sigma_bar: float, next_sigma_bar: float, floor: float
+    ) -> torch.Tensor:
+        """Weights (n, vocab) of the tokens at the smaller total noise, under the law p0 of x_0."""
         ratio = self._expected_ratio(p0, x, sigma_bar, next_sigma_bar, floor)
         return self._times_transition_into(ratio, x, sigma_bar - next_sigma_bar)
 
-    def score_entropy(self, log_score, noisy, original, sigma_bar: torch.Tensor) -> torch.Tensor:
+    def score_entropy(
+        self, log_score: torch.Tensor, noisy: torch.Tensor, original: torch.Tensor, sigma_bar: torch.Tensor
+    ) -> torch.Tensor:
         """See `losses.score_entropy`.
 
         r is (a + b) / b at x_0 if x is another token, b / (a + b) everywhere if it is not, and 1 elsewhere.
@@ -272,9 +308,11 @@ class ReversibleKernel:
         self._kept: dict[tuple, torch.Tensor] = {}
 
     def base_rate(self) -> torch.Tensor:
+        """The rates Q (vocab, vocab), float64, at unit speed; each row sums to 0."""
         return self._rate.clone()
 
     def transition(self, sigma: float) -> torch.Tensor:
+        """P (vocab, vocab), float64: of each token to each other one over a total noise."""
         if self._eigen is None:
             # sqrt(prior_i) rate_ij / sqrt(prior_j) is symmetric, so that eigh applies, which is exact to rounding
             symmetric = self._half[:, None] * self._rate / self._half
@@ -305,9 +343,11 @@ class ReversibleKernel:
         return self._kept[key]
 
     def prior(self) -> torch.Tensor:
+        """The law (vocab,), float64, of a token at time 1."""
         return self._initial.clone()
 
-    def sample_prior(self, shape, generator, device) -> torch.Tensor:
+    def sample_prior(self, shape: tuple[int, ...], generator: Generators, device: torch.device) -> torch.Tensor:
+        """Tokens at time 1, int64, of a shape (batch, length)."""
         ticks = clocks_for_tokens(shape, self.vocab_size, generator, device).flatten(0, -2)
         law = self._initial.to(torch.float32).to(device)
         return draw_tokens(law.expand(len(ticks), -1), ticks).view(shape)
@@ -317,10 +357,16 @@ class ReversibleKernel:
         return torch.rand(length, self.vocab_size, generator=generator)
 
     def noise_shapes(self, shape: tuple[int, ...]) -> list:
-        """Of recorded noise that `perturb` takes for tokens (batch, length)."""
+        """The shapes of recorded noise that `perturb` takes for tokens (batch, length)."""
         return [(*shape, self.vocab_size)]
 
-    def perturb(self, x0, sigma: list[float], noise, generator) -> torch.Tensor:
+    def perturb(
+        self,
+        x0: torch.Tensor,
+        sigma: list[float],
+        noise: Noise,
+        generator: Generators,
+    ) -> torch.Tensor:
         """A draw of x_t for x0 (batch, length). sigma: one a sample. noise: uniforms (*x0.shape, vocab) or None."""
         ticks = clocks_for_tokens(x0.shape, self.vocab_size, generator, x0.device) if noise is None else None
         result = torch.empty_like(x0)
@@ -346,7 +392,7 @@ class ReversibleKernel:
         here = self._on(x.device, sigma_bar).T[x]
         return (p0 / here.add_(floor)) @ self._on(x.device, target_sigma_bar)
 
-    def law_given_others(self, p0, x: torch.Tensor, sigma_bar: float, floor: float) -> torch.Tensor:
+    def law_given_others(self, p0: torch.Tensor, x: torch.Tensor, sigma_bar: float, floor: float) -> torch.Tensor:
         """The law of x_0 at each position by the others alone, not normalised; in place."""
         return p0.div_(self._on(x.device, sigma_bar).T[x].add_(floor))
 
@@ -358,14 +404,20 @@ class ReversibleKernel:
         """What `jumps_into` of a score is multiplied with, from noise `start` down to `end`; the score is held."""
         return start - end
 
-    def score(self, p0, x, sigma_bar: float, floor: float) -> torch.Tensor:
+    def score(self, p0: torch.Tensor, x: torch.Tensor, sigma_bar: float, floor: float) -> torch.Tensor:
+        """The expected ratios p_t(y) / p_t(x) (n, vocab) under the law p0 of x_0."""
         return self._expected_ratio(p0, x, sigma_bar, sigma_bar, floor)
 
-    def posterior_weights(self, p0, x, sigma_bar: float, next_sigma_bar: float, floor: float) -> torch.Tensor:
+    def posterior_weights(
+        self, p0: torch.Tensor, x: torch.Tensor, sigma_bar: float, next_sigma_bar: float, floor: float
+    ) -> torch.Tensor:
+        """Weights (n, vocab) of the tokens at the smaller total noise, under the law p0 of x_0."""
         ratio = self._expected_ratio(p0, x, sigma_bar, next_sigma_bar, floor)
         return ratio.mul_(self._on(x.device, sigma_bar - next_sigma_bar).T[x])
 
-    def score_entropy(self, log_score, noisy, original, sigma_bar: torch.Tensor) -> torch.Tensor:
+    def score_entropy(
+        self, log_score: torch.Tensor, noisy: torch.Tensor, original: torch.Tensor, sigma_bar: torch.Tensor
+    ) -> torch.Tensor:
         """Not possible: scores are not predicted for ordered tokens.
 
         Raises:
@@ -374,7 +426,7 @@ class ReversibleKernel:
         raise ValueError(f"score entropy is for kernel='absorbing' and 'uniform', this is {self.name!r}")
 
 
-def build_kernel(config) -> AbsorbingKernel | UniformKernel | ReversibleKernel:
+def build_kernel(config: FrozenDict) -> AbsorbingKernel | UniformKernel | ReversibleKernel:
     """The kernel that a checked configuration names."""
     if config.kernel == "absorbing":
         return AbsorbingKernel(config.vocab_size)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def constant(rate: float) -> NoiseSchedule:
     return NoiseSchedule(lambda t: rate * t, lambda t: torch.full_like(t, rate))
 
 
-def build_noise_schedule(config) -> NoiseSchedule:
+def build_noise_schedule(config: FrozenDict) -> NoiseSchedule:
     """The noise schedule that a checked configuration names."""
     builders = {
         "loglinear": lambda: loglinear(config.eps),

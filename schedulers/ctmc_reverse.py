@@ -123,6 +123,6 @@ class ReverseChain:
         return noise.sigma(times) / noise.sigma_bar(times).expm1()
 
     def decoding_rates(self, times: torch.Tensor) -> torch.Tensor:
-        """By which `clean_weights` of the absorbing kernel are rates of jumping at times, of their shape and dtype."""
+        """Factors that make `clean_weights` of the absorbing kernel rates at times, of their shape and dtype."""
         noise = self.noise.stable or self.noise
         return noise.sigma(times) if self.predicts_scores else self.hazard(times)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 
 from .ctmc_draws import Generators, clocks, clocks_a_token, clocks_for_tokens, draw_tokens, replay_tokens
 from .ctmc_inputs import check_recorded
@@ -42,16 +43,32 @@ class EulerSampler:
         self.stages = (self.step,)
 
     def evaluated(self, edges: list[float], end: float) -> list[float]:
+        """The times at which a schedule of these edges evaluates the network."""
         return list(edges)
 
     def noise_levels(self, edges: list[float]) -> list[float]:
+        """The total noises whose transitions a schedule of these edges needs."""
         return [self.chain.sigma_bar(t) for t in edges]
 
-    def step(self, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
+    def step(
+        self,
+        output: torch.Tensor,
+        sample: torch.Tensor,
+        times: Times,
+        generator: Generators,
+        noise: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Tokens at the ends of `times`. noise: uniforms (batch, length, vocab), or counts of Poisson jumps."""
         return self._jump(self.chain.rates, output, sample, times, generator, noise)
 
-    def correct(self, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
+    def correct(
+        self,
+        output: torch.Tensor,
+        sample: torch.Tensor,
+        times: Times,
+        generator: Generators,
+        noise: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Tokens after as long a leap at the starts of `times`, with rates that leave the law there as it is."""
         return self._jump(self.chain.rates_both_ways, output, sample, times, generator, noise, everywhere=True)
 
@@ -79,13 +96,22 @@ class TweedieSampler:
         self.correct = EulerSampler(chain).correct
 
     def evaluated(self, edges: list[float], end: float) -> list[float]:
+        """The times at which a schedule of these edges evaluates the network."""
         return list(edges)
 
     def noise_levels(self, edges: list[float]) -> list[float]:
+        """The total noises whose transitions a schedule of these edges needs."""
         levels = [self.chain.sigma_bar(t) for t in edges]
         return [*levels, *(now - then for now, then in pairwise(levels))]
 
-    def step(self, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
+    def step(
+        self,
+        output: torch.Tensor,
+        sample: torch.Tensor,
+        times: Times,
+        generator: Generators,
+        noise: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Tokens at the ends of `times`. noise: uniforms (batch, length, vocab)."""
         return move(self.chain, self.chain.posterior_weights, output, sample, times, generator, noise)
 
@@ -114,13 +140,22 @@ class ThetaTrapezoidalSampler:
         self._begun: tuple | None = None
 
     def evaluated(self, edges: list[float], end: float) -> list[float]:
+        """The times at which a schedule of these edges evaluates the network."""
         inside = [[now, now - self.theta * (now - then)] for now, then in pairwise(edges)]
         return [*(time for both in inside for time in both), edges[-1]]
 
     def noise_levels(self, edges: list[float]) -> list[float]:
+        """The total noises whose transitions a schedule of these edges needs."""
         return [self.chain.sigma_bar(t) for t in self.evaluated(edges, 0.0)]
 
-    def begin(self, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
+    def begin(
+        self,
+        output: torch.Tensor,
+        sample: torch.Tensor,
+        times: Times,
+        generator: Generators,
+        noise: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Tokens at the ends of `times`, inside of the step. noise: uniforms (batch, length, vocab)."""
         self._begun = output, sample, times
 
@@ -129,7 +164,14 @@ class ThetaTrapezoidalSampler:
 
         return move(self.chain, weights, output, sample, times, generator, noise)
 
-    def finish(self, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
+    def finish(
+        self,
+        output: torch.Tensor,
+        sample: torch.Tensor,
+        times: Times,
+        generator: Generators,
+        noise: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Tokens at the ends of `times`, where the step ends.
 
         Raises:
@@ -167,6 +209,7 @@ class GillespieSampler:
         return list(edges) if edges[-1] > end else list(edges[:-1])
 
     def noise_levels(self, edges: list[float]) -> list[float]:
+        """The total noises whose transitions a schedule of these edges needs."""
         return []
 
     def num_decode(self, sample: torch.Tensor, schedule: StepEdges, index: int, end: float) -> torch.Tensor:
@@ -182,7 +225,15 @@ class GillespieSampler:
         left = (sample == self.chain.kernel.mask).sum(dim=1)
         return left if now == 0 else left + torch.div(-left * then, now, rounding_mode="floor")
 
-    def step(self, output, sample, start: torch.Tensor, counts, generator: Generators, noise):
+    def step(
+        self,
+        output: torch.Tensor,
+        sample: torch.Tensor,
+        start: torch.Tensor,
+        counts: int | torch.Tensor,
+        generator: Generators,
+        noise: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         r"""Tokens (batch, length), the time that passed (batch,) and whether all is decoded (batch,), on the device.
 
         A mask with the rates R(y) is held for \tau = E / \sum_y R(y), E exponential; the `counts` (an integer, or
@@ -210,7 +261,7 @@ class GillespieSampler:
         return torch.where(chosen, drawn, sample), elapsed, (chosen == masked).all(dim=1)
 
     def _weights(self, output: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the tokens (n, vocab - 1), and the logarithm of what they are to be multiplied with, (n, 1)."""
+        """Weights of the tokens (n, vocab - 1), and the logarithm of what they are to be multiplied with, (n, 1)."""
         # their ratios and the law of the token do not depend on the time
         output, excess = self.chain.bounded(output.float())
         return self.chain.clean_weights(output, x, 1.0)[:, : self.chain.kernel.num_real_tokens], excess
@@ -250,14 +301,21 @@ SAMPLERS = {
 }
 
 
-def build_sampler(config, chain: ReverseChain) -> Sampler:
+def build_sampler(config: FrozenDict, chain: ReverseChain) -> Sampler:
     """The sampler that a checked configuration names."""
     if config.sampler != "euler":
         return SAMPLERS[config.sampler](chain)
     return EulerSampler(chain, config.jumps or ("poisson" if chain.kernel.ordered else "categorical"))
 
 
-def denoise(chain: ReverseChain, output, sample, times: Times, generator: Generators, noise) -> torch.Tensor:
+def denoise(
+    chain: ReverseChain,
+    output: torch.Tensor,
+    sample: torch.Tensor,
+    times: Times,
+    generator: Generators,
+    noise: torch.Tensor | None,
+) -> torch.Tensor:
     """Clean tokens (batch, length). noise: uniforms, (batch, length, vocab) without the mask's column."""
 
     def weights(out, x, time, _):
@@ -267,9 +325,17 @@ def denoise(chain: ReverseChain, output, sample, times: Times, generator: Genera
 
 
 def move(
-    chain: ReverseChain, weights: Callable, output, sample, times: Times, generator: Generators, noise,
-    everywhere: bool = False, columns: int | None = None, earlier: tuple | None = None,
-) -> torch.Tensor:  # fmt: skip
+    chain: ReverseChain,
+    weights: Callable,
+    output: torch.Tensor,
+    sample: torch.Tensor,
+    times: Times,
+    generator: Generators,
+    noise: torch.Tensor | None,
+    everywhere: bool = False,
+    columns: int | None = None,
+    earlier: tuple | None = None,
+) -> torch.Tensor:
     """New tokens of every position that may jump, in proportion to weights.
 
     weights(output, x, time, next_time) acts on n positions, (n, vocab). columns: how many tokens there are to draw
@@ -300,7 +366,13 @@ def move(
 
 
 def leap(
-    chain: ReverseChain, means: Callable, output, sample, times: Times, generator: Generators, noise
+    chain: ReverseChain,
+    means: Callable,
+    output: torch.Tensor,
+    sample: torch.Tensor,
+    times: Times,
+    generator: Generators,
+    noise: torch.Tensor | None,
 ) -> torch.Tensor:
     r"""Tokens plus all jumps of a Poisson number of them to each token y, with means m_y, clamped to the vocabulary.
 
@@ -331,7 +403,9 @@ def leap(
     return result
 
 
-def poisson_counts(mean: torch.Tensor, rings: torch.Tensor, ticks: torch.Tensor, generator) -> torch.Tensor:
+def poisson_counts(
+    mean: torch.Tensor, rings: torch.Tensor, ticks: torch.Tensor, generator: Generators
+) -> torch.Tensor:
     """Poisson numbers (n, vocab) with these means, overwritten; rings (n,), ticks (n, .): see `leap`.
 
     generator: one, or a list of one.

@@ -335,7 +335,7 @@ class BoostAndSkipDDIMScheduler(_BoostAndSkip, DDIMScheduler):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
-    ):
+    ) -> None:
         """Set the schedule, by its number of steps, the first `skip_steps` dropped, or as a list, which runs as given.
 
         Args:

@@ -1,6 +1,6 @@
 """Sampling of discrete diffusion models in continuous time: SEDD, tauLDR, their samplers and timestep tables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -119,7 +119,9 @@ class CTMCScheduler(ForwardChain, CountedSteps, Corrector, SchedulerMixin, Confi
         self.timesteps: torch.Tensor | None = None
 
     @classmethod
-    def from_config(cls, config, return_unused_kwargs: bool = False, **kwargs):
+    def from_config(
+        cls, config: Mapping, return_unused_kwargs: bool = False, **kwargs
+    ) -> "CTMCScheduler | tuple[CTMCScheduler, dict]":
         """As of every scheduler.
 
         Args:

@@ -154,7 +154,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         sigmas: list[float] | torch.Tensor | None = None,
-    ):
+    ) -> None:
         """Set the schedule, by its number of steps or as a list, and go back to its start.
 
         Args:

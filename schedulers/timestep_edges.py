@@ -25,7 +25,13 @@ class StepEdges:
     place there, which the host knows; the device is only read for timesteps from elsewhere.
     """
 
-    def __init__(self, edges: list[float], evaluated: list[float], conditioning: Callable, device=None):
+    def __init__(
+        self,
+        edges: list[float],
+        evaluated: list[float],
+        conditioning: Callable,
+        device: str | torch.device | None = None,
+    ):
         self.edges, self.evaluations = edges, len(evaluated)
         self.points = evaluated if evaluated[-1] == edges[-1] else [*evaluated, edges[-1]]
         rounded = torch.tensor(evaluated, dtype=torch.float32)
@@ -35,7 +41,7 @@ class StepEdges:
         self._rounded = rounded.tolist()
         self._version = _version(self.timesteps)
 
-    def known(self, timestep) -> int | None:
+    def known(self, timestep: float | list[float] | torch.Tensor) -> int | None:
         """The index of a timestep that is an entry of `timesteps`, also repeated by `expand`; else None."""
         if not isinstance(timestep, torch.Tensor) or not timestep.numel() or self._version is None:
             return None
@@ -45,12 +51,12 @@ class StepEdges:
             return None
         return timestep.storage_offset() if timestep.dtype == base.dtype else None
 
-    def times(self, timestep) -> list[float]:
+    def times(self, timestep: float | list[float] | torch.Tensor) -> list[float]:
         """A timestep or several as Python's numbers, without reading the device for one of `timesteps`."""
         index = self.known(timestep)
         return times_of(timestep) if index is None else [self._rounded[index]]
 
-    def index(self, timestep) -> int:
+    def index(self, timestep: float | list[float] | torch.Tensor) -> int:
         """Which of `points` a timestep is, the same for the whole batch.
 
         Raises:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from itertools import pairwise
 from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def check_edges(edges: list[float], name: str, steps: str | None = None) -> None
         raise ValueError(f"{name} must begin at 1, where the prior is drawn, got {edges[0]!r}")
 
 
-def check_tables(tables, info) -> None:
+def check_tables(tables: Any, info: Any) -> None:
     """Raise ValueError, with the name, unless these are tables by number of steps and what is known of each."""
     for name, entries in (("timestep_tables", tables), ("timestep_table_info", info)):
         if not isinstance(entries, dict | None):
@@ -68,7 +69,7 @@ def check_tables(tables, info) -> None:
             )
 
 
-def tables_for(config: Mapping, counts_tokens: bool, chain) -> dict[int, list[float]]:
+def tables_for(config: Mapping, counts_tokens: bool, chain: Any) -> dict[int, list[float]]:
     """The tables of a CTMCScheduler's config by number of steps, as its sampler takes them.
 
     counts_tokens: whether that is k-Gillespie, whose edges are shares of masked tokens; of the others they are times.
@@ -97,7 +98,7 @@ def tables_for(config: Mapping, counts_tokens: bool, chain) -> dict[int, list[fl
     return tables
 
 
-def check_table_settings(spacing: str, tables, info) -> None:
+def check_table_settings(spacing: str, tables: Any, info: Any) -> None:
     """Raise ValueError for what a scheduler's timestep_spacing, timestep_tables and timestep_table_info may not be."""
     if spacing not in ("uniform", "table"):
         raise ValueError(f'timestep_spacing must be "uniform" or "table", got {spacing!r}')

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from threading import Event, Thread
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import (
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
@@ -46,6 +49,7 @@ from diffusers_ext.app.computations import (
 )
 from diffusers_ext.app.grids import Axes, compare_grid
 from diffusers_ext.app.models import Models
+from diffusers_ext.app.text_to_image import TextToImage, weight_of
 from diffusers_ext.app.watching import WAITING, StoppedError, Watch, watched
 from diffusers_ext.discrete.music import NUM_TOKENS
 from diffusers_ext.evaluation.pictures import sequences_picture
@@ -57,6 +61,7 @@ SMALL = {
 }  # fmt: skip
 needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio")
 TWO = Drawn(count=2, seed=3)
+ASKED = TextToImage("cat", "dog", 32, 24, "EulerDiscreteScheduler", "bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +123,8 @@ def test_steps_are_planned_as_they_are_run(models):
 def test_steps_of_several_evaluations_count_once(models, scheduler, monkeypatch):
     pipe = tiny_sdxl()
     pipe.scheduler = scheduler
-    monkeypatch.setattr(models, "holds", lambda model: True)
-    monkeypatch.setattr(models, "load", lambda model: pipe)
+    monkeypatch.setattr(models, "holds", lambda model, dtype: True)
+    monkeypatch.setattr(models, "load", lambda model, dtype: pipe)
     with GuidanceInterval(pipe, guidance_interval=(0.5, 3.0)) as interval:
         pipe(prompt="a", num_inference_steps=6, guidance_scale=5.0, output_type="latent")
     planned = planned_steps(models, "any", 6, 0.5, 3.0)
@@ -171,12 +176,22 @@ def test_flow_of_no_strength_changes_nothing(models, tmp_path):
     assert not same(pairs[1].ours, pairs[0].ours) and not same(pairs[1].ours, pairs[2].ours)
 
 
-@pytest.mark.parametrize("tab", ["boost", "boost a scheduler", "interval", "interval of its own", "discrete", "flow"])
+TABS = [
+    "boost", "boost of a prompt", "interval", "interval of its own", "interval of a prompt", "discrete", "flow",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tab", TABS)
 def test_the_code_shown_draws_the_second_picture(models, tab, tmp_path, monkeypatch):
     two = Drawn(count=2, seed=3)
-    if tab == "boost a scheduler":
+    if tab.endswith("prompt"):
         tiny_stable_diffusion().save_pretrained(tmp_path / "sd")
-        pair = compare_boost_and_skip(models, str(tmp_path / "sd"), 2.0, 1, 4, Drawn(2, 3, prompt="cat"))
+        compare, numbers = (
+            (compare_boost_and_skip, (2.0, 1, 4))
+            if "boost" in tab
+            else (compare_guidance_interval, (3.0, 0.5, 3.0, 4))
+        )
+        pair = compare(models, str(tmp_path / "sd"), *numbers, Drawn(2, 3, text=ASKED))
     else:
         pair = {
             "boost": lambda: compare_boost_and_skip(models, "mnist-unet", 2.0, 1, 4, two),
@@ -241,7 +256,7 @@ def test_who_waits_is_told_so_and_can_stop(models):
 
 def test_a_grid_is_that_of_compare(models):
     axes = Axes(class_labels="3, 8", seeds="1", guidance_scales="1,5", guidance_intervals="none, 0.75:1.7", gammas="2")
-    sheet = compare_grid(models, "mnist-unet", axes, 3, None, None)
+    sheet = compare_grid(models, "mnist-unet", axes, 3, TextToImage())
     names = {}
     exec(sheet.code, names)
     assert same(names["grid"], sheet.grid) and len(names["found"].cells) == 8
@@ -251,10 +266,98 @@ def test_a_grid_is_that_of_compare(models):
         ({"guidance_intervals": "0.7"}, "guidance intervals: .*'0.7' is neither \"none\" nor LO:HI"),
         ({"class_labels": "10"}, "class_label: class labels must be in"),
         ({"seeds": ",".join(map(str, range(101)))}, "101 images, at most 100"),
-        ({"prompt": "cat"}, "prompt"),
     ):
         with pytest.raises(ValueError, match=message):
-            compare_grid(models, "mnist-unet", Axes(**wrong), 3, None, None)
+            compare_grid(models, "mnist-unet", Axes(**wrong), 3, TextToImage())
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd")
+    tiny_stable_diffusion().save_pretrained(folder)
+    return str(folder)
+
+
+def test_each_setting_of_text_to_image_counts(models, stable_diffusion):
+    """In all tabs alike: other pictures, and the model as it was before."""
+    tabs = {
+        "boost": lambda text: compare_boost_and_skip(models, stable_diffusion, 2.0, 1, 3, Drawn(1, 3, text=text)),
+        "interval": lambda text: compare_guidance_interval(
+            models, stable_diffusion, 3.0, 0.5, 3.0, 3, Drawn(1, 3, text=text)
+        ),
+    }
+    begin = TextToImage("cat")
+    for draws in tabs.values():
+        plain = draws(begin)
+        for name in ("prompt", "negative_prompt", "scheduler", "dtype"):
+            assert not same(
+                draws(replace(begin, **{name: getattr(ASKED, name) + "s" * (name == "prompt")})).stock, plain.stock
+            )
+        assert draws(replace(begin, height=32, width=24)).stock.size == (14 * 24, 14 * 32)
+        again = draws(begin)
+        assert same(again.stock, plain.stock) and same(again.ours, plain.ours)
+
+
+def test_a_grid_of_prompts(models, stable_diffusion):
+    sheet = compare_grid(models, stable_diffusion, Axes(seeds="3", guidance_scales="1,5"), 3, ASKED)
+    names = {}
+    exec(sheet.code, names)
+    assert same(names["grid"], sheet.grid) and names["found"].cells[0].image.size == (24, 32)
+    assert type(names["pipe"].scheduler) is EulerDiscreteScheduler and names["pipe"].unet.dtype == torch.bfloat16
+    assert type(models.load(stable_diffusion).scheduler) is DDIMScheduler
+
+
+def test_the_axis_is_that_of_the_scheduler_chosen(models, stable_diffusion):
+    text = replace(ASKED, scheduler="DPMSolverMultistepScheduler")
+    pair = compare_guidance_interval(models, stable_diffusion, 3.0, 0.5, 3.0, 4, Drawn(1, 3, text=text))
+    assert planned_steps(models, stable_diffusion, 4, 0.5, 3.0, text) == pair.chart != ""
+    models.load(stable_diffusion)
+    assert planned_steps(models, stable_diffusion, 4, 0.5, 3.0, TextToImage("cat")) not in ("", pair.chart)
+
+
+def test_wrong_settings_of_text_to_image_are_said(models, stable_diffusion, monkeypatch):
+    def draw(model, text, **drawn):
+        compare_boost_and_skip(models, model, 2.0, 1, 3, Drawn(1, text=text, **drawn))
+
+    for call, message in (
+        (lambda: draw(stable_diffusion, TextToImage()), "StableDiffusionPipeline needs a prompt"),
+        (lambda: draw(stable_diffusion, TextToImage("cat"), label=1), "takes none"),
+        (lambda: draw("mnist-unet", TextToImage("cat", height=8)), "no text-to-image model: leave out prompt, height"),
+        (lambda: draw("mnist-unet", TextToImage(scheduler="DDIMScheduler")), "leave out scheduler"),
+        (lambda: TextToImage(height=-8), "height must be > 0"),
+        (lambda: TextToImage(scheduler="Euler"), "one of DDIMScheduler, .*'Euler'"),
+        (lambda: TextToImage(dtype="int8"), "dtype must be one of float32"),
+        (lambda: compare_grid(models, "mnist-unet", Axes(), 3, TextToImage("cat")), "leave out prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    pipe = tiny_stable_diffusion()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler can be exchanged for"):
+        ASKED.check(pipe)
+    pipe = tiny_stable_diffusion()
+    pipe.unet.conv_in.weight.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="is not finite"):
+        computations.draw(pipe, Drawn(1, text=TextToImage("cat")), num_inference_steps=2)
+
+
+def test_true_guidance_gets_its_weight_and_a_negative_prompt():
+    class Pipe:
+        def __call__(self, prompt, negative_prompt=None, guidance_scale=3.5, true_cfg_scale=1.0):
+            pass
+
+    assert weight_of(Pipe()) == "true_cfg_scale"
+    assert TextToImage("a").inputs(Pipe(), 2) == {"prompt": ["a"] * 2, "negative_prompt": [""] * 2}
+
+
+def test_what_a_model_takes_is_known_before_it_is_loaded(stable_diffusion, tmp_path):
+    unloaded = Models("cpu")
+    assert unloaded.inputs(stable_diffusion) == {"prompt"}
+    assert unloaded.inputs(" mnist-unet ") == unloaded.inputs("mnist-edm2") == {"class_labels"}
+    assert "prompt" not in unloaded.inputs("mnist-flow") | unloaded.inputs("jsb-sedd")
+    (tmp_path / "model_index.json").write_text('{"_class_name": ["pipeline", "Own"]}')
+    for unknown in ("some/model", str(tmp_path)):
+        assert unloaded.inputs(unknown) == {"prompt", "class_labels"}
 
 
 def test_few_sequences_make_no_narrow_strip():
@@ -277,7 +380,7 @@ def test_models_are_kept_and_forgotten(monkeypatch):
         def set_progress_bar_config(self, disable):
             pass
 
-    def load(model, pipeline, trust_remote_code):
+    def load(model, pipeline, trust_remote_code, dtype):
         loaded.append((model, pipeline, trust_remote_code))
         return Pipe()
 
@@ -288,6 +391,7 @@ def test_models_are_kept_and_forgotten(monkeypatch):
     monkeypatch.setattr("diffusers_ext.app.models.cast", cast)
     kept = Models("cpu", trust_remote_code=True)
     first = kept.load(" a ")
+    assert kept.load("a", dtype="float16") is not first and loaded.pop() == ("a", None, True)
     assert kept.load("a") is first and loaded == [("a", None, True)] and first.where == ("cpu", torch.float32)
     for name in ("b", "c", "a", "d"):
         kept.load(name)

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from browser import BROWSER, needs_browser
+from tiny_pipelines import tiny_stable_diffusion
 
 for needed in ("playwright", "gradio"):  # pytest.importorskip would also skip where one is there and broken
     if find_spec(needed) is None:
@@ -27,6 +28,7 @@ from diffusers_ext.app import interface  # noqa: E402
 from diffusers_ext.app.computations import Drawn  # noqa: E402
 from diffusers_ext.app.interface import serve  # noqa: E402
 from diffusers_ext.app.models import Models  # noqa: E402
+from diffusers_ext.app.text_to_image import TextToImage  # noqa: E402
 
 pytestmark = [needs_browser, pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")]  # it uses old pandas
 WAIT = 240_000  # milliseconds; machines may be busy
@@ -44,7 +46,7 @@ def address():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """An untrained flow and an untrained model of sequences."""
+    """An untrained flow, an untrained model of sequences and one of prompts."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models")
     unet = UNet2DModel(
@@ -54,6 +56,7 @@ def folders(tmp_path_factory):
     FlowPostprocessingPipeline(unet, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder / "flow")
     model = SEDDTransformer(vocab_size=33, sequence_length=16, hidden_size=8, cond_dim=8, num_blocks=1, num_heads=2)
     DiscreteDiffusionPipeline(model, CTMCScheduler(vocab_size=33)).save_pretrained(folder / "sequences")
+    tiny_stable_diffusion().save_pretrained(folder / "prompts")
     return folder
 
 
@@ -96,11 +99,14 @@ def drawn(monkeypatch):
     return asked
 
 
+FIELDS = ("class", "classes", "prompt", "negative prompt", "height", "width")
+
+
 def enter(panel, label: str, value) -> None:
-    """Fill a slider's number or the class, or choose a model."""
-    if label == "class":
+    """Fill a slider's number or a field, or choose a model."""
+    if label in FIELDS:
         box, key = panel.get_by_label(label, exact=True), "Tab"
-    elif label.startswith(("model", "flow")):
+    elif label.startswith(("model", "flow", "scheduler", "dtype")):
         box, key = panel.get_by_label(label, exact=True), "Enter"
     else:
         box, key = panel.get_by_label(f"number input for {label}", exact=True), "Tab"
@@ -151,6 +157,41 @@ def test_flow(page, folders):
     flow = {"flow, trained on its images": folders / "flow"}
     text = draws_both(page, "Flow postprocessing", **flow, steps=3, samples=2)
     assert "repaired to strength 1 in 4 steps" in text
+
+
+MODEL = "model: shipped, a folder or a Hub id"
+TEXT = ("prompt", "negative prompt", "height", "width", "scheduler", "dtype")
+ASKED = {
+    "prompt": "cat", "negative prompt": "dog", "height": 32, "width": 24, "scheduler": "EulerDiscreteScheduler",
+    "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tab", ["Boost-and-Skip", "Guidance interval", "Flow postprocessing", "Grid"])
+def test_what_a_model_takes_is_shown(page, folders, tab):
+    page.get_by_role("tab", name=tab).click()
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    name = "classes" if tab == "Grid" else "class"
+
+    def shows(shown: bool) -> None:
+        for label in TEXT:
+            sync_api.expect(panel.get_by_label(label, exact=True)).to_be_visible(visible=shown)
+        sync_api.expect(panel.get_by_label(name, exact=True)).to_be_visible(visible=not shown)
+
+    shows(False)
+    enter(panel, MODEL, folders / "prompts")
+    shows(True)
+    enter(panel, MODEL, "mnist-unet")
+    shows(False)
+
+
+def test_a_prompt_is_drawn_as_asked_and_left_out_where_it_is_hidden(page, folders, drawn):
+    values = {"steps": 4, "skip: first steps left out": 1, "samples": 1, "class": 7}
+    draws_both(page, "Boost-and-Skip", **values, **{MODEL: folders / "prompts"}, **ASKED)
+    draws_both(page, "Boost-and-Skip", **{MODEL: "mnist-unet"})
+    text = TextToImage("cat", "dog", 32, 24, "EulerDiscreteScheduler", "bfloat16")
+    assert drawn == [Drawn(count=1, text=text), Drawn(count=1, label=7)]
+    enter(page.get_by_role("tabpanel").filter(visible=True), "class", "")
 
 
 def test_grid(page):
@@ -221,7 +262,7 @@ def test_wrong_input_is_shown_as_a_message(page):
 def test_errors_are_shown_as_text_and_not_printed(page, capfd):
     page.get_by_role("tab", name="Boost-and-Skip").click()
     panel = page.get_by_role("tabpanel").filter(visible=True)
-    name = "model: shipped, a folder or a Hub id"
+    name = MODEL
     enter(panel, name, "<class 'Pipeline'>")
     panel.get_by_role("button", name="Draw both").click()
     page.get_by_text("<class 'Pipeline'>").first.wait_for()

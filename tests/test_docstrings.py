@@ -207,6 +207,32 @@ def test_every_module_says_what_it_is():
     assert not bare
 
 
+def untyped(node: ast.FunctionDef, owner: ast.ClassDef | None) -> list[str]:
+    """Its parameters without an annotation, but for self and cls and what is passed on with stars."""
+    taken = [*node.args.posonlyargs, *node.args.args]
+    if owner is not None and "staticmethod" not in map(ast.unparse, node.decorator_list):
+        taken = taken[1:]
+    return [argument.arg for argument in (*taken, *node.args.kwonlyargs) if argument.annotation is None]
+
+
+def test_every_parameter_of_a_public_function_has_a_type():
+    """Also where the module is not for users; ruff asks for what is returned. Commands have click's types."""
+    bare = []
+    for path in FILES:
+        if path.parent.name == "cli":
+            continue
+        public = [node for node in definitions(path) if not node.name.startswith("_")]
+        found = [(node, None) for node in public if isinstance(node, ast.FunctionDef)]
+        for owner in (node for node in public if isinstance(node, ast.ClassDef)):
+            found += [(member, owner) for member in owner.body
+                      if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef)
+                      and (not member.name.startswith("_") or member.name.startswith("__"))]  # fmt: skip
+        bare += [
+            f"{Public(path, node, owner)}: {untyped(node, owner)}" for node, owner in found if untyped(node, owner)
+        ]
+    assert not bare, "\n".join(bare)
+
+
 def test_errors_are_named_where_they_are_raised():
     """A constructor's may be named in the docstring of its class."""
     silent = [one for one in PUBLIC if raises_value_error(one.node) and "ValueError" not in one.doc]
@@ -275,6 +301,7 @@ class Box:
     ).body
     plain, raising, inner, listed, box = (Public(ROOT / "x.py", node) for node in tree)
     assert parameters(listed) == ["a", "b", "*c", "d", "**e"] and documented(listed) == ["a", "b", "*c", "**e"]
+    assert untyped(listed.node, None) == ["a", "b", "d"] and untyped(box.node.body[2], box.node) == ["size"]
     assert parameters(box) == documented(box) == ["size"]
     assert parameters(Public(ROOT / "x.py", box.node.body[2], box.node)) == ["size"]
     assert not plain.doc and takes_tensors(plain.node) == ["x"]

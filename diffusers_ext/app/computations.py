@@ -1,8 +1,7 @@
 """What the tabs of the app compute: the stock sampler and ours, with the same seeds. Plain functions of numbers."""
 
-import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,9 +18,11 @@ from ..pipelines import BoostAndSkipPipeline, FlowPostprocessingPipeline, Guidan
 from ..pipelines.guidance_interval import GuidedStep
 from ..pipelines.interval import Interval, StepStart, read_step
 from ..sampling import cycled_labels, draws_sequences, is_discrete, sample_batches
+from ..sampling.draw import to_uint8
 from ..schedulers import EDMHeunScheduler, boost_and_skip
 from . import code_of
 from .models import Models
+from .text_to_image import NONE, Source, TextToImage, is_text_to_image, scheduled, takes, weight_of
 
 LARGEST = 64  # samples a picture
 SMALLEST_PICTURE = 320  # pixels; smaller sheets are enlarged
@@ -35,16 +36,16 @@ PICTURES = ("tokens", "CountDown", "chorales")
 class Drawn:
     """What both tabs' pictures hold: how many, of what, from which seeds on.
 
-    label: class of all images, "none" for the null class; None is every class in turn. prompt: for pipelines that take
-    one.
+    label: class of all images, "none" for the null class; None is every class in turn. text: for pipelines that take a
+    prompt.
     """
 
     count: int = 8
     seed: int = 0
     label: int | str | None = None
-    prompt: str = ""
+    text: TextToImage = NONE
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.count <= LARGEST:
             raise ValueError(f"number of samples must be 1 to {LARGEST}, got {self.count}")
 
@@ -68,21 +69,21 @@ def compare_boost_and_skip(
     Raises:
         ValueError: for arguments out of range and models that cannot be boosted.
     """
-    with models.lock:
-        pipe = models.load(model)
+    with _loaded(models, model, drawn.text) as pipe:
         boosted = boost_and_skip(pipe.scheduler, gamma, skip_steps)  # refuses models that begin with no Gaussian noise
-        if _takes(pipe, "prompt"):
+        if is_text_to_image(pipe):
             stock = draw(pipe, drawn, num_inference_steps=num_inference_steps)
-            with _scheduler(pipe, boosted):
+            with scheduled(pipe, boosted):
                 ours = draw(pipe, drawn, num_inference_steps=num_inference_steps)
         else:
             if not isinstance(pipe, BoostAndSkipPipeline):
-                pipe = models.load(model, "boost-and-skip")
+                pipe = models.load(model, "boost-and-skip", drawn.text.dtype)
             call = {"num_inference_steps": num_inference_steps}
             stock = draw(pipe, drawn, gamma=1.0, skip_steps=0, **call)
             ours = draw(pipe, drawn, gamma=gamma, skip_steps=skip_steps, **call)
     note = f"stock sampler: gamma 1, no step skipped\n\nthis method: gamma {gamma:g}, the first {skip_steps} skipped"
-    code = code_of.boost_and_skip(pipe, model, gamma, skip_steps, num_inference_steps, _inputs(pipe, drawn))
+    source = Source(model, drawn.text, models.device)
+    code = code_of.boost_and_skip(pipe, source, gamma, skip_steps, num_inference_steps, _inputs(pipe, drawn))
     return Pair(sheet(stock), sheet(ours), note, code=code)
 
 
@@ -100,14 +101,14 @@ def compare_guidance_interval(
     Raises:
         ValueError: for arguments out of range and pipelines that do not guide in a way that is understood.
     """
-    with models.lock:
-        pipe = models.load(model)
-        call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    with _loaded(models, model, drawn.text) as pipe:
+        call = {"num_inference_steps": num_inference_steps, weight_of(pipe): guidance_scale}
         stock = draw(pipe, drawn, **call)
-        code = code_of.guidance_interval(pipe, model, (sigma_lo, sigma_hi), call, _inputs(pipe, drawn))
-        if _takes(pipe, "guidance_interval"):  # EDM2 and others that have it built in
+        source = Source(model, drawn.text, models.device)
+        code = code_of.guidance_interval(pipe, source, (sigma_lo, sigma_hi), call, _inputs(pipe, drawn))
+        if takes(pipe, "guidance_interval"):  # EDM2 and others that have it built in
             ours = draw(pipe, drawn, guidance_interval=(sigma_lo, sigma_hi), **call)
-            chart = planned_steps(models, model, num_inference_steps, sigma_lo, sigma_hi)
+            chart = planned_steps(models, model, num_inference_steps, sigma_lo, sigma_hi, drawn.text)
             note = "stock sampler: guidance in all steps\n\nthis method: in the interval"
             return Pair(sheet(stock), sheet(ours), note, chart, code)
         with GuidanceInterval(pipe, guidance_interval=(sigma_lo, sigma_hi)) as interval:
@@ -120,13 +121,21 @@ def compare_guidance_interval(
     return Pair(sheet(stock), sheet(ours), note, sigma_chart(steps, sigma_lo, sigma_hi), code)
 
 
-def planned_steps(models: Models, model: str, num_inference_steps: int, sigma_lo: float, sigma_hi: float) -> str:
+def planned_steps(
+    models: Models,
+    model: str,
+    num_inference_steps: int,
+    sigma_lo: float,
+    sigma_hi: float,
+    text: TextToImage = NONE,
+) -> str:
     """The steps on the sigma axis before anything is drawn; "" for a model that is not loaded or shows no sigmas."""
-    if not models.holds(model):
+    if not models.holds(model, text.dtype):
         return ""
-    scheduler = models.load(model).scheduler
-    scheduler = type(scheduler).from_config(scheduler.config)
+    pipe = models.load(model, dtype=text.dtype)
     try:
+        scheduler = text.scheduler_of(pipe)
+        scheduler = type(scheduler).from_config(scheduler.config)
         scheduler.set_timesteps(num_inference_steps)
         starts, interval = _starts(scheduler), Interval(sigma_lo, sigma_hi)
         steps = [GuidedStep(start.index, start.sigma, start in interval) for start in starts]
@@ -179,8 +188,9 @@ def compare_discrete(
             shown, note = draw_discrete(pipe, times, picture, drawn)
             sheets.append(shown)
             notes.append(f"{title}: {note}")
+    source = Source(model, device=models.device)
     chart = tick_chart(edges, f"{num_inference_steps} steps", "time")
-    return Pair(*sheets, "\n\n".join(notes), chart, code_of.discrete(model, edges, drawn.count, drawn.seed))
+    return Pair(*sheets, "\n\n".join(notes), chart, code_of.discrete(source, edges, drawn.count, drawn.seed))
 
 
 def table_edges(pipe: DiffusionPipeline, num_inference_steps: int, table: str) -> list[float]:
@@ -249,16 +259,16 @@ def compare_flow(
     Raises:
         ValueError: for arguments out of range, and for a flow that is no flow or was trained on other images.
     """
-    with models.lock:
-        base, repair = models.load(model), models.load(flow)
+    with _loaded(models, model, drawn.text) as base:
+        repair = models.load(flow)
         if not isinstance(repair, FlowPostprocessingPipeline):
             raise ValueError(
                 f"{type(repair).__name__} is no flow; train one with `diffusers-ext train-postprocessing` and give its"
                 " folder"
             )
         call = {"num_inference_steps": num_inference_steps}
-        if guidance_scale != 1 or _takes(base, "guidance_scale"):
-            call["guidance_scale"] = guidance_scale
+        if guidance_scale != 1 or takes(base, weight_of(base)):
+            call[weight_of(base)] = guidance_scale
         images = draw(base, drawn, **call)
         labels = {}
         if repair.model.config.get("num_class_embeds") is not None:
@@ -266,56 +276,54 @@ def compare_flow(
         repaired = repair(images, num_inference_steps=repair_steps, strength=strength, **labels).images
     note = f"before: guidance {guidance_scale:g}\n\nafter: repaired to strength {strength:g} in {repair_steps} steps"
     its_call = {"num_inference_steps": repair_steps, "strength": strength, **labels}
-    code = code_of.flow(model, call, _inputs(base, drawn), flow, its_call)
+    code = code_of.flow(Source(model, drawn.text, models.device), call, _inputs(base, drawn), flow, its_call)
     return Pair(sheet(images), sheet(repaired), note, code=code)
+
+
+@contextmanager
+def _loaded(models: Models, model: str, text: TextToImage) -> Iterator[DiffusionPipeline]:
+    """The model for one computation, with the scheduler and in the dtype that are asked for."""
+    with models.lock:
+        pipe = models.load(model, dtype=text.dtype)
+        text.check(pipe)
+        with scheduled(pipe, text.scheduler_of(pipe)):
+            yield pipe
 
 
 def draw(pipe: DiffusionPipeline, drawn: Drawn, **call) -> list[Image.Image]:
     """Images, each with a seed of its own.
 
     Raises:
-        ValueError: for arguments that the pipeline does not take.
+        ValueError: for arguments that the pipeline does not take, and images of a prompt that are not finite.
     """
-    return [image for batch in _batches(pipe, drawn, call) for image in batch]
+    if not is_text_to_image(pipe):
+        return [image for batch in _batches(pipe, drawn, call) for image in batch]
+    (images,) = _batches(pipe, drawn, {**call, "output_type": "pt"})
+    pixels = to_uint8(images, range(drawn.count))
+    return [Image.fromarray(each[..., 0] if each.shape[-1] == 1 else each) for each in pixels]
 
 
-def _batches(pipe: DiffusionPipeline, drawn: Drawn, call: dict):
-    if unknown := sorted(name for name in call if not _takes(pipe, name)):
+def _batches(pipe: DiffusionPipeline, drawn: Drawn, call: dict) -> Iterator:
+    inputs = drawn.text.inputs(pipe, drawn.count)
+    if unknown := sorted(name for name in {**inputs, **call} if not takes(pipe, name)):
         raise ValueError(f"{type(pipe).__name__} does not take {', '.join(unknown)}; choose another model")
-    if _takes(pipe, "prompt") and not is_discrete(pipe):
-        if not drawn.prompt:
-            raise ValueError(f"{type(pipe).__name__} needs a prompt")
-        generators = [torch.Generator().manual_seed(drawn.seed + i) for i in range(drawn.count)]
-        return [pipe(prompt=[drawn.prompt] * drawn.count, generator=generators, **call).images]
-    return sample_batches(pipe, drawn.count, _labels(pipe, drawn), drawn.seed, drawn.count, **call)
+    return sample_batches(
+        pipe, drawn.count, _labels(pipe, drawn), drawn.seed, drawn.count, inputs.pop("prompt", None), **inputs, **call
+    )
 
 
 def _inputs(pipe: DiffusionPipeline, drawn: Drawn) -> dict:
     """The arguments of a call that draws them, for the code; "generator" as the seeds."""
-    seeds = {"generator": list(range(drawn.seed, drawn.seed + drawn.count))}
-    if _takes(pipe, "prompt"):
-        return {"prompt": [drawn.prompt] * drawn.count, **seeds}
-    labels = _labels(pipe, drawn)
-    return {"batch_size": drawn.count, **seeds} if labels is None else {"class_labels": labels.tolist(), **seeds}
+    inputs = drawn.text.inputs(pipe, drawn.count)
+    if not inputs:
+        labels = _labels(pipe, drawn)
+        inputs = {"batch_size": drawn.count} if labels is None else {"class_labels": labels.tolist()}
+    return {**inputs, "generator": list(range(drawn.seed, drawn.seed + drawn.count))}
 
 
 def _labels(pipe: DiffusionPipeline, drawn: Drawn) -> torch.Tensor | None:
     chosen = None if drawn.label == "none" else drawn.label
     return cycled_labels(pipe, drawn.count, None if drawn.label is None else [chosen])
-
-
-def _takes(pipe: DiffusionPipeline, name: str) -> bool:
-    return name in inspect.signature(pipe.__call__).parameters
-
-
-@contextmanager
-def _scheduler(pipe: DiffusionPipeline, scheduler):
-    """Another scheduler for a block."""
-    own, pipe.scheduler = pipe.scheduler, scheduler
-    try:
-        yield
-    finally:
-        pipe.scheduler = own
 
 
 def sheet(images: list[Image.Image]) -> Image.Image:

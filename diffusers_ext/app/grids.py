@@ -7,7 +7,9 @@ from PIL import Image
 
 from ..comparing import compare
 from ..comparing.settings import interval_of
+from . import code_of
 from .models import Models
+from .text_to_image import Source, TextToImage, scheduled
 
 MOST_CELLS = 100
 
@@ -23,10 +25,8 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Axes:
-    """Texts of the page; an empty one leaves the setting to the pipeline. prompt, negative_prompt: one text."""
+    """Texts of the page; an empty one leaves the setting to the pipeline."""
 
-    prompt: str = ""
-    negative_prompt: str = ""
     class_labels: str = ""
     seeds: str = "0"
     guidance_scales: str = ""
@@ -36,7 +36,7 @@ class Axes:
     skip_steps: str = ""
 
     def arguments(self) -> dict:
-        """Of `compare`.
+        """The arguments of `compare`.
 
         Raises:
             ValueError: naming the axis, for what is no value of it and for too many cells.
@@ -53,8 +53,7 @@ class Axes:
             raise ValueError(
                 f"this grid has {cells} images, at most {MOST_CELLS} here; `diffusers-ext compare` has more"
             )
-        texts = {"prompt": self.prompt.strip(), "negative_prompt": self.negative_prompt.strip()}
-        return {name: value for name, value in {**texts, **given}.items() if value}
+        return {name: value for name, value in given.items() if value}
 
 
 def _values(name: str, text: str, kind: Callable) -> list:
@@ -64,21 +63,19 @@ def _values(name: str, text: str, kind: Callable) -> list:
         raise ValueError(f"{name.replace('_', ' ')}: values between commas, got {text!r} ({error})") from error
 
 
-def compare_grid(
-    models: Models, model: str, axes: Axes, num_inference_steps: int, height: int | None, width: int | None
-) -> Sheet:
-    """A grid of a model's images. height, width: None leaves them to the pipeline.
+def compare_grid(models: Models, model: str, axes: Axes, num_inference_steps: int, text: TextToImage) -> Sheet:
+    """A grid of a model's images.
 
     Raises:
-        ValueError: as `Axes.arguments` and `compare`.
+        ValueError: as `Axes.arguments`, `TextToImage.check` and `compare`.
     """
-    arguments = axes.arguments() | {"num_inference_steps": num_inference_steps, "height": height, "width": width}
-    arguments = {name: value for name, value in arguments.items() if value is not None}
+    texts = {
+        name: value for name, value in (("prompt", text.prompt), ("negative_prompt", text.negative_prompt)) if value
+    }
+    arguments = {**texts, **axes.arguments(), "num_inference_steps": num_inference_steps, **text.call()}
     with models.lock:
-        found = compare(models.load(model), **arguments)
-    words = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
-    code = (
-        f"from diffusers_ext import compare, load_pipeline\n\npipe = load_pipeline({model!r})\n"
-        f"found = compare(\n    pipe,\n{words})\ngrid = found.grid\n"
-    )
-    return Sheet(found.grid, found.table, code)
+        pipe = models.load(model, dtype=text.dtype)
+        text.check(pipe)
+        with scheduled(pipe, text.scheduler_of(pipe)):
+            found = compare(pipe, **arguments)
+    return Sheet(found.grid, found.table, code_of.grid(Source(model, text, models.device), arguments))

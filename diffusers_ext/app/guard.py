@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 HERE = ("localhost", "127.0.0.1", "[::1]")
 UPLOADS = ("upload", "upload_progress", "process_recording")  # gradio's routes for files, which no tab takes
@@ -25,14 +26,15 @@ class Guard:
         ValueError: for one that is no name.
     """
 
-    def __init__(self, app, hosts: Iterable[str] = ()):
+    def __init__(self, app: ASGIApp | None, hosts: Iterable[str] = ()):
         self.app, self.hosts = app, set(HERE)
         for host in hosts:
             if host_of(host) is None:
                 raise ValueError(f"allowed hosts must be names such as app.example.org, got {host!r}")
             self.hosts.add(host_of(host))
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that is refused, and hand on any other."""
         reason = self.refusal(scope) if scope["type"] in ("http", "websocket") else None
         if reason is None:
             await self.app(scope, receive, send)
@@ -41,7 +43,7 @@ class Guard:
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    def refusal(self, scope) -> str | None:
+    def refusal(self, scope: Scope) -> str | None:
         """Why a request is refused; None where it is not."""
         headers = Headers(scope=scope)
         hosts, origins = headers.getlist("host"), headers.getlist("origin")

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ..comparing import GUIDERS
 from ..hub.damage import read_json, reason
@@ -25,7 +27,11 @@ from .computations import (
 )
 from .grids import Axes, compare_grid
 from .models import Models
+from .text_to_image import DTYPES, OWN, SCHEDULERS, TextToImage
 from .watching import Watch, watched
+
+if TYPE_CHECKING:
+    import gradio
 
 ADDRESS = "127.0.0.1"
 # classes of the shipped models that the tabs can run
@@ -56,7 +62,7 @@ STYLE = """
 """
 
 
-def import_gradio():
+def import_gradio() -> ModuleType:
     """gradio, told to send nothing home.
 
     Raises:
@@ -70,7 +76,7 @@ def import_gradio():
     return gradio
 
 
-def build_app(models: Models):
+def build_app(models: Models) -> "gradio.Blocks":
     """The interface as gradio Blocks; `serve` shows it.
 
     Raises:
@@ -106,7 +112,7 @@ def _blocks(gr) -> type:
     return Blocks
 
 
-def serve(models: Models, port: int, block: bool = True, allowed_hosts: Iterable[str] = ()):
+def serve(models: Models, port: int, block: bool = True, allowed_hosts: Iterable[str] = ()) -> "gradio.Blocks":
     """Serve the app on this machine alone, without a link to share; returns it. block: until Ctrl+C.
 
     allowed_hosts: names by which requests may ask for it beside this machine's, for a proxy.
@@ -154,12 +160,14 @@ def _boost_tab(gr, models: Models) -> None:
             gamma = gr.Slider(1, 8, 4, step=0.25, label="gamma: factor on the initial noise")
             skip = gr.Slider(0, 20, 3, step=1, label="skip: first steps left out")
             steps = gr.Slider(2, 250, 50, step=1, label="steps")
-            drawn = _drawn(gr)
+            drawn = _drawn(gr, models, model)
             buttons = _buttons(gr)
         shown = _pictures(gr)
 
     def compute(model, gamma, skip, steps, *drawn) -> tuple:
-        return _shown(drawn, compare_boost_and_skip, models, model, gamma, int(skip), int(steps))[:4]
+        return _shown(_of(models, model, *drawn), compare_boost_and_skip, models, model, gamma, int(skip), int(steps))[
+            :4
+        ]
 
     _run(gr, buttons, compute, [model, gamma, skip, steps, *drawn], shown)
 
@@ -172,21 +180,23 @@ def _interval_tab(gr, models: Models) -> None:
             low = _sigma(gr, 0.75, "interval: sigma above")
             high = _sigma(gr, 1.7, "interval: sigma at most")
             steps = gr.Slider(2, 250, 16, step=1, label="steps")
-            drawn = _drawn(gr)
+            drawn = _drawn(gr, models, model)
             buttons = _buttons(gr)
         with gr.Column(scale=2):
             axis = gr.HTML(padding=False)
             shown = _pictures(gr)
 
     def compute(model, weight, low, high, steps, *drawn) -> tuple:
-        return _shown(drawn, compare_guidance_interval, models, model, weight, _level(low), _level(high), int(steps))
+        numbers = (weight, _level(low), _level(high), int(steps))
+        return _shown(_of(models, model, *drawn), compare_guidance_interval, models, model, *numbers)
 
-    def plan(model, steps, low, high) -> str:
-        return planned_steps(models, model, int(steps), _level(low), _level(high))
+    def plan(model, steps, low, high, *text) -> str:
+        return planned_steps(models, model, int(steps), _level(low), _level(high), _text(models, model, *text))
 
     _run(gr, buttons, compute, [model, weight, low, high, steps, *drawn], [*shown, axis])
-    for control in (model, steps, low, high):
-        control.change(plan, [model, steps, low, high], axis, show_progress="hidden")
+    *_, scheduler, dtype = text = drawn[3:]
+    for control in (model, steps, low, high, scheduler, dtype):
+        control.change(plan, [model, steps, low, high, *text], axis, show_progress="hidden")
 
 
 def _discrete_tab(gr, models: Models) -> None:
@@ -203,8 +213,7 @@ def _discrete_tab(gr, models: Models) -> None:
             shown = _pictures(gr, ("even steps", "with the table"))
 
     def compute(model, steps, table, picture, count, seed) -> tuple:
-        drawn = (count, seed, "", "")
-        return _shown(drawn, compare_discrete, models, model, int(steps), table, picture)
+        return _shown(Drawn(int(count), int(seed or 0)), compare_discrete, models, model, int(steps), table, picture)
 
     def suited(model) -> str:
         return {"countdown-sedd": "CountDown", "jsb-sedd": "chorales"}.get(model, "tokens")
@@ -222,13 +231,13 @@ def _flow_tab(gr, models: Models) -> None:
             steps = gr.Slider(2, 250, 16, step=1, label="steps")
             strength = gr.Slider(0, 1, 1, step=0.05, label="strength of the repair")
             repair = gr.Slider(1, 50, 4, step=1, label="steps of the repair")
-            drawn = _drawn(gr)
+            drawn = _drawn(gr, models, model)
             buttons = _buttons(gr)
         shown = _pictures(gr, ("before", "after the repair"))
 
     def compute(model, flow, weight, steps, strength, repair, *drawn) -> tuple:
         numbers = (weight, int(steps), strength, int(repair))
-        return _shown(drawn, compare_flow, models, model, flow or "", *numbers)[:4]
+        return _shown(_of(models, model, *drawn), compare_flow, models, model, flow or "", *numbers)[:4]
 
     _run(gr, buttons, compute, [model, flow, weight, steps, strength, repair, *drawn], shown)
 
@@ -236,8 +245,6 @@ def _flow_tab(gr, models: Models) -> None:
 def _grid_tab(gr, models: Models) -> None:
     """`compare`, with the values of each axis between commas."""
     labels = {
-        "prompt": "prompt, for text-to-image models",
-        "negative_prompt": "negative prompt",
         "class_labels": "classes",
         "seeds": "seeds",
         "guidance_scales": "guidance scales",
@@ -252,24 +259,23 @@ def _grid_tab(gr, models: Models) -> None:
             model = _model(gr, "mnist-unet", GUIDED)
             texts = [gr.Textbox(begin.get(name, ""), label=label) for name, label in labels.items()]
             steps = gr.Slider(2, 250, 16, step=1, label="steps")
-            with gr.Row():
-                sizes = [
-                    gr.Number(None, label=f"{name}, 0: the model's own", precision=0) for name in ("height", "width")
-                ]
+            drawn = _text_to_image(gr, models, model, texts[0])
             buttons = _buttons(gr, "Draw the grid")
         with gr.Column(scale=2):
             shown = [_picture(gr, "grid"), gr.Markdown()]
             with gr.Accordion("the same in Python", open=False):
                 shown.append(gr.Code(language="python", interactive=False, show_label=False))
 
-    def compute(model, steps, height, width, *texts) -> tuple:
-        axes = Axes(
-            **{name: text or ("cfg" if name == "guiders" else "") for name, text in zip(labels, texts, strict=True)}
-        )
-        sheet = compare_grid(models, model, axes, int(steps), height or None, width or None)
+    def compute(model, steps, *values) -> tuple:
+        axes = dict(zip(labels, values, strict=False))
+        axes["guiders"] = axes["guiders"] or "cfg"
+        if "class_labels" not in models.inputs(model):
+            axes["class_labels"] = ""  # its field is hidden
+        text = _text(models, model, *values[len(axes) :])
+        sheet = compare_grid(models, model, Axes(**axes), int(steps), text)
         return sheet.grid, html.escape(sheet.table, quote=False), sheet.code
 
-    _run(gr, buttons, compute, [model, steps, *sizes, *texts], shown)
+    _run(gr, buttons, compute, [model, steps, *texts, *drawn], shown)
 
 
 def _sigma(gr, value: float, words: str):
@@ -343,10 +349,31 @@ def shipped(pipelines: list[str]) -> list[str]:
     ]
 
 
-def _drawn(gr) -> list:
+def _drawn(gr, models: Models, model) -> list:
+    """The controls of what a model draws, for `_of`."""
     # no gr.Number, whose page shows no number as 0, and sends it
-    label = gr.Textbox("", label="class", placeholder="every class in turn")
-    return [_count(gr), _seed(gr), label, gr.Textbox("", label="prompt, for text-to-image models")]
+    count, seed, label = _count(gr), _seed(gr), gr.Textbox("", label="class", placeholder="every class in turn")
+    return [count, seed, label, *_text_to_image(gr, models, model, label)]
+
+
+def _text_to_image(gr, models: Models, model, label) -> list:
+    """The controls of `TextToImage`, for `_text`; they, and the class, are hidden where the model takes none."""
+    with gr.Group(visible="prompt" in models.inputs(model.value)) as group:
+        fields = [gr.Textbox("", label="prompt"), gr.Textbox("", label="negative prompt")]
+        with gr.Row():
+            size = {"precision": 0, "info": "pixels; 0: the model's own"}
+            fields += [gr.Number(0, label=name, **size) for name in ("height", "width")]
+        fields += [
+            gr.Dropdown([OWN, *SCHEDULERS], value=OWN, label="scheduler"),
+            gr.Dropdown(list(DTYPES), value=DTYPES[0], label="dtype"),
+        ]
+
+    def suited(model) -> tuple:
+        inputs = models.inputs(model or "")
+        return gr.update(visible="prompt" in inputs), gr.update(visible="class_labels" in inputs)
+
+    model.change(suited, model, [group, label], queue=False, show_progress="hidden")
+    return fields
 
 
 def _count(gr):
@@ -371,19 +398,25 @@ def _picture(gr, title: str):
     return gr.Image(label=title, format="png", interactive=False, buttons=buttons, elem_classes="picture")
 
 
-def _of(values: tuple) -> Drawn:
-    count, seed, label, prompt = values
-    label = label.strip()
+def _of(models: Models, model: str, count: float, seed: float | None, label: str, *text) -> Drawn:
+    """What the controls of `_drawn` mean for a model."""
+    label = label.strip() if "class_labels" in models.inputs(model) else ""
     if label and label != "none" and not label.isdecimal():
         raise ValueError(f"class must be a whole number, none, or empty for every class in turn, got {label!r}")
-    return Drawn(int(count), int(seed or 0), int(label) if label.isdecimal() else label or None, prompt.strip())
+    chosen = int(label) if label.isdecimal() else label or None
+    return Drawn(int(count), int(seed or 0), chosen, _text(models, model, *text))
 
 
-def _shown(drawn: tuple, compare: Callable[..., Pair], *arguments) -> tuple:
-    """Both pictures, what to say of them, the code that draws them, and the chart.
+def _text(models: Models, model: str, prompt: str, negative: str, height, width, scheduler: str, dtype: str):
+    """What the controls of `_text_to_image` mean for a model: what is hidden is left out."""
+    if "prompt" not in models.inputs(model):
+        return TextToImage()
+    size = (int(height or 0) or None, int(width or 0) or None)
+    return TextToImage(prompt.strip(), negative.strip(), *size, "" if scheduler == OWN else scheduler, dtype)
 
-    drawn: values of the controls of `_drawn`; `compare` takes what they mean as its last argument.
-    """
-    pair = compare(*arguments, _of(drawn))
+
+def _shown(drawn: Drawn, compare: Callable[..., Pair], *arguments) -> tuple:
+    """Both pictures, what to say of them, the code that draws them, and the chart; `compare` takes `drawn` last."""
+    pair = compare(*arguments, drawn)
     note = html.escape(pair.note, quote=False)  # it may hold a model's text
     return pair.stock, pair.ours, note, pair.code, pair.chart

@@ -55,7 +55,7 @@ def watched(watch: Watch) -> Iterator[None]:
 class Turn:
     """A lock that tells who waits for it, and can be waited for no longer; the holder may take it again."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = RLock()
 
     def __enter__(self) -> None:
@@ -89,7 +89,7 @@ class _Bar:
         self.done += int(n)
         self._say()
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator:
         for value in self.iterable:
             yield value
             self.update()

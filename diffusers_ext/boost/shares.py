@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,20 @@ class Shares:
         on_batch: as of `choose_boost`.
     """
 
-    def __init__(self, pipe, judge, inputs, count, steps, seed, batch_size, call, rarity, resume, on_batch):
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        judge: Judge,
+        inputs: Mapping[str, Sequence],
+        count: int,
+        steps: int,
+        seed: int,
+        batch_size: int,
+        call: Mapping,
+        rarity: Callable | None,
+        resume: str | Path | None,
+        on_batch: Callable[[dict, int], None] | None,
+    ):
         self.pipe: DiffusionPipeline = pipe
         self.judge: Judge = judge
         self.inputs: Mapping[str, Sequence] = inputs
@@ -119,7 +133,7 @@ class Shares:
         return MeasuredBoost(gamma, skip_to_sigma, recognised, error, at_least(recognised, len(share)), rarity)
 
     def _rarity(self, values: torch.Tensor, is_stock: bool) -> float:
-        """Of the samples' features (count, dim), or the mean of what the user's function gave."""
+        """The rarity by the samples' features (count, dim), or the mean of what the user's function gave."""
         if self.rarity is not None:
             return values.double().mean().item()
         k = min(NEIGHBOURS, self.count - 1)
@@ -166,7 +180,7 @@ def setting_of(gamma: float, skip_to_sigma: float | None) -> dict[str, float]:
     return {"gamma": gamma, "skip_to_sigma": skip_to_sigma}
 
 
-def numbers(name: str, values, count: int, highest: float = float("inf")) -> torch.Tensor:
+def numbers(name: str, values: Any, count: int, highest: float = float("inf")) -> torch.Tensor:
     """One number a sample (count,).
 
     Raises:

@@ -143,13 +143,16 @@ class ADMLayout:
 
     @property
     def is_upsampler(self) -> bool:
+        """Whether the network takes a small image beside the noisy one."""
         return self.in_channels == 6
 
     @property
     def channel_mult(self) -> tuple[float, ...]:
+        """Channels of each resolution over those of the first."""
         return tuple(width / self.num_channels for width in self.widths)
 
     def first_input_block(self, level: int) -> int:
+        """The number of the first input block of a resolution, which is counted from 0, the highest."""
         return 1 + level * (self.num_res_blocks + 1)
 
 

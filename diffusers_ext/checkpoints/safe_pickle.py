@@ -105,7 +105,7 @@ class _Name:
     module: str
     name: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.module}.{self.name}"
 
 

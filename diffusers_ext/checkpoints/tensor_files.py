@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -20,7 +21,7 @@ MOST_SHOWN = 8  # bytes of tensors for each byte of the file; shared and tied we
 PART = 1 << 24  # elements that are looked at at a time
 
 
-def read_torch_file(path: str | Path):
+def read_torch_file(path: str | Path) -> Any:
     """The content of a torch file, on the CPU; see `load_torch_file`.
 
     Raises:

@@ -148,7 +148,7 @@ def compare(
 class _Shelf:
     """Images in memory, by their number."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.drawn: dict[int, Drawn] = {}
 
     def holds(self, number: int) -> bool:

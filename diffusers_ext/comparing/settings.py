@@ -57,7 +57,7 @@ class Grid:
     axes: Mapping[str, tuple]
     columns: tuple[str, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if unknown := [name for name in self.columns if name not in AXES]:
             raise ValueError(f"columns must be among {', '.join(AXES)}, got {', '.join(map(repr, unknown))}")
 

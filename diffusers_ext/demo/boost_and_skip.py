@@ -61,6 +61,7 @@ class BoostAndSkipSettings:
         return {"num_inference_steps": self.num_inference_steps, **skip}
 
     def title(self, gamma: float) -> str:
+        """A setting in words."""
         return "stock sampler" if gamma == 1 else f"gamma {gamma:g}, skip {self.skip_steps}"
 
 
@@ -136,6 +137,7 @@ def plot(rows: list[dict], settings: BoostAndSkipSettings, path: Path) -> Path:
 
 
 def format_number(name: str, value: float | None) -> str:
+    """A number of the table in words."""
     if value is None:
         return "-"
     return f"{value:.1%}" if name in ("recognised", "inside") else f"{value:.3f}"

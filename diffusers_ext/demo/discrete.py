@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from rich.console import Console
 
 from ..discrete.music import REST, piano_roll, tokens_to_pitches, write_midi
@@ -111,13 +112,13 @@ def write_texts(path: Path, device: str, settings: DiscreteSettings, console: Co
     console.print("\n".join(texts), markup=False, highlight=False)
 
 
-def draw_text(pipe, seed: int, steps: int, **given) -> str:
+def draw_text(pipe: DiffusionPipeline, seed: int, steps: int, **given) -> str:
     """One text; given: a prompt and a suffix."""
     generator = torch.Generator().manual_seed(seed)
     return pipe(num_inference_steps=steps, generator=generator, output_type="text", **given).text[0].strip()
 
 
-def sample_tokens(pipe, count: int, seed: int, steps: int) -> tuple[torch.Tensor, float]:
+def sample_tokens(pipe: DiffusionPipeline, count: int, seed: int, steps: int) -> tuple[torch.Tensor, float]:
     """Tokens (count, length) on the CPU, and seconds a sequence."""
     pipe.set_progress_bar_config(disable=True)
     started = time.perf_counter()

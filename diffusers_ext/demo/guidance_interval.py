@@ -61,6 +61,7 @@ class GuidanceIntervalSettings:
         return [(1.0, False), *((weight, limited) for weight in weights for limited in (False, True))]
 
     def title(self, weight: float, limited: bool) -> str:
+        """A setting in words."""
         if weight == 1:
             return "no guidance"
         return f"weight {weight:g} " + (f"in ({self.sigma_lo:g}, {self.sigma_hi:g}]" if limited else "everywhere")

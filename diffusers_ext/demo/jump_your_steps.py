@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.progress import Progress
 
@@ -71,7 +72,7 @@ def run_jump_your_steps(
     return {**result, "seconds": seconds, "files": files}
 
 
-def make_tables(pipe, settings: JumpYourStepsSettings) -> dict[str, dict[int, list[float]]]:
+def make_tables(pipe: DiffusionPipeline, settings: JumpYourStepsSettings) -> dict[str, dict[int, list[float]]]:
     """Edges by name of the table and number of steps, from one pass of the network over a grid."""
     length, tokens = pipe.model.config.sequence_length, pipe.scheduler.kernel.num_real_tokens
     data = countdown_sequences(settings.num_search, length, tokens, torch.Generator().manual_seed(settings.seed))
@@ -87,7 +88,7 @@ def make_tables(pipe, settings: JumpYourStepsSettings) -> dict[str, dict[int, li
     return {name: {n: [grid.points[i] for i in path] for n, path in by.items()} for name, by in indices.items()}
 
 
-def measure(pipe, edges: list[float], settings: JumpYourStepsSettings) -> tuple[float, float]:
+def measure(pipe: DiffusionPipeline, edges: list[float], settings: JumpYourStepsSettings) -> tuple[float, float]:
     """Strict error rate of samples and its standard error."""
     call = {"timesteps": edges, "output_type": "tokens"}
     batches = sample_batches(pipe, settings.num_samples, None, settings.seed, batch_size=settings.num_samples, **call)

@@ -28,7 +28,7 @@ class Line:
     points: Sequence[tuple[float, float]]
     spreads: Sequence[float] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.points or (self.spreads is not None and len(self.spreads) != len(self.points)):
             raise ValueError(
                 f"line {self.name!r} needs points, and a spread for each or none, got {len(self.points)} points and"

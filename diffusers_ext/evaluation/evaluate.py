@@ -248,7 +248,7 @@ def _check_digits(images: torch.Tensor, labels: torch.Tensor) -> None:
 
 
 def _scores(features, reference, metrics: Sequence[str], k: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Of the metrics asked for that are means over the samples, each sample's share, (n,); see `_numbers`."""
+    """Each sample's share, (n,), of the metrics asked for that are means over the samples; see `_numbers`."""
     scores = {}
     if "knn_distance" in metrics:
         scores["knn_distance"] = nearest_neighbours(features, reference, k["knn_distance"])[0].mean(axis=1)

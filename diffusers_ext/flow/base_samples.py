@@ -140,7 +140,7 @@ def velocity_network(
     Args:
         images: (count, channels, size, size).
         num_classes: of a flow that is told the class.
-        block_out_channels: of each resolution, halved from one to the next, multiples of 8.
+        block_out_channels: channels of each resolution, which is halved from one to the next, multiples of 8.
 
     Raises:
         ValueError: for images that are not square or cannot be halved that often, and for other channels.

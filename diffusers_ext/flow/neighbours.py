@@ -1,7 +1,7 @@
 """The k nearest real samples of every generated one: the targets that a postprocessing flow is trained on."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,13 +62,13 @@ class Neighbours:
         return cls(**tensors)
 
 
-@checked_arguments
+@checked_arguments(but="queries reference query_labels reference_labels")
 def find_neighbours(
-    queries,
-    reference,
+    queries: np.ndarray | torch.Tensor,
+    reference: np.ndarray | torch.Tensor,
     k: int = 20,
-    query_labels=None,
-    reference_labels=None,
+    query_labels: np.ndarray | torch.Tensor | Sequence[int] | None = None,
+    reference_labels: np.ndarray | torch.Tensor | Sequence[int] | None = None,
     method: str = "exact",
     cells: int | None = None,
     probes: int = 32,

@@ -23,8 +23,10 @@ class Pairs:
     weights: torch.Tensor | None = None
     keep: torch.Tensor | None = None
 
-    def draw(self, rows: torch.Tensor, generator: torch.Generator, device: torch.device):
-        """On device: x_0 and x_1 (batch, ...) float32, flow times t (batch,), labels (batch,) or None."""
+    def draw(
+        self, rows: torch.Tensor, generator: torch.Generator, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Tensors on the device: x_0 and x_1 (batch, ...) float32, flow times t (batch,), labels (batch,) or None."""
         if self.weights is None:
             ranks = torch.randint(self.indices.shape[1], rows.shape, generator=generator)
         else:

@@ -1,6 +1,6 @@
 """A training as it goes on: its folder, checkpoints, averaged weights, curves, and the processes that share it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -88,8 +88,16 @@ class TrainingRun:
             check_same(self.folder, read_json(path), self.settings)
         write_json(path, self.settings)
 
-    def neighbours(self, samples, real, k: int, features, sample_labels, real_labels) -> Neighbours:
-        """Those of the folder, or found by the main process, which the others wait for."""
+    def neighbours(
+        self,
+        samples: torch.Tensor,
+        real: torch.Tensor,
+        k: int,
+        features: str | Callable,
+        sample_labels: torch.Tensor | None,
+        real_labels: torch.Tensor | None,
+    ) -> Neighbours:
+        """Those of the folder, or found by the main process, which others wait for; images (n, ...), labels (n,)."""
         path = None if self.folder is None else self.folder / NEIGHBOURS
         with self.accelerator.main_process_first():
             if path is not None and path.exists():

@@ -64,7 +64,7 @@ class _Limited:
     _decisions: tuple[bool, ...] = ()
     _count_of_steps: int | None = None
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
         for name in _WITHIN_A_STEP:
             if hasattr(cls, name):

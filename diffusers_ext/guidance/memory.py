@@ -209,12 +209,12 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _device_of(value: Any) -> torch.device:
-    """Of the first tensor of the arguments."""
+    """The device of the first tensor of the arguments."""
     return next((tensor.device for tensor in tensors_in(value)), torch.device("cpu"))
 
 
 def _random_states(device: torch.device) -> list[torch.Tensor]:
-    """Of the generators that a call without one draws from."""
+    """The states of the generators that a call without one draws from."""
     states = [torch.get_rng_state()]
     if device.type != "cpu" and hasattr(torch.get_device_module(device), "get_rng_state"):
         states.append(torch.get_device_module(device).get_rng_state(device))

@@ -28,10 +28,10 @@ class _Same:
         self.value = value
         self.version = value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and other.value is self.value and other.version == self.version
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return id(self.value)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ class Objective:
     call: Mapping = field(default_factory=dict)
 
     def __call__(self, candidate: GuidedSteps) -> float:
+        """The distance of a candidate, which is drawn for it."""
         with remembering(self.pipe, 0) as memory, TemporaryDirectory() as folder:
             return next(self.together([candidate], Path(folder), memory))[1]
 
@@ -133,7 +135,7 @@ def _kept(folder: Path, candidate: GuidedSteps, rows: range) -> Kept:
     )
 
 
-def checked_scores(scores, count: int) -> np.ndarray:
+def checked_scores(scores: np.ndarray | torch.Tensor | Sequence[float], count: int) -> np.ndarray:
     """Scores (count,) as (count, 1).
 
     Raises:
@@ -169,7 +171,7 @@ def number_of_images(inputs: Mapping[str, Sequence]) -> int:
     return next(iter(lengths.values()))
 
 
-def as_json(name: str, value):
+def as_json(name: str, value: Any) -> Any:
     """A value, or the hash of a tensor or array.
 
     Raises:

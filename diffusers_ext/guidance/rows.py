@@ -31,7 +31,7 @@ def counted_rows(pipe: DiffusionPipeline) -> Iterator[list[int]]:
 
 
 def rows_of(values: list) -> int:
-    """Of the first tensor that has dimensions, or of the first list of tensors (Z-Image), one a row."""
+    """The rows of the first tensor that has more than one dimension, or of the first list of tensors (Z-Image)."""
     for value in values:
         if isinstance(value, torch.Tensor) and value.ndim > 1:
             return len(value)

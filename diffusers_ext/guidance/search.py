@@ -70,6 +70,7 @@ class DistanceTable:
         self.rows: dict[str, int] = content.get("network_rows", {})
 
     def __call__(self, candidate: GuidedSteps) -> float:
+        """The distance of a candidate, computed unless it is known."""
         if candidate.key not in self.values:
             self.add(candidate, float(self.compute(candidate)))
         return self.values[candidate.key]
@@ -189,7 +190,7 @@ def sigma_bounds(sigmas: list[float], candidate: GuidedSteps) -> tuple[float, fl
     move it; 0 and infinity at the ends.
 
     Args:
-        sigmas: of each step's start, decreasing, and 0 after the last one.
+        sigmas: the noise level at each step's start, decreasing, and 0 after the last one.
         candidate: its weight and steps.
 
     Raises:

@@ -6,6 +6,7 @@ from pathlib import Path
 import diffusers
 import yaml
 from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -23,12 +24,10 @@ def license_of(origin: str | None) -> str | None:
     card = Path(origin or "nowhere") / "README.md"
     if not card.is_file():
         return None
-    parts = card.read_text(encoding="utf-8").split("---\n", 2)
     try:
-        metadata = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
-    except yaml.YAMLError:
+        return ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+    except (ValueError, yaml.YAMLError):
         return None
-    return metadata.get("license") if isinstance(metadata, dict) else None
 
 
 def pipeline_card(pipeline: DiffusionPipeline, license: str | None, repo_id: str | None) -> str:
@@ -77,8 +76,8 @@ def _is_on_hub(origin: str) -> bool:
 
 
 def _metadata(license: str | None, base_model: str | None) -> list[str]:
-    metadata = {"library_name": "diffusers", "license": license, "base_model": base_model}
-    return ["---", *(f"{key}: {value}" for key, value in metadata.items() if value), "---"]
+    data = ModelCardData(library_name="diffusers", license=license, base_model=base_model)
+    return ["---", data.to_yaml(), "---"]
 
 
 def _title(cls: type) -> list[str]:

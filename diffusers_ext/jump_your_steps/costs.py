@@ -50,7 +50,7 @@ class Cost:
     alpha: float | None = None
     held: str = "prediction"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.objective not in ("klub", "kl", "alpha"):
             raise ValueError(f'objective must be "klub", "kl" or "alpha", got {self.objective!r}')
         if self.held not in ("prediction", "rates"):

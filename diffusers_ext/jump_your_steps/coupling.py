@@ -56,10 +56,12 @@ class NoisyData:
 
     @property
     def length(self) -> int:
-        """Of each sequence, in tokens."""
+        """The number of tokens of each sequence."""
         return self.data.shape[1]
 
-    def at(self, time: float, rows: torch.Tensor, device) -> tuple[torch.Tensor, float | torch.Tensor]:
+    def at(
+        self, time: float, rows: torch.Tensor, device: str | torch.device
+    ) -> tuple[torch.Tensor, float | torch.Tensor]:
         """Tokens (batch, length) of some sequences at a time, and the time.
 
         gillespie: at a count of decoded tokens, and the time (batch,) at which each sequence has it.

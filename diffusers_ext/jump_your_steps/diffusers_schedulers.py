@@ -116,7 +116,7 @@ def network_and_chain(
 
 @torch.no_grad()
 def _columns(model: Callable, data: torch.Tensor) -> int:
-    """Of the logits of a network, for how many tokens they are."""
+    """The number of tokens that a network's logits are for."""
     places = [*model.parameters(), *model.buffers()] if isinstance(model, torch.nn.Module) else []
     tokens = data[:1].to(places[0].device if places else "cpu")
     logits = _logits(model(tokens, torch.full((1,), 0.5, device=tokens.device)))

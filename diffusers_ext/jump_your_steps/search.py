@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import logging
+from rich.console import Console
+from rich.progress import Progress
 
 from ..pipelines.call_arguments import checked_arguments
 from ..runs.kept import Kept
@@ -271,8 +272,10 @@ class _Work:
         if callable(self.progress):
             yield self.progress
             return
-        with logging.tqdm(total=total, disable=not (self.progress and self.processes.is_main)) as bar:
-            yield lambda done, _: bar.update(done - bar.n)
+        shown = self.progress and self.processes.is_main
+        with Progress(console=Console(stderr=True), disable=not shown) as bar:
+            task = bar.add_task("optimising", total=total)
+            yield lambda done, _: bar.update(task, completed=done)
 
     def locked(self) -> AbstractContextManager:
         """The file for this search alone, for as long as it goes on."""

@@ -203,7 +203,7 @@ class RateStatistics:
         return (cost.from_products(cross, total, held) * self._factors(cost).unsqueeze(1)).tril()
 
     def _factors(self, cost: Cost) -> torch.Tensor:
-        """By which the divergence at each grid point is multiplied, (grid,) float64.
+        """The factors that the divergence at each grid point is multiplied with, (grid,) float64.
 
         Times: for laws, the rate lambda at which a mask is decoded. Counts: with m positions of the whole length still
         to come, each is the next one with probability 1 / m, and the time until then is t / m on average, given the

@@ -40,7 +40,7 @@ class TimestepTables:
     chain: Mapping[str, str | int | float]
     info: Mapping[int, dict] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_tables(self.tables, self.info)
         tables = {int(n): edges for n, edges in sorted((self.tables or {}).items(), key=lambda item: int(item[0]))}
         info = {int(n): dict(entry) for n, entry in (self.info or {}).items()}

@@ -6,7 +6,7 @@ import torch
 LARGEST = 1e150  # whose square float64 still holds, over thousands of dimensions
 
 
-def as_features(name: str, features) -> np.ndarray:
+def as_features(name: str, features: np.ndarray | torch.Tensor) -> np.ndarray:
     """Features as a contiguous float array (n, d) on the CPU.
 
     Narrower floats become float32, float32 and float64 stay, integers become float64.
@@ -39,7 +39,9 @@ def as_features(name: str, features) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def as_feature_pair(name: str, features, other_name: str, other) -> tuple[np.ndarray, np.ndarray]:
+def as_feature_pair(
+    name: str, features: np.ndarray | torch.Tensor, other_name: str, other: np.ndarray | torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
     """Two feature sets of one space: (n, d) and (m, d).
 
     Raises:

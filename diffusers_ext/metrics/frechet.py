@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,12 @@ ROWS = 4096  # rows converted to float64 at a time
 ROUND_OFF = 1e-5  # relative; lets covariances pass that were computed or stored in float32
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
+def frechet_distance(
+    mu1: np.ndarray | torch.Tensor,
+    sigma1: np.ndarray | torch.Tensor,
+    mu2: np.ndarray | torch.Tensor,
+    sigma2: np.ndarray | torch.Tensor,
+) -> float:
     r"""Squared Fréchet distance of two Gaussians: FID with Inception features, FD with any others (arXiv 1706.08500).
 
     .. math:: d^2 = |\mu_1 - \mu_2|^2 + \mathrm{tr}(\Sigma_1 + \Sigma_2) - 2\,\|\Sigma_1^{1/2} \Sigma_2^{1/2}\|_*
@@ -76,12 +82,12 @@ class FeatureStatistics:
     Nothing is subtracted from a sum of squares, so large means cost no digits. Memory: 2 d^2 numbers.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 0
         self._mean = None  # (d,)
         self._scatter = None  # (d, d), the S of the docstring
 
-    def update(self, features) -> FeatureStatistics:
+    def update(self, features: np.ndarray | torch.Tensor) -> FeatureStatistics:
         """Add a batch. Returns self.
 
         Args:
@@ -133,7 +139,7 @@ class FeatureStatistics:
             raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
         return self._scatter / (self.count - 1)
 
-    def save(self, path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write mean, covariance and count to an .npz file.
 
         Args:
@@ -145,7 +151,7 @@ class FeatureStatistics:
         np.savez(path, mean=self.mean, covariance=self.covariance, count=self.count)
 
     @classmethod
-    def load(cls, path) -> FeatureStatistics:
+    def load(cls, path: str | Path) -> FeatureStatistics:
         """Read what save wrote; more batches can be added to it.
 
         Args:

@@ -1,6 +1,7 @@
 """Local outlier factor of samples against real data (Breunig et al., SIGMOD 2000)."""
 
 import numpy as np
+import torch
 
 from ..pipelines.call_arguments import checked_arguments
 from .features import as_feature_pair, check_k
@@ -8,8 +9,10 @@ from .features import as_feature_pair, check_k
 ROWS = 4096  # samples scored at a time
 
 
-@checked_arguments(but="k")
-def local_outlier_factor(features, reference, k: int = 20) -> float:
+@checked_arguments(but="k features reference")
+def local_outlier_factor(
+    features: np.ndarray | torch.Tensor, reference: np.ndarray | torch.Tensor, k: int = 20
+) -> float:
     r"""Mean local outlier factor of the samples, fitted on the reference: higher = more outlying.
 
     .. math::
@@ -33,7 +36,7 @@ def local_outlier_factor(features, reference, k: int = 20) -> float:
     return float(outlier_factors(features, reference, k).mean())
 
 
-def outlier_factors(features, reference, k: int) -> np.ndarray:
+def outlier_factors(features: np.ndarray | torch.Tensor, reference: np.ndarray | torch.Tensor, k: int) -> np.ndarray:
     """The factor of each sample, (n,); see `local_outlier_factor`."""
     try:
         from sklearn.neighbors import LocalOutlierFactor

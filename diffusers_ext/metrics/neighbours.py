@@ -6,6 +6,7 @@ No distance matrix is ever held: 50,000 x 50,000 points of 384 dimensions stay b
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from ..pipelines.call_arguments import checked_arguments
 from .features import as_feature_pair, check_k
@@ -38,8 +39,10 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-@checked_arguments(but="k")
-def nearest_neighbours(queries, reference, k: int, exclude_self: bool = False) -> tuple[np.ndarray, np.ndarray]:
+@checked_arguments(but="k queries reference")
+def nearest_neighbours(
+    queries: np.ndarray | torch.Tensor, reference: np.ndarray | torch.Tensor, k: int, exclude_self: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest reference points of every query, in Euclidean distance, nearest first.
 
     The search is exact, through faiss where it is installed and torch elsewhere. Which of several points at one
@@ -66,8 +69,10 @@ def nearest_neighbours(queries, reference, k: int, exclude_self: bool = False) -
     return nearest(queries, reference, int(k), exclude_self)
 
 
-@checked_arguments(but="k")
-def average_knn_distance(features, reference, k: int = 5) -> float:
+@checked_arguments(but="k features reference")
+def average_knn_distance(
+    features: np.ndarray | torch.Tensor, reference: np.ndarray | torch.Tensor, k: int = 5
+) -> float:
     r"""AvgkNN: mean distance of the samples to their k nearest real points (arXiv 2203.17260). Higher = more minority.
 
     .. math:: \frac{1}{n k} \sum_i \sum_{y \in N_k(x_i)} |x_i - y|
@@ -86,8 +91,8 @@ def average_knn_distance(features, reference, k: int = 5) -> float:
     return float(nearest(features, reference, int(k))[0].mean())
 
 
-@checked_arguments(but="k")
-def rarity_score(features, reference, k: int = 3) -> RarityScore:
+@checked_arguments(but="k features reference")
+def rarity_score(features: np.ndarray | torch.Tensor, reference: np.ndarray | torch.Tensor, k: int = 3) -> RarityScore:
     r"""Rarity score (Han et al., ICLR 2023, arXiv 2206.08549): higher = in a sparser place of the real data.
 
     .. math:: \mathrm{rarity}(x) = \min \{ r_k(y) : |x - y| \le r_k(y) \}
@@ -113,8 +118,10 @@ def rarity_score(features, reference, k: int = 3) -> RarityScore:
     return RarityScore(float(scores[inside].mean()) if inside.any() else float("nan"), float(inside.mean()), scores)
 
 
-@checked_arguments(but="k")
-def precision_recall(features, reference, k: int = 3) -> PrecisionRecall:
+@checked_arguments(but="k features reference")
+def precision_recall(
+    features: np.ndarray | torch.Tensor, reference: np.ndarray | torch.Tensor, k: int = 3
+) -> PrecisionRecall:
     r"""Improved precision and recall (Kynkäänniemi et al., NeurIPS 2019, arXiv 1904.06991).
 
     .. math:: \mathrm{precision} = \frac{1}{n} \sum_x 1\{\exists y: |x - y| \le r_k(y)\}

@@ -9,6 +9,7 @@ features.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,7 +20,9 @@ BLOCK = 2**23  # numbers in one block of differences
 TIE = 1e-10  # squared distances that differ by less, relatively, count as equal: either point may be the k-th
 
 
-def nearest(queries: np.ndarray, reference: np.ndarray, k: int, exclude_self: bool = False):
+def nearest(
+    queries: np.ndarray, reference: np.ndarray, k: int, exclude_self: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Distances (n, k), float64, and indices (n, k) of the k nearest reference points, nearest first.
 
     faiss proposes in float32 where it is installed; the rows that this leaves in doubt (all, without faiss) go to
@@ -100,7 +103,7 @@ def products(x: np.ndarray, y: np.ndarray, offset: np.ndarray) -> torch.Tensor:
     return torch.addmm(torch.from_numpy(offset), torch.from_numpy(x), torch.from_numpy(y).T, alpha=-2)
 
 
-def round_off(dimension: int, dtype) -> float:
+def round_off(dimension: int, dtype: type) -> float:
     """Bound on the error of |x|^2 + |y|^2 - 2xy computed in dtype, relative to (|x| + |y|)^2."""
     return (dimension + 8) * float(np.finfo(dtype).eps)
 
@@ -114,6 +117,7 @@ class Frame:
         self.scale = max(np.linalg.norm(self(block), axis=1).max() for block in blocks) or 1.0
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
+        """Points (n, d) in this frame."""
         return (points - self.centre) / self.scale
 
 
@@ -126,7 +130,7 @@ class Search:
     def __init__(self, frame: Frame, reference: np.ndarray):
         self.frame, self.reference = frame, reference
 
-    def blocks(self):
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """The reference in the frame, a block at a time."""
         for start in range(0, len(self.reference), COLUMNS):
             yield start, self.frame(self.reference[start : start + COLUMNS])
@@ -156,6 +160,7 @@ class FaissSearch(Search):
             self.index.add(block.astype(np.float32))
 
     def __call__(self, points: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Search`."""
         squared, indices = self.index.search(points.astype(np.float32), width)
         return indices, squared[:, -1].astype(np.float64)
 
@@ -171,6 +176,7 @@ class ProductSearch(Search):
         return products(points, block, y).add_(torch.from_numpy(x)[:, None])
 
     def __call__(self, points: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Search`."""
         best = torch.empty(len(points), 0, dtype=torch.float64)
         indices = torch.empty(len(points), 0, dtype=torch.int64)
         for start, block in self.blocks():
@@ -185,5 +191,6 @@ class DifferenceSearch(ProductSearch):
     """Blocks of differences, float64: slow, and right to the resolution of the features."""
 
     def squared(self, points: np.ndarray, block: np.ndarray) -> torch.Tensor:
+        """Squared distances of a block."""
         exact = "donot_use_mm_for_euclid_dist"
         return torch.cdist(torch.from_numpy(points), torch.from_numpy(block), compute_mode=exact).square_()

@@ -18,7 +18,7 @@ def countdown_sequences(
 
     Args:
         count: how many sequences, >= 0.
-        length: of each, >= 1.
+        length: tokens of each sequence, >= 1.
         num_vocabs: number of tokens, >= 2.
         generator: of the draws; by default torch's own.
 

@@ -17,7 +17,7 @@ def words_of(text: str) -> list[str]:
 
 @checked_arguments
 def real_word_share(texts: list[str], reference: str) -> list[float]:
-    """Of each text, the share of its words that occur in a reference text; NaN where there is no word.
+    """The share of each text's words that occur in a reference text; NaN where there is no word.
 
     The first and the last word of a text may be cut and do not count.
 

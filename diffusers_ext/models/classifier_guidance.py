@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from numbers import Real
+from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -153,7 +154,7 @@ class ClassifierGuidance(ModelMixin):
             self._shares[device, dtype] = exact.to(dtype).to(device)
         return self._shares[device, dtype]
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Not possible: the two networks are saved one by one.
 
         Args:

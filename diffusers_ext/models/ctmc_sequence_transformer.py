@@ -20,6 +20,7 @@ class SequenceAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: "SequenceAttention", x: torch.Tensor) -> torch.Tensor:
+        """x: (batch, length, dim). Returns the same shape."""
         query, key, value = attn.to_qkv(x).unflatten(-1, (3, attn.heads, -1)).unbind(dim=2)
         out = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
@@ -42,6 +43,7 @@ class SequenceAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(SequenceAttnProcessor())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (batch, length, dim). Returns the same shape."""
         return self.processor(self, x)
 
 
@@ -49,6 +51,7 @@ class TokenEmbedding(nn.Linear):
     """The linear layer of one-hot tokens, without making them: (batch, length) int64 -> (batch, length, d_model)."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens: (batch, length). Returns (batch, length, dim)."""
         return F.embedding(tokens, self.weight.T) + self.bias
 
 
@@ -60,6 +63,7 @@ class Film(nn.Module):
         self.linear = nn.Linear(temb_dim, 2 * d_model)
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """x: (batch, length, dim). temb: (batch, dim of the time). Returns x's shape."""
         factor, shift = self.linear(temb).unsqueeze(1).chunk(2, dim=-1)
         return factor * x + shift
 
@@ -83,6 +87,7 @@ class SequenceBlock(nn.Module):
         self.film = Film(temb_dim, d_model)
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """x: (batch, length, dim). temb: (batch, dim of the time). Returns x's shape."""
         x = self.film(self.norm1(x + self.dropout(self.attn(x))), temb)
         return self.film(self.norm2(x + self.dropout(self.ff(x))), temb)
 
@@ -97,6 +102,7 @@ class OutputBlock(nn.Module):
         self.film = Film(temb_dim, d_model)
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """x: (batch, length, dim). temb: (batch, dim of the time). Returns x's shape."""
         return self.film(self.norm(x + self.ff(x)), temb)
 
 

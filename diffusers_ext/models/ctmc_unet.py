@@ -26,6 +26,7 @@ class PixelAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: "PixelAttention", x: torch.Tensor) -> torch.Tensor:
+        """x: (batch, channels, height, width). Returns the same shape."""
         pixels = attn.norm(x).flatten(2).transpose(1, 2)
         query, key, value = (layer(pixels).unsqueeze(2) for layer in (attn.to_q, attn.to_k, attn.to_v))
         out = dispatch_attention_fn(
@@ -49,6 +50,7 @@ class PixelAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(PixelAttnProcessor())
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """x: (batch, channels, height, width). temb is not used. Returns x's shape."""
         return (x + self.processor(self, x)) * self.residual_scale
 
 
@@ -66,6 +68,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """x: (batch, in channels, height, width). temb: (batch, dim of the time). Returns (batch, out channels, .)."""
         h = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(temb))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return (self.skip(x) + h) * self.residual_scale
@@ -79,6 +82,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """x: (batch, channels, height, width). temb is not used. Returns half the height and width."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -90,6 +94,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """x: (batch, channels, height, width). temb is not used. Returns twice the height and width."""
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
@@ -97,6 +102,7 @@ class Stage(nn.ModuleList):
     """Layers one after the other; each takes the time embedding besides."""
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """Each layer after the other; x: (batch, channels, height, width), temb: (batch, dim of the time)."""
         for layer in self:
             x = layer(x, temb)
         return x
@@ -221,7 +227,7 @@ class CTMCUNet(ModelMixin, AttentionMixin, ConfigMixin):
         return UNet2DOutput(sample=logits) if return_dict else (logits,)
 
     def _mean_and_log_scale(self, x: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the logistic law of each pixel and channel, of the shape of x; float32 for any dtype of the model."""
+        """Mean and log scale of each pixel's logistic law, of the shape of x; float32 for any dtype of the model."""
         features = get_timestep_embedding(timestep * self.config.time_scale_factor, self.config.time_embed_dim)
         temb = self.time_mlp(features.to(x.dtype))
         h = self.conv_in(x)

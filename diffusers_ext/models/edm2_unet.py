@@ -151,6 +151,7 @@ class MPLayer(nn.Module):
         return kept[self][1]
 
     def normalised_weight(self) -> torch.Tensor:
+        """The weight with rows of unit norm, times gain over the root of the fan-in, in float32 at least."""
         # a copy where a hook narrows the parameter again before the backward pass reads it
         wide, copy = torch.promote_types(self.weight.dtype, torch.float32), hasattr(self, "_diffusers_hook")
         weight = self.weight.to(wide, copy=copy)
@@ -175,7 +176,8 @@ class MPLayer(nn.Module):
             (id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in tensors
         )
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "MPLayer":
+        """As of every module; the weight is forced to unit norm again at the next pass."""
         self._forced_for = None
         return super().train(mode)
 
@@ -198,6 +200,7 @@ class MPFourier(nn.Module):
         self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (batch,). Returns (batch, num_channels), float32."""
         return (x.float().outer(self.freqs.float()) + self.phases.float()).cos() * math.sqrt(2)
 
     def _apply(self, fn, recurse=True):
@@ -217,6 +220,7 @@ class EDM2AttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: "EDM2Attention", x: torch.Tensor) -> torch.Tensor:
+        """x: (batch, channels, height, width). Returns the same shape."""
         batch, channels, height, width = x.shape
         # The three projections lie interleaved: the output channels of to_qkv are (heads, channels a head, 3).
         qkv = normalize(attn.to_qkv(x).reshape(batch, attn.heads, -1, 3, height * width), dim=2)
@@ -247,6 +251,7 @@ class EDM2Attention(nn.Module, AttentionModuleMixin):
         self.processor = EDM2AttnProcessor()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (batch, channels, height, width). Returns the same shape."""
         return self.processor(self, x)
 
 

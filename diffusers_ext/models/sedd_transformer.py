@@ -28,6 +28,7 @@ class SEDDAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: "SEDDAttention", x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """x: (batch, length, hidden_size). cos, sin: (length, head dim / 2). Returns x's shape."""
         query, key, value = attn.to_qkv(x).unflatten(-1, (3, attn.heads, -1)).unbind(dim=2)
         out = dispatch_attention_fn(
             rotate(query, cos, sin),
@@ -54,6 +55,7 @@ class SEDDAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(SEDDAttnProcessor())
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """x: (batch, length, hidden_size). cos, sin: (length, head dim / 2). Returns x's shape."""
         return self.processor(self, x, cos, sin)
 
 
@@ -65,6 +67,7 @@ class ScaleNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., dim). Returns the same shape and dtype."""
         return F.layer_norm(x.float(), x.shape[-1:], self.weight.float()).to(x.dtype)
 
 
@@ -106,6 +109,7 @@ class SEDDOutput(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """x: (batch, length, hidden_size). c: (batch, cond_dim). Returns (batch, length, vocab_size)."""
         shift, scale = self.modulation(c).unsqueeze(1).chunk(2, dim=-1)
         return self.linear(self.norm(x) * (1 + scale) + shift)
 

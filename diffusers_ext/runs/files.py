@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from errno import ENOSPC
 from hashlib import sha256
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import psutil
 
@@ -50,7 +50,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def write_json(path: Path, content) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, in folders that are made, where it outlives a power cut. Lists of numbers get a line each."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
     text = re.sub(r"\[\n[-\d,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -116,7 +117,7 @@ def check_same(path: Path, old: Mapping, new: Mapping, kind: str = "settings") -
         )
 
 
-def differences(old, new, name: str = "") -> Iterator[str]:
+def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
     """ "name: old before, new now" for each value in which two JSON values differ; of a list the first that does."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:

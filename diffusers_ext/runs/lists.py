@@ -1,6 +1,7 @@
 """Lists of numbers on a command line, with commas or apart."""
 
 from collections.abc import Callable
+from typing import Any
 
 import click
 
@@ -11,7 +12,7 @@ class Listed(click.ParamType):
     def __init__(self, number: Callable, name: str):
         self.number, self.name = number, name
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list:
         """The list; fails as click does for anything else."""
         if isinstance(value, list | tuple):
             return list(value)
@@ -25,17 +26,17 @@ class Listed(click.ParamType):
 class Labels(Listed):
     """Class labels between commas, None for the word none: without a label."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(lambda part: None if part.strip() == "none" else int(part), "0,1,...|none")
 
 
 class Interval(Listed):
     """The two ends of an interval of noise levels, LO:HI, or as in a list."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(float, "LO:HI")
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list:
         """[LO, HI]; raises ValueError unless 0 <= LO < HI."""
         from ..pipelines.interval import Interval as Checked
 

@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -83,7 +84,7 @@ class Processes:
         self.index = 0 if accelerator is None else accelerator.process_index
         self.is_main = self.index == 0
 
-    def agreed(self, work: Callable):
+    def agreed(self, work: Callable) -> Any:
         """What the main process makes of `work`, in every process; what it raises is raised in all of them."""
         if self.count == 1:
             return work()

@@ -3,6 +3,7 @@
 import json
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def describe_pipeline(pipe: DiffusionPipeline) -> dict:
     }
 
 
-def describe_component(part) -> dict[str, str | dict]:
+def describe_component(part: Any) -> dict[str, str | dict]:
     """The class of a component, with the config of a scheduler or a hash of a network's config and weights.
 
     A pipeline that is a component of another one is described as a whole.

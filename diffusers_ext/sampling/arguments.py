@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline
 
 from ..pipelines.discrete_diffusion import check_start
@@ -16,7 +17,14 @@ GIVEN_HERE = ("generator", "output_type", "return_dict", "class_labels", "prompt
 FORMATS = {"images": image_files.FORMATS, "sequences": sequence_files.FORMATS}
 
 
-def inputs_of(pipe, count: int, labels, prompts, images, seed: int) -> dict[str, list | np.ndarray]:
+def inputs_of(
+    pipe: DiffusionPipeline,
+    count: int,
+    labels: Sequence[int | None] | torch.Tensor | str | None,
+    prompts: Sequence[str] | None,
+    images: np.ndarray | None,
+    seed: int,
+) -> dict[str, list | np.ndarray]:
     """The arguments of the call that have one value an image: images uint8 (count, height, width, channels), prompts,
     labels.
 

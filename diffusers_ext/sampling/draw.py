@@ -6,6 +6,7 @@ the batch that it is drawn in.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ def batches_of(count: int, batch_size: int) -> list[range]:
     return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
-def draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict, call: dict):
+def draw(pipe: DiffusionPipeline, rows: range, seed: int, inputs: dict, call: dict) -> Any:
     """The images or tokens of one call; global random numbers are seeded by the batch and left as they were.
 
     Of pipelines without images what they give first, frames or audios.

@@ -84,7 +84,7 @@ def takes_labels(pipe: DiffusionPipeline) -> bool:
 
 
 def _number_of_classes(pipe: DiffusionPipeline) -> int | None:
-    """Of the pipeline's unet or DiT transformer, the null class among them; None where nothing says."""
+    """The classes of the pipeline's unet or DiT transformer, the null class among them; None where nothing says."""
     if takes_labels(pipe) and getattr(pipe, "unet", None) is not None:
         config = pipe.unet.config
         return config.get("num_class_embeds") or config.get("label_dim") or None  # EDM2 has the latter, 0 for none
