@@ -51,7 +51,7 @@ def test_flips_and_shifts_move_pixels_and_make_none():
     rows, columns = (middle.round() // 32), (middle.round() % 32)
     assert set(rows.tolist()) == set(range(12, 21))  # 16, by up to 4
     assert set(columns.tolist()) == set(range(11, 21))  # of 15 or 16, mirrored or not
-    assert 0 <= moved.min() and moved.max() < 1
+    assert moved.min() >= 0 and moved.max() < 1
 
 
 @pytest.fixture
@@ -78,13 +78,19 @@ def small(monkeypatch):
     monkeypatch.setattr(CLASSIFIER, "CLASSIFIER", {"in_channels": 3, "channels": (4, 8)})
     monkeypatch.setattr(RUN, "FLOW_CHANNELS", (8, 8))
     for module in (RUN, TABLES):
-        monkeypatch.setattr(module, "STEPS", {"boost": 6, "guidance": 4})
+        monkeypatch.setattr(module, "STEPS", {"boost": 4, "guidance": 3})
         monkeypatch.setattr(module, "SCALES", (1.0, 4.0))
-    monkeypatch.setattr(TABLES, "WEIGHTS", (1.0, 3.0))
+    for name, value in {
+        "WEIGHTS": (1.0, 3.0),
+        "INTERVALS": ((0.3, 3.0),),
+        "SOLVERS": ("euler:2",),
+        "SHOWN": 4,
+    }.items():
+        monkeypatch.setattr(TABLES, name, value)
 
 
 OPTIONS = (
-    "--steps", 6, "--checkpoint-every", 2, "--batch-size", 16, "--classifier-epochs", 2, "--flow-samples", 12,
+    "--steps", 6, "--checkpoint-every", 2, "--batch-size", 20, "--classifier-epochs", 2, "--flow-samples", 12,
     "--flow-steps", 3, "--samples", 20, "--seeds", 2, "--minutes", 1000,
 )  # fmt: skip
 
@@ -106,12 +112,13 @@ def fails_after(function, calls: int):
     return interrupted
 
 
+@pytest.mark.slow
 def test_all_tables_come_out_and_an_interrupted_run_gives_the_same(data, small, tmp_path, monkeypatch):
     result = run(data, tmp_path / "once")
     assert result.exit_code == 0, result.output
     once = json.loads((tmp_path / "once/tables.json").read_text())
     assert {title: len(rows) for title, rows in once["tables"].items()} == {
-        "boost": 4, "guidance": 2 + len(TABLES.INTERVALS), "guiders": 5, "flow": 2 * 3
+        "boost": 4, "guidance": 3, "guiders": 5, "flow": 4
     }  # fmt: skip
     for title, rows in once["tables"].items():
         assert (tmp_path / f"once/{title}.png").stat().st_size > 1000
@@ -121,23 +128,22 @@ def test_all_tables_come_out_and_an_interrupted_run_gives_the_same(data, small, 
                 if metric != "rarity":  # of samples inside of the real manifold, where there may be none
                     assert all(math.isfinite(number) for number in value.values()), (title, name, metric)
     evaluations = {name: row["evaluations"]["mean"] for rows in once["tables"].values() for name, row in rows.items()}
-    assert evaluations["stock sampler"] == 6 and evaluations["boost and skip, gamma 2"] == 4
-    assert evaluations["weight 1"] == 4 and evaluations["weight 3"] == 8
-    assert 4 < evaluations["weight 3 in (0.3, 3]"] < 8
-    assert evaluations["guidance 4, repaired by euler:10"] == 8 + 10
+    assert evaluations["stock sampler"] == 4 and evaluations["boost and skip, gamma 2"] == 2
+    assert evaluations["weight 1"] == 3 and evaluations["weight 3"] == 6
+    assert 3 < evaluations["weight 3 in (0.3, 3]"] < 6
+    assert evaluations["guidance 4, repaired by euler:2"] == 6 + 2
 
     for place, name, calls in (
         ("diffusers_ext.runs.checkpoints.Checkpoints", "save", 1),  # the classifier's
         ("diffusers_ext.runs.checkpoints.Checkpoints", "save", 2),  # the transformer's second
         ("diffusers_ext.runs.rows.ResultRows", "put", 7),
-        ("diffusers_ext.runs.rows.ResultRows", "put", 30),
     ):
         with monkeypatch.context() as patch:
             module, cls = place.rsplit(".", 1)
             owner = getattr(sys.modules[module], cls)
             patch.setattr(owner, name, fails_after(getattr(owner, name), calls))
             assert run(data, tmp_path / "often").exit_code == 1
-    assert len(json.loads((tmp_path / "often/results.json").read_text())) == 37
+    assert len(json.loads((tmp_path / "often/results.json").read_text())) == 7
     assert run(data, tmp_path / "often").exit_code == 0
     often = json.loads((tmp_path / "often/tables.json").read_text())
     for rows in (*once["tables"].values(), *often["tables"].values()):

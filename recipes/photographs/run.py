@@ -63,7 +63,7 @@ def train_flow(base, judge: Judge, real: torch.Tensor, output: Path, accelerator
     trained = train_postprocessing_flow(
         drawn, real, min(20, len(real)), model=velocity_network(real[:1], 10, FLOW_CHANNELS), steps=steps,
         output=output / "training", sample_labels=labels, features=judge.flow_features(real[:10_000]), balance=True,
-        keep=torch.arange(len(drawn)) < samples, batch_size=128, learning_rate=1e-3, ema_decay=0.999,
+        keep=torch.arange(len(drawn)) < samples, batch_size=min(128, batch_size), learning_rate=1e-3, ema_decay=0.999,
         mixed_precision=accelerator.mixed_precision, seed=seed,
     )  # fmt: skip
     save_flow(trained.model, output / "pipeline")
@@ -75,7 +75,9 @@ def train_flow(base, judge: Judge, real: torch.Tensor, output: Path, accelerator
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--minutes", default=4.0, show_default=True, help="Budget of the transformer's training.")
 @click.option("--steps", default=100_000, show_default=True, help="Its steps, if they end before the minutes.")
-@click.option("--batch-size", default=512, show_default=True, help="Of the transformer's training and of sampling.")
+@click.option(
+    "--batch-size", default=512, show_default=True, help="Of training and of sampling; at most 128 for the flow."
+)
 @click.option("--lr", default=5e-4, show_default=True, help="Of the transformer.")
 @click.option("--classifier-epochs", default=10, show_default=True)
 @click.option("--flow-samples", default=4000, show_default=True, help="Of each scale, that the flow is trained on.")
