@@ -74,12 +74,13 @@ def save_reference(model: ImageClassifier, images: torch.Tensor, labels: torch.T
 def train(
     build: Callable[[], ImageClassifier], images: torch.Tensor, labels: torch.Tensor, output: Path, *, epochs: int,
     batch_size: int, lr: float, seed: int, augment: Callable[[torch.Tensor], torch.Tensor] = jitter,
-    mixed_precision: str = "no",
+    mixed_precision: str | None = None,
 ) -> ImageClassifier:  # fmt: skip
     """Train a classifier, and write it and the reference features; goes on after the last whole epoch.
 
     build: makes the network, after seeding. images: (count, channels, height, width), uint8 or in [-1, 1]. labels:
-    (count,) int64. augment: gives other images (batch, ...) in [-1, 1] of the same classes.
+    (count,) int64. augment: gives other images (batch, ...) in [-1, 1] of the same classes. mixed_precision: None is
+    what the launcher was told.
     """
     accelerator = Accelerator(mixed_precision=mixed_precision)
     set_seed(seed)
@@ -92,7 +93,7 @@ def train(
 
     settings = {
         "data": hash_of(images, labels), "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
-        "mixed_precision": mixed_precision,
+        "mixed_precision": accelerator.mixed_precision,
     }  # fmt: skip
     checkpoints = Checkpoints(accelerator, output, settings)
     first, _ = checkpoints.load(epochs)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from PIL import Image
 
@@ -87,6 +88,9 @@ def small(monkeypatch):
         "SHOWN": 4,
     }.items():
         monkeypatch.setattr(TABLES, name, value)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests, in another precision
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 OPTIONS = (
