@@ -82,6 +82,10 @@ def train(
     (count,) int64. augment: gives other images (batch, ...) in [-1, 1] of the same classes. mixed_precision: None is
     what the launcher was told.
     """
+    if len(images) < batch_size:
+        raise ValueError(
+            f"{len(images)} images do not fill a batch of {batch_size}; give a smaller one, or more images"
+        )
     accelerator = Accelerator(mixed_precision=mixed_precision)
     set_seed(seed)
     model = build()

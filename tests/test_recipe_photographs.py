@@ -13,9 +13,11 @@ import torch
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffusers_ext import BoostAndSkipPipeline
 
+FILE = "diffusion_pytorch_model.safetensors"
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -94,8 +96,8 @@ def small(monkeypatch):
 
 
 OPTIONS = (
-    "--steps", 6, "--checkpoint-every", 2, "--batch-size", 20, "--classifier-epochs", 2, "--flow-samples", 12,
-    "--flow-steps", 3, "--samples", 20, "--seeds", 2, "--minutes", 1000,
+    "--steps", 6, "--lr", 0.5, "--checkpoint-every", 2, "--batch-size", 20, "--classifier-epochs", 2,
+    "--flow-samples", 12, "--flow-steps", 3, "--samples", 20, "--seeds", 2, "--minutes", 1000,
 )  # fmt: skip
 
 
@@ -131,6 +133,8 @@ def test_all_tables_come_out_and_an_interrupted_run_gives_the_same(data, small, 
             for metric, value in numbers.items():
                 if metric != "rarity":  # of samples inside of the real manifold, where there may be none
                     assert all(math.isfinite(number) for number in value.values()), (title, name, metric)
+    guided = once["tables"]["guidance"]
+    assert len({guided[name]["frechet"]["mean"] for name in guided}) == 3
     evaluations = {name: row["evaluations"]["mean"] for rows in once["tables"].values() for name, row in rows.items()}
     assert evaluations["stock sampler"] == 4 and evaluations["boost and skip, gamma 2"] == 2
     assert evaluations["weight 1"] == 3 and evaluations["weight 3"] == 6
@@ -154,5 +158,8 @@ def test_all_tables_come_out_and_an_interrupted_run_gives_the_same(data, small, 
         for numbers in rows.values():
             del numbers["seconds"]
     assert often["tables"] == once["tables"]
+    for file in ("classifier", "base/unet", "flow/pipeline/model"):
+        weights = [load_file(tmp_path / name / file / FILE) for name in ("once", "often")]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]), file
     pipe = BoostAndSkipPipeline.from_pretrained(tmp_path / "often/base")
     assert type(pipe.unet).__name__ == "PatchTransformer" and pipe.config.null_class == 10

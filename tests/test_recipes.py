@@ -137,6 +137,8 @@ def test_classifier_recipe_interrupted_equals_uninterrupted(tmp_path, data, monk
             torch.testing.assert_close(once[key], twice[key], atol=1e-3, rtol=1e-3)
     result = CliRunner().invoke(module.main, [*map(str, options), "--output", str(tmp_path / "once"), "--lr", "1e-3"])
     assert "lr: 0.003 before, 0.001 now" in str(result.exception)
+    result = CliRunner().invoke(module.main, ["--data", str(data), "--output", str(tmp_path / "few")])
+    assert "64 images do not fill a batch of 128" in str(result.exception)
 
 
 def test_a_budget_of_minutes_ends_a_training_and_its_learning_rate(tmp_path, data):

@@ -98,8 +98,8 @@ def main(
     started = time.monotonic()
     images, labels = read_split(data, "train")
     train_mnist_classifier.train(
-        build_classifier, images, labels, output / "classifier", epochs=classifier_epochs, batch_size=256, lr=3e-3,
-        seed=seed, augment=flip_and_shift, mixed_precision=mixed_precision,
+        build_classifier, images, labels, output / "classifier", epochs=classifier_epochs,
+        batch_size=min(256, batch_size), lr=3e-3, seed=seed, augment=flip_and_shift, mixed_precision=mixed_precision,
     )  # fmt: skip
     judge = Judge(output / "classifier", accelerator.device)
     test, test_labels = read_split(data, "test")
