@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 from diffusers.training_utils import EMAModel
 
 from diffusers_ext import BoostAndSkipPipeline
 from diffusers_ext.flow.features import as_unit
 from diffusers_ext.runs.bar import steps_left
 from diffusers_ext.runs.checkpoints import Checkpoints
-from diffusers_ext.runs.processes import end_processes
+from diffusers_ext.runs.processes import Processes, end_processes
 from diffusers_ext.runs.provenance import hash_of
 
 NULL_CLASS = 10
@@ -59,7 +59,29 @@ def load_images(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(images).unsqueeze(1) / 127.5 - 1, torch.from_numpy(labels).long()
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
+class Budget:
+    """How many steps a training has room for: so many, or what minutes allow, where they end sooner.
+
+    The minutes are those of all starts together, by the clock of the main process, as each needs the same answer.
+    """
+
+    def __init__(self, steps: int, minutes: float | None, seconds: float, processes: Processes):
+        self.most, self.minutes, self.processes = steps, minutes, processes
+        self.began = time.monotonic() - seconds  # of earlier starts
+
+    @property
+    def seconds(self) -> float:
+        """Used so far."""
+        return time.monotonic() - self.began
+
+    def steps(self, done: int) -> float:
+        """In all, at the pace of those that are done."""
+        if self.minutes is None or done == 0:
+            return self.most
+        return min(self.most, self.processes.agreed(lambda: done * 60 * self.minutes / self.seconds))
+
+
+def learning_rate(step: int, steps: float, peak: float, warmup: int = 200) -> float:
     """Linear warm-up, then half a cosine down to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -77,7 +99,7 @@ def loss_of(unet, scheduler: DDPMScheduler, images: torch.Tensor, labels: torch.
     return F.mse_loss(prediction.float(), target)
 
 
-def save_pipeline(unet: UNet2DModel, ema: EMAModel, scheduler: DDPMScheduler, output: Path) -> None:
+def save_pipeline(unet: ModelMixin, ema: EMAModel, scheduler: DDPMScheduler, output: Path) -> None:
     """Write the averaged weights in fp16 as a Hub-layout folder: unet/, scheduler/, model_index.json."""
     averaged = deepcopy(unet)
     ema.copy_to(averaged.parameters())
@@ -85,20 +107,20 @@ def save_pipeline(unet: UNet2DModel, ema: EMAModel, scheduler: DDPMScheduler, ou
 
 
 def train(
-    build: Callable[[], UNet2DModel], images: torch.Tensor, labels: torch.Tensor, output: Path, *, steps: int,
+    build: Callable[[], ModelMixin], images: torch.Tensor, labels: torch.Tensor, output: Path, *, steps: int,
     batch_size: int, lr: float, label_dropout: float, ema_decay: float, mixed_precision: str, seed: int,
-    checkpoint_every: int,
+    checkpoint_every: int, minutes: float | None = None,
 ) -> None:  # fmt: skip
     """Train a network of ten classes and the null class, and write the pipeline; goes on from the last checkpoint.
 
     build: makes the network, after seeding. images: (count, channels, size, size), uint8 or in [-1, 1]. labels:
-    (count,) int64.
+    (count,) int64. minutes: end after so many, if that is before `steps`; the learning rate falls with the sooner one.
     """
     accelerator = Accelerator(mixed_precision=mixed_precision)
     set_seed(seed, device_specific=True)
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     unet = build()
-    ema = EMAModel(unet.parameters(), decay=ema_decay, model_cls=UNet2DModel, model_config=unet.config)
+    ema = EMAModel(unet.parameters(), decay=ema_decay, foreach=True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     ema.to(accelerator.device)
@@ -109,12 +131,15 @@ def train(
         "ema_decay": ema_decay, "mixed_precision": mixed_precision, "seed": seed,
     }  # fmt: skip
     checkpoints = Checkpoints(accelerator, output, settings)
-    first, _ = checkpoints.load(steps)
+    first, history = checkpoints.load(steps)
+    budget = Budget(steps, minutes, history[0] if history else 0.0, Processes(accelerator))
+    if first >= budget.steps(first):
+        steps = first
 
-    started, running = time.monotonic(), None
+    done, running = first, None
     for step in steps_left(first, steps, accelerator.is_main_process, lambda: running):  # noqa: B023, the latest
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr)
+            group["lr"] = learning_rate(step, budget.steps(step), lr)
         rows = torch.randint(0, len(images), (batch_size,))
         batch, classes = as_unit(images[rows].to(accelerator.device)), labels[rows].to(accelerator.device)
         loss = loss_of(unet, scheduler, batch, classes, label_dropout)
@@ -123,12 +148,17 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         ema.step(unet.parameters())
-        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
-        if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-            checkpoints.save(step + 1)
+        now = loss.item()
+        running = now if running is None else 0.99 * running + 0.01 * now
+        done, over = step + 1, step + 1 >= budget.steps(step + 1)
+        if done % checkpoint_every == 0 or over:
+            checkpoints.save(done, [budget.seconds])
+        if over:
+            break
     if accelerator.is_main_process:
         save_pipeline(accelerator.unwrap_model(unet), ema, scheduler, output)
-    accelerator.print(f"{steps - first} steps in {time.monotonic() - started:.0f} s, running loss {running}")
+    seconds = budget.seconds - (history[0] if history else 0.0)
+    accelerator.print(f"{done - first} steps in {seconds:.0f} s, running loss {running}")
     end_processes(accelerator)
 
 

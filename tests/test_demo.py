@@ -151,6 +151,13 @@ def test_grid_is_row_by_row_ink_on_white():
     assert (pixels[:2, 2:4] == 0).all() and (pixels == 255).sum() == 20
 
 
+def test_grid_shows_colours_as_they_are():
+    images = torch.zeros(2, 3, 2, 1)
+    images[1, :, 0, 0] = torch.tensor([1.0, 0.0, 0.2])
+    pixels = np.asarray(grid(images, columns=2, scale=1))
+    assert pixels.shape == (2, 2, 3) and pixels[0, 1].tolist() == [255, 0, 51] and pixels.sum() == 306
+
+
 @pytest.mark.slow
 def test_guidance_section_counts_rows_and_draws_three_panels(tmp_path, capsys):
     settings = GuidanceIntervalSettings(

@@ -113,6 +113,56 @@ def test_classifier_recipe_saves_reference_features(tmp_path, data, monkeypatch)
     assert reference["labels"].tolist() == labels[:16].tolist()
 
 
+def test_classifier_recipe_interrupted_equals_uninterrupted(tmp_path, data, monkeypatch):
+    module = recipe("train_mnist_classifier")
+    options = ("--data", data, "--epochs", 3, "--batch-size", 16)
+    run(module, *options, "--output", tmp_path / "once")
+    save = module.Checkpoints.save
+
+    def interrupted(checkpoints, epoch, history=None):
+        save(checkpoints, epoch, history)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Checkpoints, "save", interrupted)
+        run(module, *options, "--output", tmp_path / "twice", exit_code=1)
+    assert not (tmp_path / "twice/config.json").exists()
+    trained = []
+    monkeypatch.setattr(module.Checkpoints, "save", lambda *given: (trained.append(given[1]), save(*given)))
+    run(module, *options, "--output", tmp_path / "twice")
+    assert trained == [2, 3]
+    for file in ("diffusion_pytorch_model.safetensors", "reference.safetensors"):
+        once, twice = (load_file(tmp_path / name / file) for name in ("once", "twice"))
+        for key in once:
+            torch.testing.assert_close(once[key], twice[key], atol=1e-3, rtol=1e-3)
+    result = CliRunner().invoke(module.main, [*map(str, options), "--output", str(tmp_path / "once"), "--lr", "1e-3"])
+    assert "lr: 0.003 before, 0.001 now" in str(result.exception)
+    result = CliRunner().invoke(module.main, ["--data", str(data), "--output", str(tmp_path / "few")])
+    assert "64 images do not fill a batch of 128" in str(result.exception)
+
+
+def test_a_budget_of_minutes_ends_a_training_and_its_learning_rate(tmp_path, data):
+    module = recipe("train_mnist_unet")
+    budget = module.Budget(100, 1.0, 30.0, module.Processes(None))
+    assert budget.steps(0) == 100  # nothing is known of the pace
+    assert budget.steps(10) == pytest.approx(20, rel=0.2) and budget.steps(90) == 100
+    assert module.Budget(100, None, 30.0, module.Processes(None)).steps(10) == 100
+    assert module.learning_rate(210, 220.0, 1.0) == pytest.approx(0.5)
+
+    def start() -> str:
+        images, labels = module.load_images(data)
+        module.train(
+            module.build_unet, images, labels, tmp_path / "out", steps=50, batch_size=2, lr=1e-3, label_dropout=0.1,
+            ema_decay=0.9, mixed_precision="no", seed=0, checkpoint_every=100, minutes=1e-9,
+        )  # fmt: skip
+        (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+        return checkpoint.name
+
+    assert start() == "checkpoint-1"
+    assert start() == "checkpoint-1"  # the minutes are used up
+    BoostAndSkipPipeline.from_pretrained(tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_boost_and_skip_recipe_goes_on_after_the_last_row(tmp_path, monkeypatch):
     module = recipe("boost_and_skip_mnist")

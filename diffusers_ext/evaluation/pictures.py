@@ -10,11 +10,13 @@ Box = list[int]  # left, top, right and bottom of a panel in its picture, in pix
 
 
 def grid(images: torch.Tensor, columns: int, scale: int = 2) -> Image.Image:
-    """A sheet of grey images (count, 1, height, width) in [0, 1], ink on white, row by row."""
-    count, _, height, width = images.shape
+    """A sheet of images (count, 1 or 3, height, width) in [0, 1], row by row; grey ones are ink on white."""
+    count, channels, height, width = images.shape
     rows = count // columns
-    sheet = images[: rows * columns].reshape(rows, columns, height, width).permute(0, 2, 1, 3)
-    pixels = (1 - sheet.reshape(rows * height, columns * width)).mul(255).round().byte().numpy()
+    sheet = images[: rows * columns].reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    sheet = sheet.reshape(rows * height, columns * width, channels)
+    sheet = 1 - sheet[..., 0] if channels == 1 else sheet
+    pixels = sheet.mul(255).round().byte().numpy()
     return Image.fromarray(pixels).resize((columns * width * scale, rows * height * scale), Image.Resampling.BICUBIC)
 
 
