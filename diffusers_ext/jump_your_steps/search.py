@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import MofNCompleteColumn, Progress
 
 from ..pipelines.call_arguments import checked_arguments
 from ..runs.kept import Kept
@@ -273,7 +273,8 @@ class _Work:
             yield self.progress
             return
         shown = self.progress and self.processes.is_main
-        with Progress(console=Console(stderr=True), disable=not shown) as bar:
+        columns = *Progress.get_default_columns(), MofNCompleteColumn()
+        with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
             task = bar.add_task("optimising", total=total)
             yield lambda done, _: bar.update(task, completed=done)
 
