@@ -13,7 +13,7 @@ from .options import DEVICE
     help="Folder for report.html, pictures and numbers.",
 )  # fmt: skip
 @DEVICE
-@click.option("--full", is_flag=True, help="More samples, steps and rows; minutes become a quarter of an hour.")
+@click.option("--full", is_flag=True, help="More samples, steps and rows; it takes several times as long.")
 def demo(output, device, full):
     """Try each method on the models that ship; pictures, numbers and a report."""
     from ..demo import run_demo
