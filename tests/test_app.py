@@ -492,6 +492,7 @@ def test_no_files_are_taken():
     assert asked("/gradio_api/queue/join", host="localhost") == ["app"]
 
 
+@pytest.mark.slow
 @needs_gradio
 def test_allowed_hosts_are_names():
     result = CliRunner().invoke(cli.main, ["app", "--allow-host", "a b"])

@@ -141,6 +141,7 @@ def test_boost_and_skip(page, drawn):
     assert drawn == [Drawn(count=2, seed=0)]  # no class is every class in turn, not class 0
 
 
+@pytest.mark.slow
 def test_guidance_interval_draws_the_sigma_axis(page, drawn):
     text = draws_both(page, "Guidance interval", steps=4, samples=2, **{"class": 7})
     assert drawn == [Drawn(count=2, seed=0, label=7)]
@@ -152,6 +153,7 @@ def test_guidance_interval_draws_the_sigma_axis(page, drawn):
     sync_api.expect(panel.locator("svg.chart circle")).to_have_count(6, timeout=WAIT)
 
 
+@pytest.mark.slow
 def test_discrete(page, folders):
     model = {"model: shipped, a folder or a Hub id": folders / "sequences"}
     text = draws_both(page, "Discrete diffusion", **model, steps=3, samples=2)
@@ -206,6 +208,7 @@ def test_a_prompt_is_drawn_as_asked_and_left_out_where_it_is_hidden(page, folder
     enter(panel, "class", "")
 
 
+@pytest.mark.slow
 def test_grid(page):
     page.get_by_role("tab", name="Grid").click()
     panel = page.get_by_role("tabpanel").filter(visible=True)
@@ -236,6 +239,7 @@ def test_noise_levels_have_logarithmic_sliders(page):
     sync_api.expect(panel.get_by_label("number input for interval: sigma above 0", exact=True)).to_be_visible()
 
 
+@pytest.mark.slow
 def test_a_second_page_waits_and_each_can_stop(page, address):
     """Steps are told; who comes second reads that it waits; Stop ends a wait and a computation."""
     second = page.context.browser.new_page()
@@ -259,6 +263,7 @@ def test_a_second_page_waits_and_each_can_stop(page, address):
     draws_both(page, "Boost-and-Skip", steps=3, samples=2)
 
 
+@pytest.mark.slow
 def test_wrong_input_is_shown_as_a_message(page):
     page.get_by_role("tab", name="Flow postprocessing").click()
     panel = page.get_by_role("tabpanel").filter(visible=True)

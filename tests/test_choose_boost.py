@@ -229,6 +229,7 @@ def test_pipelines_that_cannot_be_boosted():
         choose_boost(flow, valid, num_samples=100, inputs={"prompt": ["a"] * 100})
 
 
+@pytest.mark.slow
 def test_the_settings_are_what_pipelines_and_schedulers_take():
     """Digits by the shipped classifier, and text-to-image by a score of one's own, through the scheduler."""
     digits, classifier = load_pipeline("mnist-unet", "boost-and-skip"), load_shipped_classifier()[0]

@@ -103,6 +103,7 @@ def test_true_guidance_of_flux_gets_a_negative_prompt():
         compare(pipe, "a", gammas=2.0)
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_ends_with_the_same_bytes(tmp_path, digits):
     compare(digits, **FOUR, output=tmp_path / "whole")
 

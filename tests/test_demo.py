@@ -108,6 +108,7 @@ def test_full_sections_are_the_same_with_more_to_do(monkeypatch, tmp_path):
     assert "short demo" not in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_first_picture_is_there_before_the_rest_is_drawn(tmp_path, monkeypatch):
     """And the digits are those that one call would have drawn."""
     drawn, pictures = [], []
@@ -190,6 +191,7 @@ def sequence_models(tmp_path):
     return folders
 
 
+@pytest.mark.slow
 def test_discrete_section_measures_and_writes_music(tmp_path, sequence_models, capsys):
     (tmp_path / "out").mkdir()
     settings = DiscreteSettings(**sequence_models, countdown_steps=(2, 3), num_countdowns=20, num_chorales=3)
@@ -238,6 +240,7 @@ def test_jump_your_steps_section_needs_no_matplotlib(tmp_path, sequence_models, 
     assert result["files"] == [] and not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.slow
 def test_flow_section_measures_before_and_after(tmp_path, capsys):
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}

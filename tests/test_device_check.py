@@ -65,6 +65,7 @@ def test_whatever_is_raised_is_an_outcome(monkeypatch):
     assert (outcome.result, outcome.reason) == ("not here", "no such thing on mars")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_process_that_dies_or_hangs_costs_one_capability():
     names = ["first", "dies", "second", "leaves", "hangs", "last"]

@@ -132,6 +132,7 @@ def error(edges: list[float], network: ExactNetwork, chain) -> float:
     return total_variation(law, chain.probabilities)
 
 
+@pytest.mark.slow
 def test_an_optimised_table_errs_less_than_even_steps():
     chain = markov_chain(3, 4, 1, sharpness=2.5)
     scheduler = DiscreteDDIMScheduler(corrector_steps=2)

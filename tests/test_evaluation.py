@@ -73,6 +73,7 @@ def test_wrong_labels_and_noise_show(digits):
     assert noise["inside"] < right["inside"]
 
 
+@pytest.mark.slow
 def test_standard_errors_are_those_of_sampling():
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.rand(100, 1, 28, 28, generator=generator), torch.zeros(100, dtype=torch.long)
@@ -172,6 +173,7 @@ def test_folder_zip_and_npz_give_the_same_numbers(sets):
     assert results[0]["features"]["name"] == "classifier" and results[0]["features"]["dimensions"] == 64
 
 
+@pytest.mark.slow
 def test_digits_and_images_agree(sets):
     """evaluate_digits, whose reference is MNIST, and evaluate_images see the same features."""
     digits = evaluate_digits(torch.from_numpy(MADE)[:, None] / 255, torch.zeros(30, dtype=torch.long))

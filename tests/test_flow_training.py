@@ -155,6 +155,7 @@ def test_it_learns_a_known_flow_and_the_pipeline_walks_it():
     torch.testing.assert_close(result, real, atol=1e-2, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 3])
 def test_interrupted_equals_uninterrupted(tmp_path, stop):
     samples, real, labels = images(30), images(40, 1), torch.arange(30) % 3

@@ -1012,6 +1012,7 @@ class TestTheRestOfDiffusers:
         remove_guidance_interval(pipe)
         assert type(pipe) is stock
 
+    @pytest.mark.slow
     def test_what_it_looks_like(self, fresh, tmp_path):
         """To users, to save_pretrained and to copies it is the stock class."""
         pipe, expected = fresh

@@ -207,6 +207,7 @@ class TestSchedulersOfACall:
 
 
 class TestRowsOfListedPipelines:
+    @pytest.mark.slow
     def test_any_flow_far_of_one_prompt(self):
         """An empty compressed cache has rows, too."""
         case = any_flow_far()

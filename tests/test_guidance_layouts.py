@@ -438,6 +438,7 @@ def fingerprints() -> dict[str, str]:
 class TestCoverage:
     GOLDEN = Path(__file__).parent / "goldens" / "guidance_fingerprints.json"
 
+    @pytest.mark.slow
     def test_every_pipeline_is_listed(self):
         """`python tests/guidance_interval_matrix.py --fingerprints` writes them, after the table was looked at."""
         golden = json.loads(self.GOLDEN.read_text())

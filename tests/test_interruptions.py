@@ -153,6 +153,7 @@ def test_two_starts_on_one_table_keep_each_other_s_rows(tmp_path):
         ResultRows(tmp_path / "rows.json")
 
 
+@pytest.mark.slow
 def test_one_start_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "step_sigmas", lambda *_: [1.0, 0.0])
     work = {

@@ -21,6 +21,7 @@ def bowl(weight, first, last):
     return lambda c: (c.guidance_scale - weight) ** 2 + 0.1 * (c.first - first) ** 2 + 0.1 * (c.last - last) ** 2
 
 
+@pytest.mark.slow
 @given(st.integers(2, 64), st.data())
 @settings(max_examples=60)
 def test_a_bowl_is_found_exactly(num_steps, data):

@@ -41,6 +41,7 @@ EXTRACTOR = FeatureExtractor("quarters", "quarters", quarters)
 REFERENCE = (np.full(4, 0.2), np.eye(4) * 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "last"), [(0, STEPS - 1), (1, 2), (3, 3)])
 def test_the_objective_by_hand(pipe, first, last):
     objective = Objective(pipe, EXTRACTOR, REFERENCE, LABELS, STEPS, seed=5, batch_size=5)
@@ -127,6 +128,7 @@ def files(folder) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tune", "steps", "little"), [(text_to_image, 4, 100_000), (digits, 4, 150_000)])
 def test_what_is_remembered_changes_no_bit_and_saves_evaluations(tune, steps, little, pipe, tmp_path):
     """Also in a memory that holds a part of it alone; rows are those that the networks have seen."""
@@ -146,6 +148,7 @@ def test_what_is_remembered_changes_no_bit_and_saves_evaluations(tune, steps, li
         assert row["network_rows"] == 3 * (steps + row["last"] - row["first"] + 1)
 
 
+@pytest.mark.slow
 def test_the_distance_by_a_score_of_one_s_own_is_minus_its_mean(tmp_path):
     found = text_to_image(tmp_path / "out", 0)
     pipe, best = tiny_sdxl(), found.best_interval
@@ -205,6 +208,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_going_on_after_any_batch_changes_no_byte(tmp_path):
     """And draws nothing twice that was finished."""
     pipe, seen = tiny_sdxl(), []

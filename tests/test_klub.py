@@ -119,6 +119,7 @@ def enumerated(chain, network, scheduler, t1: float, t2: float, t3: float) -> fl
     return (t2 - t3) * total / length
 
 
+@pytest.mark.slow
 def test_equals_the_enumerated_objective():
     chain = markov_chain(num_tokens=2, length=3, seed=1)
     scheduler = exact_scheduler("absorbing", 2)

@@ -185,6 +185,7 @@ def test_boost_and_skip_recipe_goes_on_after_the_last_row(tmp_path, monkeypatch)
     assert stock[0] != stock[1]
 
 
+@pytest.mark.slow
 def test_choosing_a_boost_draws_the_curve_and_goes_on(tmp_path, monkeypatch):
     module = recipe("choose_boost_mnist")
     monkeypatch.setattr(module, "PAPER", {"gamma": 4.0, "skip_steps": 1, "num_inference_steps": 8})
@@ -326,6 +327,7 @@ def test_chorales_become_tokens_and_back(layout, tmp_path):
     np.testing.assert_array_equal(valid[2], chorales["valid"][1][64:128])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_tokens", [66, 80])  # characters; and pieces of words, and words
 def test_works_become_tokens_a_model_and_its_measure(num_tokens, tmp_path):
     works = {"ado": '\tO\xa0that "this" too,  too\r\n\n\n\nsolid_ flesh & 12 ' * 40, "macbeth": "Thou thou " * 30}

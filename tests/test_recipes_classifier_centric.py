@@ -73,6 +73,7 @@ def test_conditional_sampling_reaches_the_class():
     assert abs(numbers["shift"]) < 0.1 and abs(numbers["spread"] - 1) < 0.1 and numbers["right_side"] == 1
 
 
+@pytest.mark.slow
 def test_gaussians_run(tmp_path):
     output = run(GAUSSIANS, "--output", tmp_path, "--samples", 60, "--steps", 5, "--classifier-steps", 3, "--scale", 2)
     assert "threads; figures in" in output
@@ -192,6 +193,7 @@ def test_cifar10_networks_have_the_papers_widths():
     assert heads == [256 // 64]
 
 
+@pytest.mark.slow
 def test_targets_of_real_images_are_themselves(tmp_path):
     """With k = 1 the targets are the samples; with more they are others."""
     pixels = np.random.default_rng(0).integers(0, 256, (60, 28, 28, 1), np.uint8)

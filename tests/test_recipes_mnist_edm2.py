@@ -196,6 +196,7 @@ def found_interval(model, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_what_a_search_finds_is_measured_again(pipe, tmp_path, monkeypatch):
     module, model = recipe("guidance_interval_mnist"), tmp_path / "edm2"
     pipe.save_pretrained(model)
@@ -217,6 +218,7 @@ def test_what_a_search_finds_is_measured_again(pipe, tmp_path, monkeypatch):
     assert {key: kept[key] for key in rows} == rows and len(kept) == 6
 
 
+@pytest.mark.slow
 def test_the_stock_pipeline_is_measured_by_an_applied_interval(tmp_path):
     module, path = recipe("guidance_interval_mnist"), found_interval("mnist-unet", tmp_path)
     run(module.main, "mnist-unet", "--interval-json", path, "--samples", 10, "--seeds", 1, "--device", "cpu")

@@ -162,6 +162,7 @@ def test_page_in_a_browser(page, tmp_path, dark):
         assert view["background"] == ("rgb(20, 23, 28)" if dark else "rgb(251, 251, 249)")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_browser_sees_what_is_wrong(tmp_path):
     wide = '<body><div style="width: 2000px">x</div><img src="data:image/png;base64,AAAA"><img src="http://127.0.0.1:9/a">'

@@ -61,6 +61,7 @@ def test_the_model_loads_by_name_by_class_and_by_diffusers():
         assert pipe.config.null_class == 10 and pipe.unet.config.num_class_embeds == 11
 
 
+@pytest.mark.slow
 def test_samples_are_recognised_and_boosted_ones_differ():
     pipe = load_pipeline("mnist-unet", "boost-and-skip")
     pipe.set_progress_bar_config(disable=True)
@@ -80,6 +81,7 @@ def test_samples_are_recognised_and_boosted_ones_differ():
     assert (draw(gamma=4.0, skip_steps=3) - plain).abs().mean() > 0.01
 
 
+@pytest.mark.slow
 def test_edm2_digits_are_recognised_and_guidance_runs_where_it_should():
     pipe = load_pipeline("mnist-edm2")
     pipe.set_progress_bar_config(disable=True)
@@ -94,6 +96,7 @@ def test_edm2_digits_are_recognised_and_guidance_runs_where_it_should():
     assert images.shape == (30, 1, 28, 28) and recognised >= 0.9
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_flow_leads_overdone_digits_back():
     """Guidance of weight 15 leaves grey smears; after the flow images are nearer to the training set, and digits."""
@@ -110,6 +113,7 @@ def test_the_flow_leads_overdone_digits_back():
     assert measured[1]["recognised"] >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["countdown-sedd", "jsb-sedd"])
 def test_sequence_models_draw_what_their_names_say(name):
     """A step for eight tokens is enough for most CountDown transitions, and for voices in their order."""

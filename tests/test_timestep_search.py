@@ -87,6 +87,7 @@ def of_case(case, folder):
     return model, CTMCScheduler(vocab_size=17), case.t["x0"].long(), case.t["u"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ctmc_uniform", "ctmc_gaussian", "euler_corrections"])
 def test_golden_search_of_the_authors(name, tmp_path):
     case = golden(f"jys_search_{name}")
@@ -354,6 +355,7 @@ ERRORS = {  # settings, chain, numbers of steps, and the error with our table ov
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ERRORS)
 def test_tables_err_less_by_enumeration(kernel):
     """Less than even steps, and than the best tables by the paper's objective (not so for 2 steps of "gaussian")."""

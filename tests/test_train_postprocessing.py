@@ -34,6 +34,7 @@ def real(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_trains_a_pipeline_and_goes_on_after_an_interruption(real, tmp_path):
     common = ("--real", real, "--features", "classifier", *SMALL, "--output", tmp_path / "out")
     result = invoke(*common)
@@ -83,6 +84,7 @@ def test_foreign_files_stay(real, tmp_path):
         assert mine.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_last_save_changes_nothing(real, tmp_path):
     """The checkpoint is there, history.json and loss.png are not yet."""
     common = ("--real", real, "--features", "pixel", *SMALL, "--output", tmp_path / "out")
