@@ -53,8 +53,11 @@ def look_at(page: str, folder: Path, widths: tuple[int, ...] = (390, 1280), dark
         f"--user-data-dir={folder / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
         "--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom", harness.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
+    for _ in range(3):  # its virtual time may pass before a busy machine has drawn anything
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
+        if found and found[1]:
+            break
     assert found and found[1], f"nothing was seen: {done.stderr[-2000:]}"
     seen = sorted(json.loads(unescape(found[1])), key=lambda view: view["width"])
     return seen, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

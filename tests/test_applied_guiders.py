@@ -168,7 +168,8 @@ class TestUnlisted:
         pipe.oracle = None
         apply_guider(pipe, ClassifierFreeGuidance(WEIGHT), **interval)
         output = pipe(guidance_scale=2.5, generator=torch.Generator().manual_seed(1))
-        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
+        # a guider is given predictions that are taken out of their sum, which costs digits
+        torch.testing.assert_close(output, expected, rtol=0, atol=4e-5 * max(1.0, expected.abs().max().item()))
 
     def test_not_shown(self):
         pipe = build(Rescale, diffusers.DDIMScheduler())

@@ -444,15 +444,17 @@ def test_dpm_equals_the_loop_written_out(config, schedule):
     skip = 3 if "num_inference_steps" in schedule else 0  # a list runs as given
     timesteps, sigmas = stock.timesteps[skip:], stock.sigmas[skip:].tolist()
     expected = dpm_loop(fake_model, 2.5 * EPS.double(), timesteps, sigmas)
+    shaken = dpm_loop(fake_model, 2.5 * EPS.double() * (1 + 2**-24), timesteps, sigmas)  # by a digit of float32
+    atol = 2e-5 + 16 * (shaken - expected).abs().max().item()
     ours = BoostAndSkipDPMSolverMultistepScheduler(**config, gamma=2.5, skip_steps=3)
     ours.set_timesteps(**schedule)
-    close(sample(ours, steps=None), expected)
+    close(sample(ours, steps=None), expected, atol)
     # The second run must not remember the first: its order starts at 1 again, and so in SDXL.
     ours.set_timesteps(**schedule)
     assert ours.lower_order_nums == 0
     assert ours.model_outputs == [None, None]
     ours.set_begin_index(0)
-    close(sample(ours, steps=None), expected)
+    close(sample(ours, steps=None), expected, atol)
 
 
 @pytest.mark.parametrize("solver", [{"solver_order": 3}, {"algorithm_type": "sde-dpmsolver++"}])
