@@ -130,7 +130,11 @@ def draws_both(page, tab: str, **values) -> str:
     pictures = panel.locator("img[src*='/file=']")
     sync_api.expect(pictures).to_have_count(2, timeout=WAIT)
     decoded = "images => Promise.all(images.map(image => image.decode().then(() => image.naturalWidth)))"
-    assert min(pictures.evaluate_all(decoded)) >= 50
+    for _ in range(20):
+        with contextlib.suppress(sync_api.Error):  # a picture from before has just gone
+            assert min(pictures.evaluate_all(decoded)) >= 50
+            break
+        page.wait_for_timeout(200)
     return panel.inner_text()
 
 
@@ -318,7 +322,9 @@ CLEARANCE = """blocks => blocks.map(block => {
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_and_nothing_covers_the_pictures(page, width):
     page.set_viewport_size({"width": 1280, "height": 900})
-    draws_both(page, "Boost-and-Skip", steps=3, samples=1)
+    page.get_by_role("tab", name="Boost-and-Skip").click()
+    if page.get_by_role("tabpanel").filter(visible=True).locator("img[src*='/file=']").count() < 2:
+        draws_both(page, "Boost-and-Skip", steps=3, samples=1)
     page.set_viewport_size({"width": width, "height": 900})
     page.wait_for_function("width => document.documentElement.scrollWidth == width", arg=width)
     blocks = page.get_by_role("tabpanel").filter(visible=True).locator(".picture")
