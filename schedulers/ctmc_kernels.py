@@ -63,13 +63,7 @@ class AbsorbingKernel:
         """The shapes of recorded noise that `perturb` takes for tokens (batch, length)."""
         return [shape]
 
-    def perturb(
-        self,
-        x0: torch.Tensor,
-        sigma: list[float],
-        noise: Noise,
-        generator: Generators,
-    ) -> torch.Tensor:
+    def perturb(self, x0: torch.Tensor, sigma: list[float], noise: Noise, generator: Generators) -> torch.Tensor:
         """A draw of x_t for x0 (batch, length). sigma: one a sample. noise: recorded uniforms (batch, length) or None.
 
         Masked is where they are below 1 - exp(-sigma); drawn, where a clock rings before sigma, which has the same
@@ -180,13 +174,7 @@ class UniformKernel:
         """The shapes of recorded noise that `perturb` takes for tokens (batch, length)."""
         return [[shape, shape], (*shape, self.vocab_size)]
 
-    def perturb(
-        self,
-        x0: torch.Tensor,
-        sigma: list[float],
-        noise: Noise,
-        generator: Generators,
-    ) -> torch.Tensor:
+    def perturb(self, x0: torch.Tensor, sigma: list[float], noise: Noise, generator: Generators) -> torch.Tensor:
         """A draw of x_t for x0 (batch, length). sigma: one a sample; moved is what would be masked, see above.
 
         noise: None, or recorded: a pair (uniforms, target tokens) (batch, length), or uniforms (batch, length, vocab)
@@ -360,13 +348,7 @@ class ReversibleKernel:
         """The shapes of recorded noise that `perturb` takes for tokens (batch, length)."""
         return [(*shape, self.vocab_size)]
 
-    def perturb(
-        self,
-        x0: torch.Tensor,
-        sigma: list[float],
-        noise: Noise,
-        generator: Generators,
-    ) -> torch.Tensor:
+    def perturb(self, x0: torch.Tensor, sigma: list[float], noise: Noise, generator: Generators) -> torch.Tensor:
         """A draw of x_t for x0 (batch, length). sigma: one a sample. noise: uniforms (*x0.shape, vocab) or None."""
         ticks = clocks_for_tokens(x0.shape, self.vocab_size, generator, x0.device) if noise is None else None
         result = torch.empty_like(x0)

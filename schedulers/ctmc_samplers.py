@@ -29,18 +29,11 @@ DRAWS = 2**24  # clocks that are drawn at a time, for whole samples
 Times = list[tuple[float, float]]  # of each sample: where a step starts, and where it ends
 
 
-class EulerSampler:
-    """Tau-leaping: the rates of the start are held over a step, of a length h.
+class TimeSampler:
+    """What samplers share whose steps are lengths of time."""
 
-    jumps: "categorical", one jump at most, with probabilities 1{x} + h R; "poisson", Poisson numbers of jumps to each
-    token, which are added and clamped to the vocabulary (tauLDR, 2205.14987).
-    """
-
-    evaluations_per_step, counts_tokens, least = 1, False, -math.inf
-
-    def __init__(self, chain: ReverseChain, jumps: str = "categorical"):
-        self.chain, self.jumps = chain, jumps
-        self.stages = (self.step,)
+    evaluations_per_step, counts_tokens, least = 1, False, 0.0
+    jumps = "categorical"
 
     def evaluated(self, edges: list[float], end: float) -> list[float]:
         """The times at which a schedule of these edges evaluates the network."""
@@ -48,7 +41,21 @@ class EulerSampler:
 
     def noise_levels(self, edges: list[float]) -> list[float]:
         """The total noises whose transitions a schedule of these edges needs."""
-        return [self.chain.sigma_bar(t) for t in edges]
+        return [self.chain.sigma_bar(t) for t in self.evaluated(edges, 0.0)]
+
+
+class EulerSampler(TimeSampler):
+    """Tau-leaping: the rates of the start are held over a step, of a length h.
+
+    jumps: "categorical", one jump at most, with probabilities 1{x} + h R; "poisson", Poisson numbers of jumps to each
+    token, which are added and clamped to the vocabulary (tauLDR, 2205.14987).
+    """
+
+    least = -math.inf
+
+    def __init__(self, chain: ReverseChain, jumps: str = "categorical"):
+        self.chain, self.jumps = chain, jumps
+        self.stages = (self.step,)
 
     def step(
         self,
@@ -85,23 +92,16 @@ class EulerSampler:
         return move(self.chain, weights, output, sample, times, generator, noise, everywhere=everywhere)
 
 
-class TweedieSampler:
+class TweedieSampler(TimeSampler):
     """Each token by its exact posterior given the network's prediction; the analytic sampler of SEDD (2310.16834)."""
-
-    evaluations_per_step, counts_tokens, least = 1, False, 0.0
-    jumps = "categorical"
 
     def __init__(self, chain: ReverseChain):
         self.chain, self.stages = chain, (self.step,)
         self.correct = EulerSampler(chain).correct
 
-    def evaluated(self, edges: list[float], end: float) -> list[float]:
-        """The times at which a schedule of these edges evaluates the network."""
-        return list(edges)
-
     def noise_levels(self, edges: list[float]) -> list[float]:
-        """The total noises whose transitions a schedule of these edges needs."""
-        levels = [self.chain.sigma_bar(t) for t in edges]
+        """Those of the edges, and of each step between them."""
+        levels = super().noise_levels(edges)
         return [*levels, *(now - then for now, then in pairwise(levels))]
 
     def step(
@@ -116,7 +116,7 @@ class TweedieSampler:
         return move(self.chain, self.chain.posterior_weights, output, sample, times, generator, noise)
 
 
-class ThetaTrapezoidalSampler:
+class ThetaTrapezoidalSampler(TimeSampler):
     r"""The theta-trapezoidal method (Ren et al., 2502.00234): two evaluations a step, of second order in its length.
 
     From x at a time, a leap of the share theta of the step leads to x'; from there another leap with the jumps
@@ -131,8 +131,7 @@ class ThetaTrapezoidalSampler:
     Between the two stages of a step the sampler keeps the first output and its tokens.
     """
 
-    evaluations_per_step, counts_tokens, least = 2, False, math.ulp(0.0)
-    jumps, theta = "categorical", 0.5
+    evaluations_per_step, least, theta = 2, math.ulp(0.0), 0.5
 
     def __init__(self, chain: ReverseChain):
         self.chain, self.stages = chain, (self.begin, self.finish)
@@ -140,13 +139,9 @@ class ThetaTrapezoidalSampler:
         self._begun: tuple | None = None
 
     def evaluated(self, edges: list[float], end: float) -> list[float]:
-        """The times at which a schedule of these edges evaluates the network."""
+        """The edges, and between two of them where the first leap ends."""
         inside = [[now, now - self.theta * (now - then)] for now, then in pairwise(edges)]
         return [*(time for both in inside for time in both), edges[-1]]
-
-    def noise_levels(self, edges: list[float]) -> list[float]:
-        """The total noises whose transitions a schedule of these edges needs."""
-        return [self.chain.sigma_bar(t) for t in self.evaluated(edges, 0.0)]
 
     def begin(
         self,
@@ -209,7 +204,7 @@ class GillespieSampler:
         return list(edges) if edges[-1] > end else list(edges[:-1])
 
     def noise_levels(self, edges: list[float]) -> list[float]:
-        """The total noises whose transitions a schedule of these edges needs."""
+        """None: masked tokens have no transitions."""
         return []
 
     def num_decode(self, sample: torch.Tensor, schedule: StepEdges, index: int, end: float) -> torch.Tensor:

@@ -49,10 +49,11 @@ from diffusers_ext.app.computations import (
 )
 from diffusers_ext.app.grids import Axes, compare_grid
 from diffusers_ext.app.models import Models
-from diffusers_ext.app.text_to_image import TextToImage, weight_of
+from diffusers_ext.app.text_to_image import TextToImage
 from diffusers_ext.app.watching import WAITING, StoppedError, Watch, watched
 from diffusers_ext.discrete.music import NUM_TOKENS
 from diffusers_ext.evaluation.pictures import sequences_picture
+from diffusers_ext.sampling.arguments import weight_of
 from diffusers_ext.shipped import load_pipeline, shipped_models
 
 SMALL = {
@@ -346,7 +347,7 @@ def test_true_guidance_gets_its_weight_and_a_negative_prompt():
         def __call__(self, prompt, negative_prompt=None, guidance_scale=3.5, true_cfg_scale=1.0):
             pass
 
-    assert weight_of(Pipe()) == "true_cfg_scale"
+    assert weight_of(Pipe()) == "true_cfg_scale" and weight_of(load_pipeline("countdown-sedd")) is None
     assert TextToImage("a").inputs(Pipe(), 2) == {"prompt": ["a"] * 2, "negative_prompt": [""] * 2}
 
 

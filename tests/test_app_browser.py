@@ -135,6 +135,8 @@ def draws_both(page, tab: str, **values) -> str:
             assert min(pictures.evaluate_all(decoded)) >= 50
             break
         page.wait_for_timeout(200)
+    else:
+        pytest.fail("the pictures cannot be decoded")
     return panel.inner_text()
 
 

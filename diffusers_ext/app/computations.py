@@ -18,11 +18,13 @@ from ..pipelines import BoostAndSkipPipeline, FlowPostprocessingPipeline, Guidan
 from ..pipelines.guidance_interval import GuidedStep
 from ..pipelines.interval import Interval, StepStart, read_step
 from ..sampling import cycled_labels, draws_sequences, is_discrete, sample_batches
+from ..sampling.arguments import weight_of
 from ..sampling.draw import to_uint8
+from ..sampling.methods import scheduled
 from ..schedulers import EDMHeunScheduler, boost_and_skip
 from . import code_of
 from .models import Models
-from .text_to_image import NONE, Source, TextToImage, is_text_to_image, scheduled, takes, weight_of
+from .text_to_image import NONE, Source, TextToImage, is_text_to_image, takes
 
 LARGEST = 64  # samples a picture
 SMALLEST_PICTURE = 320  # pixels; smaller sheets are enlarged
@@ -102,7 +104,7 @@ def compare_guidance_interval(
         ValueError: for arguments out of range and pipelines that do not guide in a way that is understood.
     """
     with _loaded(models, model, drawn.text) as pipe:
-        call = {"num_inference_steps": num_inference_steps, weight_of(pipe): guidance_scale}
+        call = {"num_inference_steps": num_inference_steps, weight_of(pipe) or "guidance_scale": guidance_scale}
         stock = draw(pipe, drawn, **call)
         source = Source(model, drawn.text, models.device)
         code = code_of.guidance_interval(pipe, source, (sigma_lo, sigma_hi), call, _inputs(pipe, drawn))
@@ -267,8 +269,8 @@ def compare_flow(
                 " folder"
             )
         call = {"num_inference_steps": num_inference_steps}
-        if guidance_scale != 1 or takes(base, weight_of(base)):
-            call[weight_of(base)] = guidance_scale
+        if guidance_scale != 1 or weight_of(base):
+            call[weight_of(base) or "guidance_scale"] = guidance_scale
         images = draw(base, drawn, **call)
         labels = {}
         if repair.model.config.get("num_class_embeds") is not None:

@@ -7,9 +7,10 @@ from PIL import Image
 
 from ..comparing import compare
 from ..comparing.settings import interval_of
+from ..sampling.methods import scheduled
 from . import code_of
 from .models import Models
-from .text_to_image import Source, TextToImage, scheduled
+from .text_to_image import Source, TextToImage
 
 MOST_CELLS = 100
 

@@ -1,8 +1,6 @@
 """What text-to-image models take beside the numbers of a tab: texts, a size, a scheduler and a dtype."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import diffusers
@@ -11,6 +9,7 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..sampling import is_discrete
+from ..sampling.arguments import weight_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 OWN = "the model's own"
@@ -117,21 +116,6 @@ def takes(pipe: DiffusionPipeline | type, name: str) -> bool:
 def is_text_to_image(pipe: DiffusionPipeline | type) -> bool:
     """Whether it draws images of prompts; discrete diffusion goes on from one, and a flow's is its base's."""
     return takes(pipe, "prompt") and not takes(pipe, "images") and not is_discrete(pipe)
-
-
-def weight_of(pipe: DiffusionPipeline) -> str:
-    """The argument that weighs two predictions; beside true_cfg_scale, guidance_scale is an input of the network."""
-    return "true_cfg_scale" if takes(pipe, "true_cfg_scale") else "guidance_scale"
-
-
-@contextmanager
-def scheduled(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> Iterator[None]:
-    """Another scheduler for a block."""
-    own, pipe.scheduler = pipe.scheduler, scheduler
-    try:
-        yield
-    finally:
-        pipe.scheduler = own
 
 
 @dataclass(frozen=True)

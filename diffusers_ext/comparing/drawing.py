@@ -17,7 +17,7 @@ from ..guidance.rows import counted_rows
 from ..pipelines.guidance_interval import apply_guider, remove_guider
 from ..pipelines.guided_run import make_plans
 from ..pipelines.interval import FLOW_SCHEDULER
-from ..sampling.arguments import check_call
+from ..sampling.arguments import check_call, weight_of
 from ..sampling.draw import draw, is_discrete, to_uint8
 from ..sampling.image_files import check_channels
 from ..sampling.labels import cycled_labels
@@ -58,9 +58,7 @@ class Painter:
         steps = self.takes.get("num_inference_steps")
         self.steps = self.call.get("num_inference_steps", None if steps is None else steps.default)
         self.guiders: dict[tuple[str, Any], BaseGuidance] = {}
-        known = [each for each in ("true_cfg_scale", "guidance_scale") if each in self.takes]
-        # of two predictions: beside true_cfg_scale, Flux's guidance_scale is an input of its network
-        self.weight = known[0] if known else None
+        self.weight = weight_of(pipe)
 
     def check_axes(self, axes: Mapping[str, tuple]) -> None:
         """Check that every axis is one that an image would show.

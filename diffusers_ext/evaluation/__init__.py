@@ -6,6 +6,7 @@ from .evaluate import (
     PUBLISHED,
     evaluate_digits,
     evaluate_images,
+    measure_features,
     print_evaluation,
     read_statistics,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "evaluate_digits",
     "evaluate_images",
     "load_extractor",
+    "measure_features",
     "open_images",
     "print_evaluation",
     "read_images",

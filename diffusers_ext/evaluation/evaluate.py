@@ -116,10 +116,9 @@ def evaluate_images(
     real_features, real_facts = (None, {"path": str(reference)}) if given else run("reference", real)
     sample_features, facts = run("generated", samples)
     distance = any(name in FRECHET for name in metrics)
-    scores = _scores(sample_features, real_features, metrics, k)
     without_lof = asked is None and not given and "lof" not in metrics
     return {
-        "metrics": _numbers(sample_features, real_features, real if given else None, metrics, k, scores),
+        "metrics": measure_features(sample_features, real_features, real if given else None, metrics, k),
         "k": k,
         "features": {
             "name": extractor.name,
@@ -245,6 +244,28 @@ def _check_digits(images: torch.Tensor, labels: torch.Tensor) -> None:
     whole = isinstance(labels, torch.Tensor) and not (labels.is_floating_point() or labels.dtype == torch.bool)
     if not whole or labels.shape != images.shape[:1] or not (labels.min() >= 0 and labels.max() <= 9):
         raise ValueError(f"labels must be integers in [0, 9], a tensor of one an image, got {labels!r:.200}")
+
+
+def measure_features(
+    features: torch.Tensor,
+    reference: torch.Tensor | None,
+    statistics: tuple | None = None,
+    metrics: Sequence[str] = METRICS,
+    k: Mapping[str, int] = NEIGHBOURS,
+) -> dict[str, float | None]:
+    """The numbers of `evaluate_images`, of features instead of images.
+
+    Args:
+        features: (n, dim), of the samples.
+        reference: (m, dim), of real images; None where the Fréchet distance alone is asked for.
+        statistics: their mean and covariance, of more images perhaps; None takes those of `reference`.
+        metrics: of `METRICS`.
+        k: neighbours of each metric that has them.
+
+    Raises:
+        ValueError: as the metrics themselves.
+    """
+    return _numbers(features, reference, statistics, metrics, k, _scores(features, reference, metrics, k))
 
 
 def _scores(features, reference, metrics: Sequence[str], k: Mapping[str, int]) -> dict[str, np.ndarray]:

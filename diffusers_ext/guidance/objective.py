@@ -19,6 +19,7 @@ from ..metrics.features import as_features
 from ..pipelines.guidance_interval import GuidanceInterval
 from ..runs.kept import Kept
 from ..runs.provenance import hash_of
+from ..sampling.arguments import weight_of
 from ..sampling.draw import batches_of, draw, to_uint8
 from .memory import OutputMemory, remembering
 from .search import GuidedSteps
@@ -195,15 +196,14 @@ def guided_call(pipe: DiffusionPipeline, candidate: GuidedSteps, num_inference_s
     Raises:
         ValueError: for a pipeline without either weight.
     """
-    parameters = inspect.signature(pipe.__call__).parameters
-    weight = next((name for name in ("true_cfg_scale", "guidance_scale") if name in parameters), None)
+    weight = weight_of(pipe)
     if weight is None:
         raise ValueError(f"{type(pipe).__name__} takes no guidance_scale; there is nothing to tune")
     call = {weight: candidate.guidance_scale, "num_inference_steps": num_inference_steps}
     steps = (candidate.first, candidate.last)
     if steps == (0, num_inference_steps - 1):
         yield call
-    elif "guided_steps" in parameters:
+    elif "guided_steps" in inspect.signature(pipe.__call__).parameters:
         yield {**call, "guided_steps": steps}
     else:
         with GuidanceInterval(pipe, guided_steps=steps):

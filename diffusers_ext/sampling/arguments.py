@@ -52,6 +52,15 @@ def inputs_of(
     return {} if chosen is None else {"class_labels": chosen.tolist()}
 
 
+def weight_of(pipe: DiffusionPipeline) -> str | None:
+    """The argument of a pipeline's call that weighs its two predictions; None where it has none.
+
+    Beside true_cfg_scale (Flux, Qwen-Image), guidance_scale is an input of the network.
+    """
+    taken = inspect.signature(pipe.__call__).parameters
+    return next((name for name in ("true_cfg_scale", "guidance_scale") if name in taken), None)
+
+
 def negative_prompts(count: int, inputs: dict, call: dict) -> tuple[dict, dict]:
     """The arguments with a negative prompt for each image, and the call without it.
 

@@ -57,7 +57,7 @@ def _boosted(pipe: DiffusionPipeline, call: dict) -> tuple[AbstractContextManage
             f"{type(pipe).__name__} does not take gamma, nor multiply its initial noise by scheduler.init_noise_sigma;"
             " pixel-space UNets are boosted by BoostAndSkipPipeline (--pipeline boost-and-skip)"
         )
-    return _scheduled(pipe, boosted_scheduler(pipe, given, call.get("num_inference_steps"))), others
+    return scheduled(pipe, boosted_scheduler(pipe, given, call.get("num_inference_steps"))), others
 
 
 def boosted_scheduler(pipe: DiffusionPipeline, given: dict, steps: int | str | None = None) -> SchedulerMixin:
@@ -80,7 +80,7 @@ def boosted_scheduler(pipe: DiffusionPipeline, given: dict, steps: int | str | N
 
 
 @contextmanager
-def _scheduled(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> Iterator[None]:
+def scheduled(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> Iterator[None]:
     """Another scheduler for a block."""
     own, pipe.scheduler = pipe.scheduler, scheduler
     try:

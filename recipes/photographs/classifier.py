@@ -6,16 +6,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from diffusers_ext.evaluation import METRICS, measure_features
 from diffusers_ext.flow import combined_features, pixel_features
 from diffusers_ext.flow.features import CLASSIFIER_WEIGHT
-from diffusers_ext.metrics import (
-    average_knn_distance,
-    feature_statistics,
-    frechet_distance,
-    local_outlier_factor,
-    precision_recall,
-    rarity_score,
-)
 from diffusers_ext.models import ImageClassifier
 
 CLASSIFIER = {"in_channels": 3, "channels": (64, 128, 256)}  # 1.2 million weights, 64 features
@@ -57,20 +50,12 @@ class Judge:
         return combined_features(parts, real)
 
     def measure(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float | None]:
-        """The numbers of `evaluate_digits`, with its neighbours, of images (count, 3, 32, 32) in [0, 1]."""
+        """The numbers of `evaluate_digits`, of images (count, 3, 32, 32) in [0, 1]."""
         features, classes = self.outputs(images * 2 - 1)
-        real = self.reference["features"].float()
-        ours, rarity = feature_statistics(features), rarity_score(features, real, k=3)
-        precision, recall = precision_recall(features, real[: len(features)], k=3)
+        real, statistics = self.reference["features"].float(), (self.reference["mean"], self.reference["covariance"])
+        others = [name for name in METRICS if name != "precision_recall"]
         return {
             "recognised": (classes.cpu() == labels).double().mean().item(),
-            "frechet": frechet_distance(
-                ours.mean, ours.covariance, self.reference["mean"], self.reference["covariance"]
-            ),
-            "precision": precision,
-            "recall": recall,
-            "knn_distance": average_knn_distance(features, real, k=5),
-            "lof": local_outlier_factor(features, real, k=20),
-            "rarity": rarity.mean if rarity.inside else None,
-            "inside": rarity.inside,
+            **measure_features(features, real, statistics, others),
+            **measure_features(features, real[: len(features)], metrics=["precision_recall"]),
         }
