@@ -455,7 +455,7 @@ KERNELS = {
 CHAINS = [
     (kernel, prediction, sampler, jumps)
     for kernel, predictions in KERNELS.items()
-    for prediction, sampler in itertools.product(predictions, ("euler", "tweedie", "gillespie"))
+    for prediction, sampler in itertools.product(predictions, ("euler", "tweedie", "theta_trapezoidal", "gillespie"))
     for jumps in ("categorical", "poisson")
     if (sampler != "gillespie" or kernel == "absorbing")
     and (jumps == "categorical" or (kernel != "absorbing" and sampler == "euler"))
@@ -473,8 +473,9 @@ def chain(scheduler: CTMCScheduler, place: str, steps: int, draws: bool) -> torc
     for i, t in enumerate(scheduler.timesteps):
         scheduler.model_time(t, len(sample))
         sample = scheduler.step(output, t, sample, noise).prev_sample
-        if scheduler.config.sampler != "gillespie" and i < steps:
-            time = float(scheduler.edges[i + 1])
+        step, stage = divmod(i + 1, scheduler.order)
+        if scheduler.config.sampler != "gillespie" and stage == 0 and step <= steps:
+            time = float(scheduler.edges[step])
             sample = scheduler.step_correct(output, time, sample, 0.01, noise).prev_sample
     return sample
 
@@ -488,7 +489,7 @@ def test_a_chain_on_a_device(kernel, prediction, sampler, jumps, draws):
     with without_float64():
         assert torch.equal(chain(scheduler, "dx", MANY, draws).cpu(), expected)
         step, drawn = a_step(lambda steps: chain(scheduler, "dx", steps, draws))
-    searches = 1 if sampler == "gillespie" else 2  # the corrector's is the other
+    searches = scheduler.order + (sampler != "gillespie")  # the corrector's is the last one
     assert_nobody_waits(step, drawn, allowed_reads(scheduler, draws, searches))
 
 

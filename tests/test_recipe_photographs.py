@@ -13,9 +13,11 @@ import torch
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffusers_ext import BoostAndSkipPipeline
+from diffusers_ext.metrics import average_knn_distance, precision_recall
+from diffusers_ext.models import ImageClassifier
 
 FILE = "diffusion_pytorch_model.safetensors"
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -55,6 +57,19 @@ def test_flips_and_shifts_move_pixels_and_make_none():
     assert set(rows.tolist()) == set(range(12, 21))  # 16, by up to 4
     assert set(columns.tolist()) == set(range(11, 21))  # of 15 or 16, mirrored or not
     assert moved.min() >= 0 and moved.max() < 1
+
+
+def test_the_judge_compares_equal_numbers_for_precision_and_all_for_the_rest(tmp_path):
+    torch.manual_seed(0)
+    ImageClassifier(3, (8, 8, 8), feature_dim=4).save_pretrained(tmp_path)
+    real = torch.randn(60, 4)
+    save_file({"features": real, "mean": real.mean(0), "covariance": real.T.cov()}, tmp_path / "reference.safetensors")
+    judge, images, labels = CLASSIFIER.Judge(tmp_path, torch.device("cpu")), torch.rand(30, 3, 32, 32), torch.ones(30)
+    features, classes = judge.outputs(images * 2 - 1)
+    numbers = judge.measure(images, labels)
+    assert (numbers["precision"], numbers["recall"]) == precision_recall(features, real[:30], 3)
+    assert numbers["knn_distance"] == pytest.approx(average_knn_distance(features, real, 5))
+    assert numbers["recognised"] == (classes == 1).double().mean()
 
 
 @pytest.fixture
