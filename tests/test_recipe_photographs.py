@@ -61,8 +61,9 @@ def test_flips_and_shifts_move_pixels_and_make_none():
 
 def test_the_judge_compares_equal_numbers_for_precision_and_all_for_the_rest(tmp_path):
     torch.manual_seed(0)
-    ImageClassifier(3, (8, 8, 8), feature_dim=4).save_pretrained(tmp_path)
-    real = torch.randn(60, 4)
+    classifier = ImageClassifier(3, (8, 8, 8), feature_dim=4).eval()
+    classifier.save_pretrained(tmp_path)
+    real = classifier(torch.rand(60, 3, 32, 32)).features.detach()
     save_file({"features": real, "mean": real.mean(0), "covariance": real.T.cov()}, tmp_path / "reference.safetensors")
     judge, images, labels = CLASSIFIER.Judge(tmp_path, torch.device("cpu")), torch.rand(30, 3, 32, 32), torch.ones(30)
     features, classes = judge.outputs(images * 2 - 1)
