@@ -13,11 +13,10 @@ import torch
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from diffusers_ext import BoostAndSkipPipeline
 from diffusers_ext.metrics import average_knn_distance, precision_recall
-from diffusers_ext.models import ImageClassifier
 
 FILE = "diffusion_pytorch_model.safetensors"
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -59,18 +58,17 @@ def test_flips_and_shifts_move_pixels_and_make_none():
     assert moved.min() >= 0 and moved.max() < 1
 
 
-def test_the_judge_compares_equal_numbers_for_precision_and_all_for_the_rest(tmp_path):
-    torch.manual_seed(0)
-    classifier = ImageClassifier(3, (8, 8, 8), feature_dim=4).eval()
-    classifier.save_pretrained(tmp_path)
-    real = classifier(torch.rand(60, 3, 32, 32)).features.detach()
-    save_file({"features": real, "mean": real.mean(0), "covariance": real.T.cov()}, tmp_path / "reference.safetensors")
-    judge, images, labels = CLASSIFIER.Judge(tmp_path, torch.device("cpu")), torch.rand(30, 3, 32, 32), torch.ones(30)
-    features, classes = judge.outputs(images * 2 - 1)
-    numbers = judge.measure(images, labels)
+def test_the_judge_compares_equal_numbers_for_precision_and_all_for_the_rest(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    real, features = torch.randn(60, 4, generator=generator), torch.randn(30, 4, generator=generator)
+    judge, labels = object.__new__(CLASSIFIER.Judge), torch.arange(30) % 10
+    judge.reference = {"features": real, "mean": real.mean(0), "covariance": real.T.cov()}
+    monkeypatch.setattr(judge, "outputs", lambda images: (features, labels.where(labels > 2, 0)), raising=False)
+    numbers = judge.measure(torch.rand(30, 3, 32, 32), labels)
     assert (numbers["precision"], numbers["recall"]) == precision_recall(features, real[:30], 3)
+    assert precision_recall(features, real, 3) != precision_recall(features, real[:30], 3)
     assert numbers["knn_distance"] == pytest.approx(average_knn_distance(features, real, 5))
-    assert numbers["recognised"] == (classes == 1).double().mean()
+    assert numbers["recognised"] == pytest.approx(0.8)
 
 
 @pytest.fixture
