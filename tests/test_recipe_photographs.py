@@ -61,6 +61,7 @@ def test_flips_and_shifts_move_pixels_and_make_none():
 def test_the_judge_compares_equal_numbers_for_precision_and_all_for_the_rest(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     real, features = torch.randn(60, 4, generator=generator), torch.randn(30, 4, generator=generator)
+    real[30:] = features  # which all samples are among, and none is among the first 30
     judge, labels = object.__new__(CLASSIFIER.Judge), torch.arange(30) % 10
     judge.reference = {"features": real, "mean": real.mean(0), "covariance": real.T.cov()}
     monkeypatch.setattr(judge, "outputs", lambda images: (features, labels.where(labels > 2, 0)), raising=False)
