@@ -16,23 +16,30 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from boost_and_skip_loops import (
+    EPS,
+    PAIRS,
+    PREDICTIONS,
+    SPACINGS,
+    ancestral_loop,
+    both,
+    coefficients,
+    ddim_loop,
+    dpm_loop,
+    euler_loop,
+    gaussians,
+)
 from diffusers import (
-    DDIMPipeline,
     DDIMScheduler,
     DDPMParallelScheduler,
-    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
-    UNet2DModel,
 )
-from diffusers.schedulers import scheduling_ddpm
-from safetensors.torch import load_file
-from tiny_pipelines import LATENT_SCHEDULE, tiny_sdxl, tiny_stable_diffusion
+from tiny_pipelines import LATENT_SCHEDULE, tiny_stable_diffusion
 
 import diffusers_ext.schedulers as package
 from diffusers_ext.schedulers import scheduling_boost_and_skip as module
@@ -45,18 +52,6 @@ from diffusers_ext.schedulers.scheduling_boost_and_skip import (
 )
 
 GOLDENS = Path(__file__).parent / "goldens"
-PAIRS = {
-    "ddpm": (DDPMScheduler, BoostAndSkipDDPMScheduler),
-    "ddim": (DDIMScheduler, BoostAndSkipDDIMScheduler),
-    "euler": (EulerDiscreteScheduler, BoostAndSkipEulerDiscreteScheduler),
-    "dpm": (DPMSolverMultistepScheduler, BoostAndSkipDPMSolverMultistepScheduler),
-}
-NAMES = list(PAIRS)
-SPACINGS = ["linspace", "leading", "trailing"]
-PREDICTIONS = ["epsilon", "sample", "v_prediction"]
-SHAPE = (2, 3, 4, 4)
-EPS = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
-both = pytest.mark.parametrize("name", NAMES)
 
 
 def fake_model(x, t):
@@ -257,87 +252,6 @@ def test_add_noise_and_model_input_know_the_levels_of_the_kept_steps(name):
 
 
 # --------------------------------------------------------------------------------- loops written out, apart from stock
-
-
-def coefficients(schedule: dict | None = None):
-    """alphas_cumprod of the training process, as Python floats."""
-    return DDPMScheduler(**(schedule or {})).alphas_cumprod.double().tolist()
-
-
-def predictions(kind, output, x, alpha):
-    """x_0 and epsilon of x = sqrt(alpha) x_0 + sqrt(1 - alpha) epsilon."""
-    a, s = math.sqrt(alpha), math.sqrt(1 - alpha)
-    if kind == "epsilon":
-        return (x - s * output) / a, output
-    if kind == "sample":
-        return output, (x - a * output) / s
-    return a * x - s * output, a * output + s * x
-
-
-def ancestral_loop(model, x, table, alphas, variance_type, noise, clip=1.0):
-    for i, t in enumerate(table):
-        alpha, alpha_prev = alphas[t], alphas[table[i + 1]] if i + 1 < len(table) else 1.0
-        beta, output = 1 - alpha / alpha_prev, model(x, t)
-        output, v = output.chunk(2, dim=1) if variance_type.startswith("learned") else (output, None)
-        x0 = predictions("epsilon", output, x, alpha)[0].clamp(-clip, clip)
-        from_x0 = math.sqrt(alpha_prev) * beta / (1 - alpha)
-        from_x = math.sqrt(alpha / alpha_prev) * (1 - alpha_prev) / (1 - alpha)
-        x = from_x0 * x0 + from_x * x
-        if t > 0:
-            small = max((1 - alpha_prev) / (1 - alpha) * beta, 1e-20)
-            if variance_type == "learned_range":
-                variance = torch.exp((v + 1) / 2 * math.log(beta) + (1 - v) / 2 * math.log(small))
-            else:
-                variance = {"fixed_small": small, "fixed_large": beta, "learned": v}[variance_type]
-            x = x + variance**0.5 * noise()
-    return x
-
-
-def ddim_loop(model, x, table, alphas, eta=0.0, noise=None, kind="epsilon", last=1.0, clip=1.0, rederive=False):
-    for i, t in enumerate(table):
-        alpha, alpha_prev = alphas[t], alphas[table[i + 1]] if i + 1 < len(table) else last
-        x0, eps = predictions(kind, model(x, t), x, alpha)
-        x0 = x0.clamp(-clip, clip)
-        eps = (x - math.sqrt(alpha) * x0) / math.sqrt(1 - alpha) if rederive else eps
-        sigma = eta * math.sqrt((1 - alpha_prev) / (1 - alpha)) * math.sqrt(1 - alpha / alpha_prev)
-        x = math.sqrt(alpha_prev) * x0 + math.sqrt(1 - alpha_prev - sigma**2) * eps
-        if eta:
-            x = x + sigma * noise()
-    return x
-
-
-def euler_loop(model, x, timesteps, sigmas, kind="epsilon"):
-    """In variance-exploding form: x = x_0 + sigma epsilon."""
-    for t, sigma, sigma_next in zip(timesteps, sigmas[:-1], sigmas[1:], strict=True):
-        root = math.sqrt(1 + sigma**2)
-        # The network sees x / root, which is the variance-preserving sample at alpha = 1 / root^2.
-        output = model(x / root, t)
-        x0 = output if kind == "sample" else predictions(kind, output, x / root, 1 / root**2)[0]
-        x = x + (sigma_next - sigma) * (x - x0) / sigma
-    return x
-
-
-def dpm_loop(model, x, timesteps, sigmas):
-    """DPM-Solver++(2M), midpoint (arXiv 2211.01095, algorithm 2), first order at the first and last step."""
-    previous = None
-    for i, t in enumerate(timesteps):
-        (a, s), (a_next, s_next) = [(1 / math.sqrt(1 + z**2), z / math.sqrt(1 + z**2)) for z in sigmas[i : i + 2]]
-        log_snr, log_snr_next = math.log(a / s), math.log(a_next / s_next) if s_next else math.inf
-        h = log_snr_next - log_snr
-        x0 = (x - s * model(x, t)) / a
-        slope = 0.0
-        if previous is not None and i + 1 < len(timesteps):
-            x0_before, log_snr_before = previous
-            slope = (x0 - x0_before) * h / (log_snr - log_snr_before) / 2
-        x = s_next / s * x - a_next * math.expm1(-h) * (x0 + slope)
-        previous = x0, log_snr
-    return x
-
-
-def gaussians(seed, dtype=torch.float64, shape=SHAPE):
-    """What `generator=` draws, in any precision."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda: torch.randn(shape, generator=generator).to(dtype)
 
 
 def close(actual, expected, atol=2e-5):
@@ -923,263 +837,3 @@ def test_gaussian_data_ends_at_the_boosted_variance(variance, gamma, skip):
     torch.testing.assert_close(
         sample(euler, exact_epsilon(variance, alphas), steps=1000, eps=eps), expected, rtol=0.02, atol=0
     )
-
-
-# --------------------------------------------------------------------------- goldens: numbers of the authors' own code
-
-LOOPS = [
-    "gd_loop_celeba_ancestral_g1_dt0_r10",
-    "gd_loop_celeba_ancestral_g4_dt3_r10",
-    "gd_loop_celeba_ddim_eta0_g4_dt3_r25",
-    "gd_loop_imagenet_ancestral_g2.5_dt3_r25",
-    "gd_loop_imagenet_ddim_eta0.5_g2.5_dt3_r10",
-    "gd_loop_imagenet_ddim_eta0_g1_dt0_r10",
-    "gd_loop_upsampler_ancestral_r10",
-]
-MATHS = [
-    f"gd_math_{schedule}_{steps}" for schedule in ("cosine", "linear") for steps in ("10", "250", "ddim25", "full")
-]
-
-
-def golden(case):
-    return json.loads((GOLDENS / f"{case}.json").read_text()), load_file(GOLDENS / f"{case}.safetensors")
-
-
-def guided_diffusion_scheduler(cls, noise_schedule, **config):
-    beta_schedule = {"cosine": "squaredcos_cap_v2", "linear": "linear"}[noise_schedule]
-    learned = {"variance_type": "learned_range"} if issubclass(cls, DDPMScheduler) else {}
-    return cls(**{"beta_schedule": beta_schedule, "clip_sample": True, **learned, **config})
-
-
-@pytest.mark.parametrize("case", LOOPS)
-def test_authors_loops_step_by_step(case, monkeypatch):
-    about, tensors = golden(case)
-    ddim = about["loop"] == "ddim"
-    ours = guided_diffusion_scheduler(
-        BoostAndSkipDDIMScheduler if ddim else BoostAndSkipDDPMScheduler,
-        about["noise_schedule"],
-        gamma=about["gamma"],
-        skip_steps=about["Delta_t"],
-    )
-    ours.set_timesteps(timesteps=tensors["timestep_map"].flip(0).tolist()[about["Delta_t"] :])
-    assert ours.timesteps.tolist() == tensors["network_t"][:, 0].tolist()
-    noises = tensors.get("step_noise")
-    tolerance = {"atol": about["tolerance"]["recommended_atol"], "rtol": about["tolerance"]["recommended_rtol"]}
-
-    x = tensors["init_noise"] * ours.init_noise_sigma
-    for i, t in enumerate(ours.timesteps):
-        if ddim:
-            noise = {"eta": about["eta"], "variance_noise": noises[i]} if about["eta"] else {}
-            out = ours.step(tensors["model_output"][i], t, x, use_clipped_model_output=True, **noise)
-        else:
-            monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, i=i, **__: noises[i])
-            out = ours.step(tensors["model_output"][i], t, x)
-        x = out.prev_sample
-        torch.testing.assert_close(x, tensors["x_after_step"][i], **tolerance)
-        torch.testing.assert_close(out.pred_original_sample, tensors["pred_xstart"][i], **tolerance)
-    final = {**tolerance, "atol": about["tolerance"]["recommended_atol_final"]}
-    torch.testing.assert_close(x, tensors["x_after_step"][-1], **final)
-
-
-def guided_diffusion_math(case, cls=BoostAndSkipDDPMScheduler, **config):
-    about, tensors = golden(case)
-    ours = guided_diffusion_scheduler(cls, about["noise_schedule"], **config)
-    ours.set_timesteps(timesteps=tensors["timestep_map"].flip(0).tolist())
-    return ours, tensors
-
-
-# The scheduler's tables are float32 products of up to 1000 factors, the authors' float64: relative differences of a
-# few 1e-6 at most timesteps, and of 1e-4 near t = 999 of the cosine schedule, where alphas_cumprod is 1e-9.
-TABLE = {"rtol": 2e-4, "atol": 0}
-
-
-@pytest.mark.parametrize("case", MATHS)
-def test_authors_tables(case):
-    ours, tensors = guided_diffusion_math(case)
-    kept = tensors["timestep_map"]
-    torch.testing.assert_close(ours.alphas_cumprod[kept].double(), tensors["alphas_cumprod"], **TABLE)
-    previous = torch.stack([torch.as_tensor(ours.previous_timestep(t)) for t in kept])
-    assert previous.tolist() == [-1, *kept[:-1].tolist()]
-    alphas_prev = torch.where(previous >= 0, ours.alphas_cumprod[previous], 1.0).double()
-    torch.testing.assert_close(alphas_prev, tensors["alphas_cumprod_prev"], **TABLE)
-    # learned_range interpolates from log posterior variance (v = -1) to log beta (v = 1); entry 0 adds no noise
-    for v, name in ((-1.0, "posterior_log_variance_clipped"), (1.0, "log_betas")):
-        log_variance = torch.stack([ours._get_variance(t, torch.tensor(v)) for t in kept[1:]]).double()
-        torch.testing.assert_close(log_variance, tensors[name][1:], rtol=0, atol=2e-3)
-
-
-@pytest.mark.parametrize("case", MATHS)
-@pytest.mark.parametrize("clip", [True, False])
-def test_authors_posterior(case, clip, monkeypatch):
-    ours, tensors = guided_diffusion_math(case, clip_sample=clip)
-    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda shape, **_: torch.zeros(shape))
-    suffix = "" if clip else "_noclip"
-    for i, t in enumerate(tensors["pmv.t_network"].tolist()):
-        x, output = tensors["pmv.x_t"][i : i + 1], tensors["pmv.model_output"][i : i + 1]
-        out = ours.step(output, t, x)
-        torch.testing.assert_close(
-            out.pred_original_sample[0], tensors[f"pmv.pred_xstart{suffix}"][i], atol=2e-5, rtol=2e-4
-        )
-        torch.testing.assert_close(out.prev_sample[0], tensors[f"pmv.mean{suffix}"][i], atol=2e-5, rtol=2e-4)
-        if t > 0:
-            log_variance = ours._get_variance(t, predicted_variance=output[:, 3:])
-            torch.testing.assert_close(log_variance[0], tensors["pmv.log_variance"][i], atol=2e-3, rtol=0)
-        noisy = ours.add_noise(tensors["q.x0"][i], tensors["q.noise"][i], torch.tensor([t]))
-        torch.testing.assert_close(noisy, tensors["q.x_t"][i], atol=2e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("case", MATHS)
-def test_authors_ddim_step(case):
-    """eta 0 and epsilon derived again from the clipped x_0: sqrt(alpha_prev) x_0 + sqrt(1 - alpha_prev) epsilon."""
-    ours, tensors = guided_diffusion_math(case, BoostAndSkipDDIMScheduler)
-    for i, t in enumerate(tensors["pmv.t_network"].tolist()):
-        alpha_prev = tensors["alphas_cumprod_prev"][tensors["pmv.t"][i]].item()
-        x0, eps = tensors["pmv.pred_xstart"][i], tensors["pmv.eps_rederived"][i]
-        out = ours.step(
-            tensors["pmv.model_output"][i : i + 1], t, tensors["pmv.x_t"][i : i + 1], use_clipped_model_output=True
-        )
-        expected = math.sqrt(alpha_prev) * x0 + math.sqrt(1 - alpha_prev) * eps
-        torch.testing.assert_close(out.prev_sample[0], expected, atol=2e-5, rtol=3e-4)
-
-
-# -------------------------------------------------------------------------------------- latent text-to-image pipelines
-
-LATENTS = (1, 4, 8, 8)
-
-
-def embeddings(width, names=("prompt_embeds", "negative_prompt_embeds")):
-    generator = torch.Generator().manual_seed(5)
-    return {name: torch.randn(1, 6, width, generator=generator) for name in names}
-
-
-def guided(unet, text, scale, **conditions):
-    """Classifier-free guidance as one network of (latents, t)."""
-
-    def model(x, t):
-        negative, positive = unet(torch.cat([x, x]), t, encoder_hidden_states=text, **conditions).sample.chunk(2)
-        return negative + scale * (positive - negative)
-
-    return model
-
-
-def latent_loop(name, model, gamma, skip, steps, seed):
-    """The sampler written out on SD's schedule: boosted noise at the first kept step, no cut tables involved."""
-    noise = gaussians(seed, torch.float32, LATENTS)
-    eps = noise()
-    alphas = coefficients({k: v for k, v in LATENT_SCHEDULE.items() if k.startswith("beta")})
-    if name in ("ddpm", "ddim"):
-        table = [1 + i * (1000 // steps) for i in reversed(range(steps))][skip:]
-        if name == "ddim":
-            return ddim_loop(model, gamma * eps, table, alphas, last=alphas[0], clip=math.inf)
-        return ancestral_loop(model, gamma * eps, table, alphas, "fixed_small", noise, clip=math.inf)
-    stock = PAIRS[name][0](**LATENT_SCHEDULE)
-    stock.set_timesteps(steps)
-    timesteps, sigmas = stock.timesteps[skip:], stock.sigmas[skip:].tolist()
-    if name == "euler":
-        return euler_loop(model, gamma * math.sqrt(1 + sigmas[0] ** 2) * eps, timesteps, sigmas)
-    return dpm_loop(model, gamma * eps, timesteps, sigmas)
-
-
-@pytest.fixture(scope="module")
-def stable_diffusion():
-    return tiny_stable_diffusion()
-
-
-@pytest.fixture(scope="module")
-def sdxl():
-    return tiny_sdxl()
-
-
-@both
-@pytest.mark.parametrize(("gamma", "skip"), [(1.0, 0), (2.5, 3)])
-@torch.no_grad()
-def test_stable_diffusion_equals_the_loop_written_out(stable_diffusion, name, gamma, skip):
-    pipe, texts = stable_diffusion, embeddings(8)
-    pipe.scheduler = boost_and_skip(PAIRS[name][0].from_config(pipe.scheduler.config), gamma=gamma, skip_steps=skip)
-    latents = pipe(
-        **texts,
-        num_inference_steps=8,
-        guidance_scale=3.0,
-        generator=torch.Generator().manual_seed(9),
-        output_type="latent",
-    ).images
-    model = guided(pipe.unet, torch.cat([texts["negative_prompt_embeds"], texts["prompt_embeds"]]), 3.0)
-    expected = latent_loop(name, model, gamma, skip, 8, seed=9)
-    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["euler", "dpm"])
-@torch.no_grad()
-def test_sdxl_equals_the_loop_written_out(sdxl, name):
-    """SDXL calls set_begin_index(0) before its loop."""
-    pipe, texts = sdxl, embeddings(16)
-    pooled = {f"{k}pooled_prompt_embeds": torch.full((1, 8), v) for k, v in [("", 0.5), ("negative_", -0.5)]}
-    pipe.scheduler = boost_and_skip(PAIRS[name][0].from_config(pipe.scheduler.config), gamma=2.5, skip_steps=3)
-    calls = []
-    for _ in range(2):  # the second call meets a used scheduler
-        latents = pipe(
-            **texts,
-            **pooled,
-            num_inference_steps=8,
-            guidance_scale=3.0,
-            generator=torch.Generator().manual_seed(9),
-            output_type="latent",
-        ).images
-        calls.append(latents)
-    assert torch.equal(*calls)
-    sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2)
-    pooled = torch.cat([pooled["negative_pooled_prompt_embeds"], pooled["pooled_prompt_embeds"]])
-    model = guided(
-        pipe.unet,
-        torch.cat([texts["negative_prompt_embeds"], texts["prompt_embeds"]]),
-        3.0,
-        added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
-    )
-    expected = latent_loop(name, model, 2.5, 3, 8, seed=9)
-    torch.testing.assert_close(calls[0], expected, atol=1e-4, rtol=1e-4)
-
-
-def test_pipelines_run_from_prompt_to_image_and_take_custom_timesteps(stable_diffusion, sdxl):
-    options = {"prompt": "a cat", "negative_prompt": "dog", "output_type": "np", "num_inference_steps": 4}
-    for pipe, width in ((stable_diffusion, 16), (sdxl, 16)):
-        pipe.scheduler = boost_and_skip(EulerDiscreteScheduler(**LATENT_SCHEDULE), gamma=2.0, skip_steps=1)
-        assert pipe(**options).images.shape == (1, width, width, 3)
-    stable_diffusion.scheduler = boost_and_skip(
-        DDIMScheduler(**LATENT_SCHEDULE, clip_sample=False), gamma=2.0, skip_steps=1
-    )
-    del options["num_inference_steps"]
-    seen = []
-    stable_diffusion(
-        **options, timesteps=[900, 500, 100], callback_on_step_end=lambda _, i, t, kw: seen.append(int(t)) or kw
-    )
-    assert seen == [900, 500, 100]
-
-
-def test_pipeline_saves_and_loads_with_the_scheduler(stable_diffusion, tmp_path):
-    stable_diffusion.scheduler = boost_and_skip(
-        DDIMScheduler(**LATENT_SCHEDULE, clip_sample=False), gamma=2.0, skip_steps=1
-    )
-    stable_diffusion.save_pretrained(tmp_path)
-    loaded = StableDiffusionPipeline.from_pretrained(tmp_path)
-    assert type(loaded.scheduler) is BoostAndSkipDDIMScheduler
-    assert (loaded.scheduler.config.gamma, loaded.scheduler.config.skip_steps) == (2.0, 1)
-
-
-def test_unconditional_pipeline_skips():
-    """DDIMPipeline ignores init_noise_sigma, and replaces a scheduler given to its constructor by a stock one."""
-    unet = UNet2DModel(
-        sample_size=4,
-        block_out_channels=(4,),
-        norm_num_groups=2,
-        layers_per_block=1,
-        add_attention=False,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
-    pipe = DDIMPipeline(unet, DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = boost_and_skip(pipe.scheduler, gamma=4.0, skip_steps=3)
-    count = []
-    unet.register_forward_hook(lambda *_: count.append(1))
-    pipe(num_inference_steps=5)
-    assert len(count) == 2
