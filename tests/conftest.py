@@ -25,6 +25,12 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["HF_MODULES_CACHE"] = modules.name
 
 
+def pytest_xdist_auto_num_workers():
+    """Of `-n logical`: with more than a thread each, workers would wait for each other's."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, (os.cpu_count() or 1) // int(threads)) if threads.isdigit() and int(threads) > 1 else None
+
+
 # Selections of tests, none of which anyone has to keep
 
 
