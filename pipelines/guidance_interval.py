@@ -121,7 +121,7 @@ class Guidance:
         names = [*inspect.signature(call).parameters][1 : 1 + len(args)]
         args = tuple(outside_callback(value, name) for value, name in zip_longest(args, names, fillvalue=""))
         kwargs = {key: outside_callback(value, key) for key, value in kwargs.items()}
-        begin_again = _random_states(args, kwargs)
+        begin_again = _random_states(pipe, args, kwargs)
         try:
             run = Run(self, call, pipe, args, kwargs)
             with run:
@@ -135,19 +135,32 @@ class Guidance:
         return result
 
 
-def _random_states(args: tuple, kwargs: dict) -> Callable[[], None]:
-    """What puts the generators of a call back to where they are."""
+def _random_states(pipe: DiffusionPipeline, args: tuple, kwargs: dict) -> Callable[[], None]:
+    """What puts the generators of a call, and those it draws from without one, back to where they are."""
     values = [*args, *kwargs.values()]
     values += [one for value in values if isinstance(value, list) for one in value]
-    states = [(one, one.get_state()) for one in values if isinstance(one, torch.Generator)]
-    usual = torch.get_rng_state()
+    states = [(one.set_state, one.get_state()) for one in values if isinstance(one, torch.Generator)]
+    states += default_states(getattr(pipe, "_execution_device", None) or torch.device("cpu"))
 
     def again():
-        torch.set_rng_state(usual)
-        for generator, state in states:
-            generator.set_state(state)
+        for put_back, state in states:
+            put_back(state)
 
     return again
+
+
+def default_states(device: torch.device) -> list[tuple[Callable, torch.Tensor]]:
+    """The state of each generator that is drawn from where none is given, with what puts it back.
+
+    Args:
+        device: whose generator counts besides the CPU's.
+    """
+    states = [(torch.set_rng_state, torch.get_rng_state())]
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    if hasattr(module, "get_rng_state"):
+        which = {"device": device} if "device" in inspect.signature(module.get_rng_state).parameters else {}  # not MPS
+        states.append((functools.partial(module.set_rng_state, **which), module.get_rng_state(**which)))
+    return states
 
 
 class GuidanceInterval(Guidance):

@@ -637,6 +637,35 @@ class TestContained:
             given = inputs(batch)
             torch.testing.assert_close(stock(pipe, **given), plain_loop(given, (1, 2)), rtol=0, atol=1e-3)
 
+    @pytest.mark.parametrize("asked_with_its_device", [False, True])
+    def test_a_call_that_begins_again_draws_the_same(self, monkeypatch, asked_with_its_device):
+        """From the generator of the pipeline's device as well."""
+        own, begun = torch.zeros(1), []
+
+        class Drawing(DDIMScheduler):
+            def set_timesteps(self, *args, **kwargs):
+                begun.append((torch.rand(()).item(), own.item()))
+                own.add_(1)
+                super().set_timesteps(*args, **kwargs)
+
+        if asked_with_its_device:
+            module = types.SimpleNamespace(
+                get_rng_state=lambda device: own.clone(), set_rng_state=lambda state, device: own.copy_(state)
+            )
+        else:  # MPS
+            module = types.SimpleNamespace(
+                get_rng_state=lambda: own.clone(), set_rng_state=lambda state: own.copy_(state)
+            )
+        monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+        monkeypatch.setattr(Rescaled, "_execution_device", torch.device("cuda"))
+        pipe = build(Rescaled, Drawing(clip_sample=False))
+        with (
+            pytest.warns(UserWarning, match="does not show it"),
+            GuidanceInterval(pipe, guided_steps=(1, 2), layout="uncond, cond"),
+        ):
+            pipe(**inputs(2))
+        assert len(begun) == 2 and begun[0] == begun[1]
+
     def test_equal_prompts(self):
         """No part can be told from the other; nothing is wrong."""
         pipe, given = build(Plain), inputs(2)

@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
+from ..pipelines.guidance_interval import default_states
 from ..pipelines.guided_stage import stateful_hooks
 from ..pipelines.rows import map_tensors, tensors_in
 from .network_state import state_of
@@ -58,9 +59,10 @@ class OutputMemory:
         if key is None:
             return call(*args, **kwargs)
         device = _device_of((args, kwargs))
-        random = _random_states(device)
+        random = [state for _, state in default_states(device)]
         output = call(*args, **kwargs)
-        if self._key(network, args, kwargs) == key and all(map(torch.equal, random, _random_states(device))):
+        drawn = any(not torch.equal(then, now) for then, (_, now) in zip(random, default_states(device), strict=True))
+        if self._key(network, args, kwargs) == key and not drawn:
             self._keep(key, output)
         return output
 
@@ -211,11 +213,3 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 def _device_of(value: Any) -> torch.device:
     """The device of the first tensor of the arguments."""
     return next((tensor.device for tensor in tensors_in(value)), torch.device("cpu"))
-
-
-def _random_states(device: torch.device) -> list[torch.Tensor]:
-    """The states of the generators that a call without one draws from."""
-    states = [torch.get_rng_state()]
-    if device.type != "cpu" and hasattr(torch.get_device_module(device), "get_rng_state"):
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return states
