@@ -94,9 +94,9 @@ def sampling_options(command):
     return command
 
 
-def load(model: str, device: str | torch.device, **changes):
+def load(model: str, device: str | torch.device, dtype: str = "float32", **changes):
     """The pipeline, with those changes of the scheduler's configuration that are not None."""
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(model, dtype=getattr(torch, dtype))
     changes = {name: value for name, value in changes.items() if value is not None}
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
     return pipe.to(device)
@@ -114,12 +114,13 @@ def run(
     pipe = load(
         model,
         device if accelerator is None or accelerator.num_processes == 1 else accelerator.device,
+        dtype,
         sampler=sampler,
         timestep_spacing=timestep_spacing,
         num_corrector_steps=corrector_steps,
         corrector_step_size_multiplier=corrector_size,
         corrector_entry_time=corrector_entry_time,
-    ).to(getattr(torch, dtype))
+    )
     if compiled:
         pipe.model.compile()
     for steps in step_counts:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers.models import modeling_utils
 from safetensors.torch import load_file
 from tiny_discrete import build
 from transformers import AutoTokenizer
@@ -400,12 +401,13 @@ def test_measuring_countdown(tmp_path, discrete_model):
     assert "original" in rows["2"]
 
 
-def test_measuring_in_half_precision(tmp_path, discrete_model, monkeypatch):
+def test_measuring_in_half_precision(tmp_path, discrete_model, monkeypatch, caplog):
     compiled = []
+    monkeypatch.setattr(modeling_utils.logger, "handlers", [caplog.handler])
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(next(module.parameters()).dtype))
     options = ("--samples", 3, "--steps", 2, "--output", tmp_path, "--device", "cpu", "--dtype", "bfloat16")
     run(recipe("measure_discrete"), "countdown", discrete_model("sequence"), *options, "--compile")
-    assert compiled == [torch.bfloat16]
+    assert compiled == [torch.bfloat16] and not caplog.records
     assert json.loads((tmp_path / "2/manifest.json").read_text())["settings"]["dtype"] == "torch.bfloat16"
 
 

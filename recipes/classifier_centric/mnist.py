@@ -129,7 +129,7 @@ def draw_digits(pipe, solver: str, sets: dict[float, tuple], path: Path) -> None
 def main(base, flows, output, guidance_scales, solvers, samples, seeds, num_inference_steps, dtype, device):
     """Measure plain guidance and its repair on MNIST."""
     pipe = load_pipeline(base, dtype=getattr(torch, dtype)).to(device)
-    repairers = {name: FlowPostprocessingPipeline.from_pretrained(folder).to(device, getattr(torch, dtype))
+    repairers = {name: load_pipeline(folder, dtype=getattr(torch, dtype)).to(device)
                  for name, _, folder in (flow.partition("=") for flow in flows)}  # fmt: skip
     for each in (pipe, *repairers.values()):
         each.set_progress_bar_config(disable=True)
