@@ -29,7 +29,7 @@ PLOTS = ["matplotlib>=3.8.0"]
 ODE = ["torchdiffeq>=0.2.5"]
 # gradio is tested with this version alone, which takes no pillow 13 and no huggingface_hub before 1.16: the oldest
 # versions above were tested without the app. playwright 1.51 is the oldest that the app's tests can be written for.
-APP = ["gradio>=6.31.0"]
+APP = ["gradio>=6.31.0", *PLOTS]
 TOOLS = [
     "pytest>=8.0.0",
     "hypothesis>=6.100.0",
@@ -41,7 +41,7 @@ TOOLS = [
     "scipy>=1.13.0",  # of diffusers' schedulers with beta sigmas
 ]
 DOCS = ["mkdocs-material>=9.7.0", "mkdocstrings[python]>=1.0.0"]
-TEST = [*TOOLS, *METRICS, *PLOTS, *ODE, *APP]
+TEST = [*TOOLS, *METRICS, *ODE, *APP]
 
 setup(
     name="diffusers_ext",

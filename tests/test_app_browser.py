@@ -175,9 +175,9 @@ def test_guidance_interval_draws_the_sigma_axis(page, drawn):
     found = re.search(r"(\d) of 4 steps guided", text)
     assert found and f"in {found[1]} of them" in text
     panel = page.get_by_role("tabpanel").filter(visible=True)
-    assert panel.locator("svg.chart circle").count() == 4
+    assert panel.locator("svg.chart use:has(title)").count() == 4
     enter(panel, "steps", 6)  # the axis follows the sliders before anything is drawn
-    sync_api.expect(panel.locator("svg.chart circle")).to_have_count(6, timeout=WAIT)
+    sync_api.expect(panel.locator("svg.chart use:has(title)")).to_have_count(6, timeout=WAIT)
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..discrete.music import piano_roll, tokens_to_pitches
-from ..evaluation.charts import axis_chart, tick_chart
 from ..evaluation.pictures import sequences_picture, stacked
 from ..jump_your_steps import optimize_timesteps
 from ..metrics import countdown_errors, countdown_wrong
@@ -160,6 +159,8 @@ def _starts(scheduler) -> list[StepStart]:
 
 def sigma_chart(steps: Iterable[GuidedStep], sigma_lo: float, sigma_hi: float) -> str:
     """The sigma axis with the interval and the steps, as SVG; "" where no step has a finite sigma > 0."""
+    from ..evaluation.charts import axis_chart  # which brings matplotlib
+
     known = [step for step in steps if step.sigma is not None and 0 < step.sigma < math.inf]
     if not known:
         return ""
@@ -176,6 +177,8 @@ def compare_discrete(
     Raises:
         ValueError: for other names, models that are no discrete diffusion, and where the model has no such table.
     """
+    from ..evaluation.charts import tick_chart  # which brings matplotlib
+
     if table not in TABLES or picture not in PICTURES:
         raise ValueError(f"table must be one of {TABLES} and picture one of {PICTURES}, got {table!r} and {picture!r}")
     with models.lock:

@@ -50,15 +50,6 @@ STYLE = """
 .picture .image-container { padding-top: 32px; }
 .chart { width: 100%; max-width: 440px; height: auto; --c0: #2563b0; --c1: #c8501f; }
 .dark .chart { --c0: #6ea8f0; --c1: #f08a5d; }
-.chart text { font: 12px system-ui, sans-serif; fill: currentColor; }
-.chart .chart-title { font-weight: 600; }
-.chart .grid-line { stroke: currentColor; opacity: 0.25; fill: none; }
-.chart .line path { stroke: var(--line); stroke-width: 2; fill: none; }
-.chart .line circle { fill: var(--line); stroke: var(--line); }
-.chart .line circle.off { fill: none; }
-.chart .band { fill: var(--c0); opacity: 0.18; }
-.chart .c0 { --line: var(--c0); }
-.chart .c1 { --line: var(--c1); }
 """
 
 
@@ -68,8 +59,8 @@ def import_gradio() -> ModuleType:
     Raises:
         ImportError: with what to install where it is missing.
     """
-    if find_spec("gradio") is None:
-        raise ImportError("the app needs gradio: pip install gradio")
+    if missing := [name for name in ("gradio", "matplotlib") if find_spec(name) is None]:
+        raise ImportError(f"the app needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which reads it
     import gradio
 

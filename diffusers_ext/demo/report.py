@@ -5,13 +5,13 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from ..evaluation.charts import Line, legend, line_chart, tick_chart
 from .boost_and_skip import COLUMNS
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
@@ -64,6 +64,8 @@ class Method:
 
 def boost_charts(result: dict) -> tuple[list[str], list[str]]:
     """A chart of each metric over gamma."""
+    from ..evaluation.charts import Line, line_chart
+
     rows, charts = result["boost_and_skip"]["rows"], []
     for name, title in COLUMNS.items():
         points = [(row["gamma"], row[name]) for row in rows if row.get(name) is not None]
@@ -75,6 +77,8 @@ def boost_charts(result: dict) -> tuple[list[str], list[str]]:
 
 def interval_charts(result: dict) -> tuple[list[str], list[str]]:
     """Distance and recall over the guidance weight, for both ways of guiding."""
+    from ..evaluation.charts import Line, line_chart
+
     rows = sorted(result["guidance_interval"]["rows"], key=lambda row: row["guidance_scale"])
     kinds = {"guidance in every step": False, "in the interval": True}
     charts = []
@@ -89,6 +93,8 @@ def interval_charts(result: dict) -> tuple[list[str], list[str]]:
 
 def discrete_charts(result: dict) -> tuple[list[str], list[str]]:
     """The tables over time, and the errors over the evaluations of the network; nothing before they are made."""
+    from ..evaluation.charts import Line, line_chart, tick_chart
+
     if "jump_your_steps" not in result:
         return [], []
     tables, rows = (result["jump_your_steps"][name] for name in ("tables", "rows"))
@@ -107,6 +113,8 @@ def discrete_charts(result: dict) -> tuple[list[str], list[str]]:
 
 def flow_charts(result: dict) -> tuple[list[str], list[str]]:
     """Metrics before and after the repair over the guidance scale."""
+    from ..evaluation.charts import Line, line_chart
+
     rows, kinds = result["flow_postprocessing"]["rows"], {"before": False, "after the repair": True}
     titles = {"frechet": "Fréchet distance", "recognised": "recognised", "recall": "recall"}
     charts = []
@@ -181,8 +189,9 @@ def report_html(result: dict, folder: Path) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(spaced=lambda name: name.replace("_", " "), words=_words)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        result=result, methods=METHODS, policy=POLICY, style=STYLE.read_text(encoding="utf-8"), legend=legend,
-        pictures=partial(_pictures, folder), downloads=partial(_downloads, folder),
+        result=result, methods=METHODS, policy=POLICY, style=STYLE.read_text(encoding="utf-8"),
+        charts=find_spec("matplotlib") is not None, pictures=partial(_pictures, folder),
+        downloads=partial(_downloads, folder),
     )  # fmt: skip
 
 

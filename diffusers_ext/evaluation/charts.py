@@ -1,14 +1,41 @@
-"""Small line charts as inline SVG, whose colours are variables of the page, so that they follow light and dark."""
+"""Small charts as inline SVG, drawn by matplotlib; their colours are variables of the page, light or dark."""
 
+import functools
 import math
+import threading
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+from io import StringIO
 
-WIDTH, HEIGHT = 340, 220
-LEFT, RIGHT, TOP, BOTTOM = 50, 14, 30, 40  # margins of the plotted area
-MOST_TICKS = 5
-NICE = (1, 2, 2.5, 5, 10)
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+COLOURS = ("#c00000", "#c10000", "#c20000", "#c30000")  # stand for the page's --c0 to --c3
+INK, FONT = "#123456", "font-family: 'DejaVu Sans', sans-serif; "  # which are the page's as well
+OF_PAGE = {**{colour: f"var(--c{i})" for i, colour in enumerate(COLOURS)}, INK: "currentColor", FONT: ""}
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "chart", "font.sans-serif": ["DejaVu Sans"], "font.size": 9,
+    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.linewidth": 0.5, "lines.markersize": 5,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}  # fmt: skip
+LOCK = threading.Lock()  # matplotlib's settings are those of the process
+WIDTH, HEIGHT = 3.4, 2.2  # inches
+SVG, LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+
+
+def styled(chart: Callable[..., str]) -> Callable[..., str]:
+    """A function that draws, under `STYLE`, one at a time."""
+
+    @functools.wraps(chart)
+    def drawn(*args, **kwargs):
+        with LOCK, rc_context(STYLE):
+            return chart(*args, **kwargs)
+
+    return drawn
 
 
 @dataclass(frozen=True)
@@ -36,50 +63,14 @@ class Line:
             )
 
 
-class Axis:
-    """Numbers from low to high, linear or logarithmic, on pixels from start to end. Widened where it has no length.
-
-    Raises:
-        ValueError: for a logarithmic axis that does not lie above 0.
-    """
-
-    def __init__(self, low: float, high: float, start: float, end: float, log: bool = False):
-        if log and low <= 0:
-            raise ValueError(f"a logarithmic axis needs numbers > 0, got {low}")
-        if low == high:
-            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
-        self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
-
-    def __call__(self, value: float) -> float:
-        """The pixel of a number."""
-        scale = math.log if self.log else float
-        share = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
-        return round(self.start + share * (self.end - self.start), 1)
-
-    def ticks(self) -> list[float]:
-        """At most five round numbers in the range; where it holds less than two of them, its ends."""
-        if self.log:
-            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            known = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
-        else:
-            step = _nice_step((self.high - self.low) / (MOST_TICKS - 1))
-            known = [step * i for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
-        inside = [tick for tick in known if self.low <= tick <= self.high]
-        return inside[:: math.ceil(len(inside) / MOST_TICKS)] if len(inside) > 1 else [self.low, self.high]
-
-
-def _nice_step(least: float) -> float:
-    power = 10.0 ** math.floor(math.log10(least))
-    return next(nice * power for nice in NICE if nice * power >= least * (1 - 1e-9))
-
-
+@styled
 def line_chart(lines: Sequence[Line], title: str, x_label: str, log: bool = False, percent: bool = False) -> str:
     """Lines over a common x, which has a tick at each of their points.
 
     Each point tells its numbers to a mouse that rests on it.
 
     Args:
-        lines: at least one.
+        lines: one to four.
         title: of the chart.
         x_label: of the x axis.
         log: both axes.
@@ -90,56 +81,47 @@ def line_chart(lines: Sequence[Line], title: str, x_label: str, log: bool = Fals
     """
     if not lines:
         raise ValueError("a chart needs at least one line")
-    xs = sorted({x for line in lines for x, _ in line.points})
-    x, y = Axis(xs[0], xs[-1], LEFT + 8, WIDTH - RIGHT - 8, log), _y_axis(lines, log)
-    style = "{:.3g}" if not percent else "{:.1%}" if y.high - y.low < 0.05 else "{:.0%}"
-    parts = [_text(LEFT, 16, title, "start", "chart-title"), _text(_middle(), HEIGHT - 6, x_label)]
-    for tick in y.ticks():
-        parts.append(f'<path class="grid-line" d="M{LEFT} {y(tick)}H{WIDTH - RIGHT}"/>')
-        parts.append(_text(LEFT - 6, y(tick) + 4, style.format(tick), "end"))
-    parts += [_text(x(tick), HEIGHT - BOTTOM + 18, f"{tick:g}") for tick in _apart(xs, x)]
-    for number, line in enumerate(lines):
-        parts.append(_draw_line(number, line, x, y, "{:.1%}" if percent else "{:.3g}"))
-    return _svg(f"{title} over {x_label}", HEIGHT, parts)
-
-
-def _y_axis(lines: Sequence[Line], log: bool) -> Axis:
-    """From below the lowest point or error bar to above the highest."""
-    spans = [(y, s) for line in lines for (_, y), s in zip(line.points, _spreads(line), strict=True)]
-    lowest = min(y for y, _ in spans)
-    low, high = min(y - s for y, s in spans), max(y + s for y, s in spans)
+    figure, axes = _axes(title, x_label)
     if log:
-        low, high = max(low, lowest / 4) / 1.15, high * 1.15  # a bar may reach below zero
-    else:
-        low, high = low - 0.08 * (high - low), high + 0.08 * (high - low)
-    return Axis(low, high, HEIGHT - BOTTOM, TOP, log)
+        axes.loglog()
+    said = {}
+    for number, line in enumerate(lines):
+        x, y = zip(*line.points, strict=True)
+        if line.spreads is not None:  # a bar may reach below zero, where a logarithmic axis does not
+            below = [min(s, 0.75 * b) if log else s for s, b in zip(line.spreads, y, strict=True)]
+            axes.errorbar(x, y, [below, line.spreads], fmt="none", ecolor=COLOURS[number], clip_on=False)
+        axes.plot(x, y, "o-", color=COLOURS[number], gid=f"line{number}", clip_on=False)
+        said[f"line{number}"] = _said(line, "{:.1%}" if percent else "{:.3g}")
+    xs = sorted({x for line in lines for x, _ in line.points})
+    axes.minorticks_off()
+    axes.set_xticks(_apart(xs, axes))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    low, high = axes.get_ylim()
+    style = "{:.3g}" if not percent else "{:.1%}" if high - low < 0.05 else "{:.0%}"
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if log else MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: style.format(y)))
+    axes.grid(axis="y", alpha=0.3, clip_on=False)
+    return _svg(figure, f"{title} over {x_label}", said)
 
 
-def _spreads(line: Line) -> Sequence[float]:
-    return [0.0] * len(line.points) if line.spreads is None else line.spreads
+def _said(line: Line, style: str) -> list[str]:
+    """What a mouse is told at each point."""
+    spreads = line.spreads or [0.0] * len(line.points)
+    spread = [f" ± {style.format(one)}" if one else "" for one in spreads]
+    return [f"{line.name} at {x:g}: {style.format(y)}{s}" for (x, y), s in zip(line.points, spread, strict=True)]
 
 
-def _apart(xs: list[float], x: Callable[[float], float]) -> list[float]:
+def _apart(xs: Sequence[float], axes: Axes) -> list[float]:
     """Those of the numbers whose labels do not touch."""
-    kept: list[float] = []
-    for value in xs:
-        if not kept or x(value) - x(kept[-1]) >= 24:
-            kept.append(value)
+    kept, last = [], -math.inf
+    for place, x in sorted((axes.transData.transform((x, axes.get_ylim()[1]))[0], x) for x in xs):
+        if place - last >= 28:  # pixels
+            kept.append(x)
+            last = place
     return kept
 
 
-def _draw_line(number: int, line: Line, x: Axis, y: Axis, style: str) -> str:
-    path = " ".join(f"{x(a)},{y(b)}" for a, b in line.points)
-    marks = []
-    for (a, b), spread in zip(line.points, _spreads(line), strict=True):
-        if spread:
-            low = y(max(b - spread, y.low))
-            marks.append(f'<path d="M{x(a)} {low}V{y(min(b + spread, y.high))}"/>')
-        said = escape(f"{line.name} at {a:g}: {style.format(b)}" + (f" ± {style.format(spread)}" if spread else ""))
-        marks.append(f'<circle cx="{x(a)}" cy="{y(b)}" r="3.5"><title>{said}</title></circle>')
-    return f'<g class="line c{number}"><polyline points="{path}"/>{"".join(marks)}</g>'
-
-
+@styled
 def tick_chart(rows: dict[str, Sequence[float]], title: str, x_label: str) -> str:
     """Each row's numbers in [0, 1] as ticks on a line of its own, 1 on the left.
 
@@ -148,19 +130,17 @@ def tick_chart(rows: dict[str, Sequence[float]], title: str, x_label: str) -> st
     """
     if not rows:
         raise ValueError("a chart needs at least one row")
-    x, gap = Axis(1, 0, LEFT + 8, WIDTH - RIGHT - 8), 40
-    height = TOP + gap * len(rows) + BOTTOM
-    parts = [_text(LEFT, 16, title, "start", "chart-title"), _text(_middle(), height - 6, x_label)]
-    for number, (name, values) in enumerate(rows.items()):
-        y = TOP + gap * number + gap // 2
-        ticks = "".join(f"M{x(value)} {y - 9}v18" for value in values)
-        parts.append(_text(LEFT - 6, y + 4, name, "end"))
-        parts.append(f'<path class="grid-line" d="M{x(1)} {y}H{x(0)}"/>')
-        parts.append(f'<g class="line c{number}"><path d="{ticks}"/></g>')
-    parts += [_text(x(tick), height - BOTTOM + 18, f"{tick:g}") for tick in (1, 0.75, 0.5, 0.25, 0)]
-    return _svg(f"{title} over {x_label}", height, parts)
+    figure, axes = _axes(title, x_label, 0.9 + 0.35 * len(rows))
+    for number, values in enumerate(rows.values()):
+        axes.plot(values, [number] * len(values), "|", markersize=14, color=COLOURS[number], clip_on=False)
+    axes.set_xlim(1.02, -0.02)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="y", alpha=0.3, clip_on=False)
+    return _svg(figure, f"{title} over {x_label}", {})
 
 
+@styled
 def axis_chart(values: Sequence[float], chosen: Sequence[bool], bounds: tuple[float, float], title: str) -> str:
     """Noise levels on a logarithmic axis, the highest left, a dot each, filled where chosen; the bounds are shaded.
 
@@ -176,38 +156,52 @@ def axis_chart(values: Sequence[float], chosen: Sequence[bool], bounds: tuple[fl
     shown = [(value, on) for value, on in zip(values, chosen, strict=True) if 0 < value < math.inf]
     if not shown:
         raise ValueError("a chart needs at least one noise level that is finite and > 0")
-    low, high = min(value for value, _ in shown), max(value for value, _ in shown)
-    x = Axis(low, high, WIDTH - RIGHT - 8, RIGHT + 8, log=True)
-    left, right = (x(min(max(bound, x.low), x.high)) for bound in (bounds[1], bounds[0]))
-    parts = [_text(RIGHT, 16, title, "start", "chart-title")]
-    parts.append(_text(WIDTH / 2, 94, "noise level sigma; sampling starts on the left"))
-    if bounds[1] > x.low and bounds[0] < x.high:
-        parts.append(f'<rect class="band" x="{left}" y="28" width="{round(right - left, 1)}" height="28"/>')
-    parts.append(f'<path class="grid-line" d="M{x(high)} 42H{x(low)}"/>')
-    for value, on in shown:
-        state = "guided" if on else "not guided"
-        parts.append(
-            f'<g class="line c0"><circle class="{"on" if on else "off"}" cx="{x(value)}" cy="42" r="4">'
-            f"<title>sigma {value:.3g}, {state}</title></circle></g>"
-        )
-    parts += [_text(x(tick), 74, f"{tick:g}") for tick in x.ticks()]
-    return _svg(title, 100, parts)
+    figure, axes = _axes(title, "noise level sigma; sampling starts on the left", 1.0)
+    axes.set_xscale("log")
+    said = {}
+    for group, name, on in (("on", "guided", True), ("off", "not guided", False)):
+        dots = [value for value, state in shown if state == on]
+        fill = "full" if on else "none"
+        axes.plot(dots, [0] * len(dots), "o", color=COLOURS[0], fillstyle=fill, gid=group, clip_on=False)
+        said[group] = [f"sigma {value:.3g}, {name}" for value in dots]
+    low, high = min(value for value, _ in shown) / 1.2, max(value for value, _ in shown) * 1.2
+    axes.set_xlim(high, low)
+    if bounds[1] > low and bounds[0] < high:
+        left, right = min(bounds[1], high), max(bounds[0], low)
+        axes.axvspan(left, right, color=COLOURS[0], alpha=0.18, linewidth=0, gid="band", clip_on=False)
+    axes.minorticks_off()
+    ticks = LogLocator(subs=(1, 2, 5)).tick_values(low, high)
+    axes.set_xticks(_apart([tick for tick in ticks if low < tick < high], axes))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.yaxis.set_visible(False)
+    axes.spines["left"].set_visible(False)
+    return _svg(figure, title, said)
 
 
-def legend(names: Sequence[str]) -> str:
-    """The names of the lines, each beside its colour."""
-    items = "".join(f'<li class="c{i}">{escape(name)}</li>' for i, name in enumerate(names))
-    return f'<ul class="legend">{items}</ul>'
+def _axes(title: str, x_label: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure((WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left")
+    axes.set_xlabel(x_label)
+    return figure, axes
 
 
-def _middle() -> float:
-    return (LEFT + WIDTH - RIGHT) / 2
-
-
-def _text(x: float, y: float, words: str, anchor: str = "middle", style: str = "label") -> str:
-    return f'<text class="{style}" x="{x}" y="{y}" text-anchor="{anchor}">{escape(words)}</text>'
-
-
-def _svg(label: str, height: float, parts: list[str]) -> str:
-    inside = "".join(parts)
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{inside}</svg>'
+def _svg(figure: Figure, label: str, said: dict[str, list[str]]) -> str:
+    """The element, with what a mouse is told at the points of each line."""
+    file = StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    ElementTree.register_namespace("", SVG)
+    ElementTree.register_namespace("xlink", LINK)
+    root = ElementTree.fromstring(file.getvalue())
+    for name in ("width", "height"):
+        del root.attrib[name]
+    root.attrib |= {"class": "chart", "role": "img", "aria-label": label}
+    root.remove(root.find(f"{{{SVG}}}defs"))  # a style for the whole page
+    for group in root.iter(f"{{{SVG}}}g"):
+        for mark, words in zip(group.iter(f"{{{SVG}}}use"), said.get(group.get("id"), ())):  # noqa: B905
+            ElementTree.SubElement(mark, f"{{{SVG}}}title").text = words
+    text = ElementTree.tostring(root, encoding="unicode")
+    for drawn, shown in OF_PAGE.items():
+        text = text.replace(drawn, shown)
+    return text
