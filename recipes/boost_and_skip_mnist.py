@@ -16,12 +16,12 @@ from pathlib import Path
 import click
 import torch
 from accelerate import Accelerator
+from result_rows import ResultRows, summary
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from diffusers_ext.evaluation import evaluate_digits
-from diffusers_ext.runs.rows import ResultRows, summary
 from diffusers_ext.sampling import sample_images
 from diffusers_ext.shipped import load_pipeline
 

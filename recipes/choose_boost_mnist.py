@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 import torch
 from matplotlib.figure import Figure
+from result_rows import ResultRows
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -28,7 +29,6 @@ from diffusers_ext.boost.shares import at_least
 from diffusers_ext.metrics import nearest_neighbours
 from diffusers_ext.runs.files import replacing, write_json
 from diffusers_ext.runs.lists import NUMBERS, ListsCommand
-from diffusers_ext.runs.rows import ResultRows
 from diffusers_ext.sampling import sample_images
 from diffusers_ext.shipped import load_pipeline, load_shipped_classifier
 

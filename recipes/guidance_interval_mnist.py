@@ -24,6 +24,7 @@ from pathlib import Path
 import click
 import torch
 from diffusers import DiffusionPipeline
+from result_rows import ResultRows, summary
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
@@ -33,7 +34,6 @@ from diffusers_ext.evaluation import evaluate_digits
 from diffusers_ext.guidance.search import GuidedSteps
 from diffusers_ext.guidance.tuning import guided_call
 from diffusers_ext.machine.versions import best_device
-from diffusers_ext.runs.rows import ResultRows, summary
 from diffusers_ext.sampling import cycled_labels, sample_images
 from diffusers_ext.shipped import load_pipeline
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import torch
 from diffusers import AdaptiveProjectedGuidance, ClassifierFreeGuidance, ClassifierFreeZeroStarGuidance
+from result_rows import ResultRows, summary
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
@@ -26,7 +27,6 @@ from diffusers_ext.guidance.rows import counted_rows
 from diffusers_ext.machine.versions import best_device
 from diffusers_ext.pipelines import apply_guider, remove_guider
 from diffusers_ext.runs.lists import INTERVAL, ListsCommand
-from diffusers_ext.runs.rows import ResultRows, summary
 from diffusers_ext.sampling import cycled_labels, sample_images
 from diffusers_ext.shipped import load_pipeline
 

@@ -46,6 +46,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from result_rows import ResultRows
 
 from diffusers_ext.discrete.losses import likelihood_bound
 from diffusers_ext.evaluation import evaluate_images
@@ -60,7 +61,6 @@ from diffusers_ext.metrics import (
     unigram_entropy,
 )
 from diffusers_ext.runs.processes import end_processes, start_processes
-from diffusers_ext.runs.rows import ResultRows
 from diffusers_ext.sampling import sample_to_folder
 from diffusers_ext.schedulers.ctmc_samplers import SAMPLERS
 from diffusers_ext.shipped import load_pipeline

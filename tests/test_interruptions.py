@@ -12,6 +12,7 @@ import pytest
 import torch
 from fresh_process import ended, start_fresh
 from old_runs import sampled, saved_digits, tables, trained
+from result_rows import ResultRows
 from test_sampling import tiny_ddpm
 
 from diffusers_ext.flow import training_run
@@ -19,7 +20,6 @@ from diffusers_ext.guidance import tuning
 from diffusers_ext.guidance.search import DistanceTable, GuidedSteps
 from diffusers_ext.runs.lock import lock
 from diffusers_ext.runs.processes import Processes
-from diffusers_ext.runs.rows import ResultRows
 from diffusers_ext.sampling import folder as sampling_folder
 
 

@@ -159,7 +159,7 @@ def test_all_tables_come_out_and_an_interrupted_run_gives_the_same(data, small, 
     for place, name, calls in (
         ("diffusers_ext.runs.checkpoints.Checkpoints", "save", 1),  # the classifier's
         ("diffusers_ext.runs.checkpoints.Checkpoints", "save", 2),  # the transformer's second
-        ("diffusers_ext.runs.rows.ResultRows", "put", 7),
+        ("result_rows.ResultRows", "put", 7),
     ):
         with monkeypatch.context() as patch:
             module, cls = place.rsplit(".", 1)

@@ -13,6 +13,7 @@ neighbours, k, or one flow for all scales with a flow for one.
 row stays in rows.json, and a second start goes on. Writes frechet.png and digits.png beside it.
 """
 
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -25,11 +26,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from result_rows import ResultRows, summary
+
 from diffusers_ext import FlowPostprocessingPipeline
 from diffusers_ext.evaluation import evaluate_digits, read_images
 from diffusers_ext.evaluation.pictures import grid, side_by_side
 from diffusers_ext.flow import channels_first
-from diffusers_ext.runs.rows import ResultRows, summary
 from diffusers_ext.sampling import sample_to_folder
 from diffusers_ext.shipped import load_pipeline
 

@@ -15,6 +15,7 @@ from classifier_centric.mnist import repair
 from guiders_mnist import guided
 from guiders_mnist import ways as guiders
 from photographs.classifier import Judge
+from result_rows import ResultRows, summary
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
@@ -25,7 +26,6 @@ from diffusers_ext.evaluation.pictures import grid, side_by_side
 from diffusers_ext.guidance.rows import counted_rows
 from diffusers_ext.runs.files import replacing
 from diffusers_ext.runs.provenance import describe_component
-from diffusers_ext.runs.rows import ResultRows, summary
 from diffusers_ext.sampling import sample_images
 
 STEPS = {"boost": 30, "guidance": 16}  # of the schedule: of the rows that are boosted, and of those that are guided

@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..checkpoints.tensor_files import read_json
-from .files import write_json
-from .lock import lock
+from diffusers_ext.checkpoints.tensor_files import read_json
+from diffusers_ext.runs.files import write_json
+from diffusers_ext.runs.lock import lock
 
 
 class ResultRows:
