@@ -255,6 +255,7 @@ def test_who_waits_is_told_so_and_can_stop(models):
         pass
 
 
+@pytest.mark.slow
 def test_a_grid_is_that_of_compare(models):
     axes = Axes(class_labels="3, 8", seeds="1", guidance_scales="1,5", guidance_intervals="none, 0.75:1.7", gammas="2")
     sheet = compare_grid(models, "mnist-unet", axes, 3, TextToImage())
@@ -279,6 +280,7 @@ def stable_diffusion(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_each_setting_of_text_to_image_counts(models, stable_diffusion):
     """In all tabs alike: other pictures, and the model as it was before."""
     tabs = {

@@ -188,6 +188,7 @@ def test_discrete(page, folders):
     assert page.get_by_role("tabpanel").filter(visible=True).locator("svg.chart").count() == 1
 
 
+@pytest.mark.slow
 def test_flow(page, folders):
     flow = {"flow, trained on its images": folders / "flow"}
     text = draws_both(page, "Flow postprocessing", **flow, steps=3, samples=2)
@@ -220,6 +221,7 @@ def test_what_a_model_takes_is_shown(page, folders, tab):
     shows(False)
 
 
+@pytest.mark.slow
 def test_a_prompt_is_drawn_as_asked_and_left_out_where_it_is_hidden(page, folders, drawn):
     values = {"steps": 4, "skip: first steps left out": 1, "samples": 1, "class": 7}
     draws_both(page, "Boost-and-Skip", **values, **{MODEL: folders / "prompts"}, **ASKED)
@@ -245,6 +247,7 @@ def test_grid(page):
     sync_api.expect(panel.get_by_role("row")).to_have_count(1 + 16)  # two classes, seeds, weights and intervals
 
 
+@pytest.mark.slow
 def test_the_code_of_what_is_shown_can_be_copied(page):
     text = draws_both(page, "Boost-and-Skip", **{"steps": 3, "skip: first steps left out": 1, "samples": 2})
     panel = page.get_by_role("tabpanel").filter(visible=True)
@@ -255,6 +258,7 @@ def test_the_code_of_what_is_shown_can_be_copied(page):
     sync_api.expect(code).to_contain_text("skip_steps=1")
 
 
+@pytest.mark.slow
 def test_noise_levels_have_logarithmic_sliders(page):
     """The label says the level; both ends are reached."""
     page.get_by_role("tab", name="Guidance interval").click()
@@ -303,6 +307,7 @@ def test_wrong_input_is_shown_as_a_message(page):
     enter(panel, "class", "")
 
 
+@pytest.mark.slow
 def test_errors_are_shown_as_text_and_not_printed(page, capfd):
     page.get_by_role("tab", name="Boost-and-Skip").click()
     panel = page.get_by_role("tabpanel").filter(visible=True)

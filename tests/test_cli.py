@@ -29,6 +29,7 @@ def test_version():
     assert result.exit_code == 0 and diffusers_ext.__version__ in result.output
 
 
+@pytest.mark.slow
 def test_info_lists_versions_devices_backends_and_models():
     result = invoke("info")
     assert result.exit_code == 0, result.output
@@ -110,6 +111,7 @@ def test_sample_goes_on_and_refuses_to_mix(tmp_path):
     assert refused.exit_code == 1 and "is not empty" in refused.output
 
 
+@pytest.mark.slow
 def test_sample_reads_prompts_steps_and_labels(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(sampling, "sample_to_folder", lambda *given, **named: called.append(named) or done)

@@ -46,6 +46,7 @@ def contents(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+@pytest.mark.slow
 def test_cells_are_what_the_pipeline_draws(digits):
     found = compare(
         digits, class_labels=[3, 8], seeds=7, guidance_scales=[1, 4], guidance_intervals=[None, (0.5, 3.0)],
@@ -225,6 +226,7 @@ def test_labelled_grid_holds_every_picture_under_its_names():
     assert (grid[: red[0]] < 128).any() and (grid[:, : red[1]] < 128).any()  # names above and at the left
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     tiny_stable_diffusion().save_pretrained(tmp_path / "model")
     grid = ("--seeds", "0,1", "--guidance-scales", "5", "16", "--guidance-intervals", "none,0.28:5.42")

@@ -73,6 +73,7 @@ def test_demo_draws_a_panel_for_each_gamma(small_demo):
         assert (picture[top:bottom, left:right] < 128).mean() > 0.02
 
 
+@pytest.mark.slow
 def test_demo_leaves_a_report_after_each_section(tmp_path):
     def fails(output, device, console):
         assert "Not run yet: guidance interval" in (output / "report.html").read_text()

@@ -50,6 +50,7 @@ def limited():
 
 
 class TestCopies:
+    @pytest.mark.slow
     def test_with_the_interval(self, limited):
         """Copies keep it, each for itself."""
         pipe, expected, plain = limited

@@ -110,6 +110,7 @@ class TestRightOrRefused:
 class TestGivenLayouts:
     """What cannot be read is said; what is said wrongly is found out."""
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:the layout:UserWarning")
     @pytest.mark.parametrize("steps", INTERVALS)
     @pytest.mark.parametrize(

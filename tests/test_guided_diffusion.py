@@ -368,6 +368,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
     assert not (tmp_path / "touched-by-a-checkpoint").exists()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_changed_set_of_tensors_is_refused_by_name(data):

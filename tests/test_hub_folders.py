@@ -180,6 +180,7 @@ def test_weights_in_shards_are_read(folder):
     assert all(torch.equal(a, b) for a, b in zip(pipe.unet.parameters(), again.unet.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_what_diffusers_itself_writes_is_taken():
     """The defaults of every network and scheduler, as they stand in a config."""
     checked = 0

@@ -41,6 +41,7 @@ def assert_same_weights(one, other):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         full_disk(patch, "checkpoint-4")

@@ -250,6 +250,7 @@ def test_batches_of_other_settings_are_begun_anew(tmp_path):
     assert len(folders) == 1 and len(list(folders[0].iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_the_command_tunes_by_prompts(tmp_path):
     tiny_sdxl().save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\n")

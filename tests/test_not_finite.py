@@ -100,6 +100,7 @@ def test_the_flow_names_step_and_sample(value):
         flow(field)(images, solver="dopri5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", [lambda x, t: 1e6 * (torch.cos(40 * t) - x), lambda x, t: x.square() * 1e4 + 1e3])
 def test_a_stiff_field_stops_dopri5(field):
     pytest.importorskip("torchdiffeq")

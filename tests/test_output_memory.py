@@ -44,6 +44,7 @@ def assert_same(ours, theirs) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_results_are_the_same(name):

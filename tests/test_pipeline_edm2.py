@@ -355,6 +355,7 @@ def test_grey_pictures():
     assert run(pipe, output_type="np").shape == (2, 8, 8, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["enable_model_cpu_offload", pytest.param("enable_group_offload", marks=newer_torch)]
 )

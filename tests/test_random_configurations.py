@@ -136,6 +136,7 @@ def test_edm_heun(numbers, steps):
     assert torch.isfinite(x).all()
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=200, **FIXED)
 def test_ctmc(data):

@@ -94,6 +94,7 @@ def test_every_column(recipe, model, tmp_path, monkeypatch):
     assert len({ours.tobytes() for ours in drawn}) == 4
 
 
+@pytest.mark.slow
 def test_sheet(recipe, model, tmp_path):
     """A sheet a seed: prompts from top to bottom, ways of guiding from left to right."""
     options = ["--model", model, "--prompt", "a cat", "--prompt", "a dog", "--seed", 0, "--seed", 1, "--steps", 3]

@@ -50,6 +50,7 @@ def data(tmp_path) -> Path:
     return tmp_path / "mnist.npz"
 
 
+@pytest.mark.slow
 def test_unet_recipe_resumes_and_saves_a_pipeline(tmp_path, data):
     module = recipe("train_mnist_unet")
     options = ("--data", data, "--output", tmp_path / "out", "--batch-size", 2, "--checkpoint-every", 2)
@@ -63,6 +64,7 @@ def test_unet_recipe_resumes_and_saves_a_pipeline(tmp_path, data):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
 
 
+@pytest.mark.slow
 def test_unet_recipe_interrupted_equals_uninterrupted(tmp_path, data):
     module = recipe("train_mnist_unet")
     for name, stops in (("once", (4,)), ("twice", (2, 4))):
@@ -114,6 +116,7 @@ def test_classifier_recipe_saves_reference_features(tmp_path, data, monkeypatch)
     assert reference["labels"].tolist() == labels[:16].tolist()
 
 
+@pytest.mark.slow
 def test_classifier_recipe_interrupted_equals_uninterrupted(tmp_path, data, monkeypatch):
     module = recipe("train_mnist_classifier")
     options = ("--data", data, "--epochs", 3, "--batch-size", 16)
@@ -272,6 +275,7 @@ def test_discrete_recipe_on_own_tokens(kernel, objective, tmp_path):
     assert pipe.scheduler.config.prediction_type == {"score": "log_score", "x0": "x0"}[objective]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "objective"), [("absorbing", "score"), ("uniform", "x0")])
 def test_discrete_recipe_measures_validation_sequences(kernel, objective, tmp_path):
     """The bound of constant sequences falls far below that of a fresh network."""

@@ -117,6 +117,7 @@ def test_the_loss_is_the_papers(training, data):
     assert abs(sigma.log().mean() - 0.5) < 0.8 and 1 < sigma.log().std() < 2
 
 
+@pytest.mark.slow
 def test_training_learns_and_forces_the_normalisation(training):
     torch.manual_seed(0)
     unet = EDM2UNet2DModel(**training.CONDITIONAL).train()

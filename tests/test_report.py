@@ -63,9 +63,10 @@ def made_result(folder) -> dict:
     }
 
 
-@pytest.fixture
-def page(tmp_path):
-    return report_html(made_result(tmp_path), tmp_path)
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return report_html(made_result(folder), folder)
 
 
 class Reader(HTMLParser):
@@ -112,6 +113,7 @@ def test_page_shows_every_section(page):
     assert "Not run yet" not in page and "37 seconds in all" in page and "2 torch threads" in page
 
 
+@pytest.mark.slow
 def test_panels_are_cut_out_of_the_picture(tmp_path, page):
     panels = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     first, second = (Image.open(BytesIO(base64.b64decode(panel))) for panel in panels[:2])
@@ -149,6 +151,7 @@ def test_code_runs_as_shown(anchor, monkeypatch):
         assert len(found.get("repaired", found["digits"])) == 10
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_page_in_a_browser(page, tmp_path, dark):

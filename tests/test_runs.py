@@ -91,6 +91,7 @@ with lock(Path(sys.argv[1])):
             os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_file_is_held_by_a_lock_beside_it(tmp_path):
     with lock.lock(tmp_path / "kept"):
         assert [path.name for path in tmp_path.iterdir()] == ["kept.lock.json"] and not lockable(tmp_path / "kept")
@@ -163,6 +164,7 @@ def test_only_folders_of_one_s_own_are_gone_on_in(tmp_path):
     assert check_folder(folder, "marker") == folder
 
 
+@pytest.mark.slow
 def test_a_staged_folder_appears_whole_and_nothing_stays_beside_it(tmp_path, monkeypatch):
     synced, fsync = [], os.fsync
     monkeypatch.setattr(

@@ -360,6 +360,7 @@ def test_numbers_out_of_nested_lists_are_refused():
         assert as_numbers(other).dtype == object
 
 
+@pytest.mark.slow
 def test_depth_and_cycles_are_no_recursion():
     value = safe_loads(b"\x80\x04" + b"]" * 200_000 + b"a" * 199_999 + b".")
     depth = 1

@@ -591,6 +591,7 @@ def test_predictions_of_x0_and_of_the_score_give_the_same_rates(kernel):
     torch.testing.assert_close(rates[0][reachable], rates[1][reachable], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{"kernel": "absorbing"}, {"kernel": "uniform"}, {"kernel": "birth_death"}])
 def test_correctors_move_the_law_to_the_target_and_keep_it_there(config):
     prediction = "x0" if config["kernel"] == "birth_death" else "log_score"

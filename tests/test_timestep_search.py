@@ -302,6 +302,7 @@ def test_positions_are_limited_by_memory(monkeypatch):
             chain_statistics("absorbing", Cost(), num_positions=number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [None, torch.tensor([True, False, False, True])], ids=["free", "given"])
 @pytest.mark.parametrize("kernel", ["absorbing", "uniform"])
 def test_some_positions_stand_for_all(kernel, given):

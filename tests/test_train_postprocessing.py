@@ -97,6 +97,7 @@ def test_a_kill_in_the_last_save_changes_nothing(real, tmp_path):
     assert {name: (training / name).read_bytes() for name in whole} == whole
 
 
+@pytest.mark.slow
 def test_only_a_picture_that_was_written_is_named(real, tmp_path, monkeypatch):
     common = ("--real", real, "--features", "pixel", *SMALL, "--output", tmp_path)
     monkeypatch.setattr("diffusers_ext.flow.training_run.find_spec", lambda name: None)
@@ -140,6 +141,7 @@ def test_two_processes(real, tmp_path):
     assert any(parameter.any() for parameter in pipe.model.conv_out.parameters())
 
 
+@pytest.mark.slow
 def test_neighbours_within_the_class(real, tmp_path):
     result = invoke("--real", real, "--features", "pixel+classifier", *SMALL, "--within-class", "--output", tmp_path)
     assert result.exit_code == 0, result.output
