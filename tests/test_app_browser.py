@@ -291,7 +291,7 @@ def test_a_second_page_waits_and_each_can_stop(page, address):
     panels[0].get_by_role("button", name="Stop").click()
     page.get_by_text(re.compile("stopped: sampling 1, step")).first.wait_for()
     second.close()
-    draws_both(page, "Boost-and-Skip", steps=3, samples=2)
+    draws_both(page, "Boost-and-Skip", **{"steps": 3, "skip: first steps left out": 1, "samples": 2})
 
 
 @pytest.mark.slow
@@ -352,7 +352,7 @@ def test_the_page_fits_and_nothing_covers_the_pictures(page, width):
     page.set_viewport_size({"width": 1280, "height": 900})
     page.get_by_role("tab", name="Boost-and-Skip").click()
     if page.get_by_role("tabpanel").filter(visible=True).locator("img[src*='/file=']").count() < 2:
-        draws_both(page, "Boost-and-Skip", steps=3, samples=1)
+        draws_both(page, "Boost-and-Skip", **{"steps": 3, "skip: first steps left out": 1, "samples": 1})
     page.set_viewport_size({"width": width, "height": 900})
     page.wait_for_function("width => document.documentElement.scrollWidth == width", arg=width)
     blocks = page.get_by_role("tabpanel").filter(visible=True).locator(".picture")
