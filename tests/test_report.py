@@ -114,6 +114,17 @@ def test_page_shows_every_section(page):
 
 
 @pytest.mark.slow
+def test_a_table_without_errors_keeps_its_line_and_its_colour(tmp_path):
+    result = made_result(tmp_path)
+    result["jump_your_steps"]["rows"][0]["even"] = [0.0, 0.0]
+    chapter = re.search(r'<section id="discrete-diffusion">(.*?)</section>', report_html(result, tmp_path), re.DOTALL)[
+        1
+    ]
+    assert re.findall(r'<li class="(c\d)">(\w+)</li>', chapter) == [("c0", "even"), ("c1", "ours")]
+    line = {name: re.search(rf"(var\(--c\d\))[^>]*><title>{name} at 3: ", chapter)[1] for name in ("even", "ours")}
+    assert line == {"even": "var(--c0)", "ours": "var(--c1)"}
+
+
 def test_panels_are_cut_out_of_the_picture(tmp_path, page):
     panels = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     first, second = (Image.open(BytesIO(base64.b64decode(panel))) for panel in panels[:2])

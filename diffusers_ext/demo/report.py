@@ -103,11 +103,10 @@ def discrete_charts(result: dict) -> tuple[list[str], list[str]]:
     lines = [
         Line(name, [(row["steps"] + 1, row[name][0]) for row in rows], [row[name][1] for row in rows])
         for name in names
-        if all(row[name][0] > 0 for row in rows)
     ]
     charts = [tick_chart({name: tables[name][str(most)] for name in names}, f"Tables of {most} steps", "time")]
-    if lines:
-        charts.append(line_chart(lines, "Error of transitions", "network evaluations", log=True, percent=True))
+    log = all(row[name][0] > 0 for row in rows for name in names)
+    charts.append(line_chart(lines, "Error of transitions", "network evaluations", log=log, percent=True))
     return names, charts
 
 
